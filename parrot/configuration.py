@@ -1,0 +1,89 @@
+"""Reads configuration files: JSON with `//` comments, decoded into a Struct, refused in one line when it is wrong."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+
+# A string literal (kept whole, so that "http://..." survives) or a comment up to the end of its line.
+_STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*')
+
+
+class ConfigurationError(Exception):
+    """A configuration that cannot be used. The message names the file, the key, and what is expected."""
+
+
+def strip_comments(text: str) -> str:
+    """`text` without its `//` comments; line numbers stay as they were."""
+    return _STRING_OR_COMMENT.sub(lambda match: match[0] if match[0][0] == '"' else "", text)
+
+
+def read_json(path: str | Path) -> Any:
+    """The parsed content of a JSON file with comments. Raises ConfigurationError for a missing or malformed one."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigurationError(f"{path}: cannot be read: {reason}") from error
+    try:
+        return msgspec.json.decode(strip_comments(text))
+    except msgspec.DecodeError as error:
+        raise ConfigurationError(f"{path}: not valid JSON: {error}") from error
+
+
+def parse(data: Any, kind: type[T], path: str | Path) -> T:
+    """`data` as a `kind`. Raises ConfigurationError, which names `path`, the key and what is expected there."""
+    try:
+        return msgspec.convert(data, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigurationError(f"{path}: {_explain(str(error), data, kind)}") from None
+
+
+def load(path: str | Path, kind: type[T]) -> T:
+    """Reads `path` as a `kind`."""
+    return parse(read_json(path), kind, path)
+
+
+def _explain(message: str, data: Any, kind: Any) -> str:
+    """msgspec's message in the reader's terms: where (`a.b`), what was found, what is expected."""
+    where = ""
+    if match := re.search(r" - at `\$(.*)`$", message):
+        where = match[1].lstrip(".")
+        message = message[: match.start()]
+    if match := re.match(r"Object contains unknown field `(.*)`", message):
+        key = f"{where}.{match[1]}" if where else match[1]
+        known = ", ".join(_fields_at(kind, where))
+        return f"unknown key {key!r}; expected one of: {known}"
+    if match := re.match(r"Object missing required field `(.*)`", message):
+        key = f"{where}.{match[1]}" if where else match[1]
+        return f"missing key {key!r}"
+    found = _value_at(data, where)
+    return f"key {where or '(top level)'!r} is {found!r}: {message[0].lower()}{message[1:]}"
+
+
+def _fields_at(kind: Any, where: str) -> list[str]:
+    for name in filter(None, where.split(".")):
+        hints = {f.name: f.type for f in msgspec.structs.fields(kind)}
+        kind = hints.get(name, kind)
+        # A section may be optional or one of several shapes; the fields of all of them are candidates.
+        options = [k for k in getattr(kind, "__args__", (kind,)) if isinstance(k, type) and issubclass(k, msgspec.Struct)]
+        kind = options[0] if options else kind
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        return [f.encode_name for f in msgspec.structs.fields(kind)]
+    return []
+
+
+def _value_at(data: Any, where: str) -> Any:
+    for name in re.findall(r"[^.\[\]]+", where):
+        if isinstance(data, dict):
+            data = data.get(name)
+        elif isinstance(data, list) and name.isdigit() and int(name) < len(data):
+            data = data[int(name)]
+        else:
+            return None
+    return data

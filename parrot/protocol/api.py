@@ -1,0 +1,187 @@
+"""The public HTTP API v1 of ServeCore: bodies of its requests and answers, and the values that they share.
+
+Field names and defaults are the contract with existing clients. Decoding validates: an unknown field, a wrong type or
+a value out of range never gets past `msgspec`.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from parrot.protocol.errors import ParrotError
+
+PLACEHOLDER_NAME = r"[a-zA-Z_][a-zA-Z0-9_]*"
+
+
+class Criteria(enum.StrEnum):
+    """What a `get` wants its value optimised for (Parrot, OSDI'24, section 4.2)."""
+
+    LATENCY = "latency"
+    THROUGHPUT = "throughput"
+    TTFT = "TTFT"
+    TPOT = "TPOT"
+
+
+def parse_criteria(value: str | None) -> Criteria | None:
+    """The criteria named `value`; None stays None. Raises `bad_criteria`, which names the four."""
+    if value is None:
+        return None
+    try:
+        return Criteria(value)
+    except ValueError:
+        known = ", ".join(c.value for c in Criteria)
+        raise ParrotError("bad_criteria", f"criteria {value!r} is none of {known}", criteria=value) from None
+
+
+class SamplingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How an output is sampled. Lengths are tokens; a null seed is drawn by the core's shell.
+
+    `output_length` forces the exact number of generated tokens; only emulated and dummy-weight engines accept it.
+    """
+
+    temperature: Annotated[float, Meta(ge=0.0)] = 1.0
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Meta(ge=-1)] = -1
+    seed: int | None = None
+    max_gen_length: Annotated[int, Meta(ge=1)] = 512
+    output_length: Annotated[int, Meta(ge=1)] | None = None
+    ignore_tokenizer_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    stop_str: str | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0.0)] | None = None
+    logit_bias: dict[str, float] | None = None
+    n: int = 1
+    best_of: int = 1
+    length_penalty: float = 1.0
+
+    def check(self) -> None:
+        """Raises `bad_sampling` for what is well formed but has no meaning for a variable with one content."""
+        for name, default in (("n", 1), ("best_of", 1), ("length_penalty", 1.0)):
+            value = getattr(self, name)
+            if value != default:
+                raise ParrotError(
+                    "bad_sampling",
+                    f"sampling_config.{name} is {value}; a semantic variable has one content, so only {default} is accepted",
+                    field=name,
+                )
+        if self.top_k == 0:
+            raise ParrotError("bad_sampling", "sampling_config.top_k is 0; use -1 for no limit, or 1 and above", field="top_k")
+        if self.stop_str == "":
+            raise ParrotError("bad_sampling", "sampling_config.stop_str is empty; leave it null for none", field="stop_str")
+        if self.output_length is not None and self.output_length > self.max_gen_length:
+            raise ParrotError(
+                "bad_sampling",
+                f"sampling_config.output_length {self.output_length} is above max_gen_length {self.max_gen_length}",
+                field="output_length",
+            )
+
+
+class OpenSessionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """POST /v1/session"""
+
+    api_key: str | None = None
+    apps: Any = None
+
+
+class SessionAnswer(msgspec.Struct, frozen=True):
+    session_id: int
+    session_auth: str
+
+
+class SessionReference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The arguments that every call inside a session carries."""
+
+    session_id: int
+    session_auth: str | None = None
+
+
+class ParameterSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One parameter of a semantic call. An input has exactly one of `var_id`, `value`."""
+
+    name: Annotated[str, Meta(pattern=f"^{PLACEHOLDER_NAME}$")]
+    is_output: bool = False
+    var_id: str | None = None
+    value: str | None = None
+    sampling_config: SamplingConfig | None = None
+
+
+class SemanticCallRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """POST /v1/semantic_call"""
+
+    session_id: int
+    template: str
+    parameters: list[ParameterSpec]
+    session_auth: str | None = None
+    func_name: str | None = None
+    models: list[str] = []
+    model_type: str = "token_id"
+    remove_pure_fill: bool = True
+    cache_prefix: bool = True
+    output_criteria: str | None = None
+    fuse_fill: bool = False
+
+
+class ParamInfo(msgspec.Struct, frozen=True):
+    """One placeholder occurrence of a submitted call, in template order."""
+
+    parameter_name: str
+    placeholder_name: str
+    is_output: bool
+    var_name: str
+    var_id: str
+    var_desc: str
+    var_scope: str
+
+
+class CallAnswer(msgspec.Struct, frozen=True):
+    request_id: int
+    session_id: int
+    param_info: tuple[ParamInfo, ...]
+
+
+class CreateVariableRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """POST /v1/semantic_var"""
+
+    session_id: int
+    session_auth: str | None = None
+    var_name: str = ""
+
+
+class SetVariableRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """POST /v1/semantic_var/{var_id}"""
+
+    session_id: int
+    content: str
+    session_auth: str | None = None
+
+
+class GetVariableRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """GET /v1/semantic_var/{var_id}: body or query. `timeout` in seconds; `stream_from` in characters already had."""
+
+    session_id: int
+    session_auth: str | None = None
+    criteria: str | None = None
+    timeout: Annotated[float, Meta(ge=0.0)] | None = None
+    stream: bool = False
+    stream_from: Annotated[int, Meta(ge=0)] = 0
+
+
+class VariableInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One entry of GET /v1/semantic_var."""
+
+    var_id: str
+    var_name: str
+    state: str
+    content: str | None = None
+    error: str | None = None
+
+
+class ModelInfo(msgspec.Struct, frozen=True):
+    model_name: str
+    tokenizer_name: str

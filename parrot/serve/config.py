@@ -1,0 +1,43 @@
+"""The configuration of a ServeCore, as its JSON file has it. Times are seconds."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+Positive = Annotated[int, Meta(ge=1)]
+Seconds = Annotated[float, Meta(gt=0)]
+
+
+class GlobalSchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Section `global_scheduler`. The four switches are parameters of the policy `parrot`."""
+
+    app_fifo: bool = False
+    graph_group: bool = False
+    ctx_group: bool = False
+    ctx_aware: bool = False
+    max_queue_size: Positive = 1024
+    engine_wait_timeout: Seconds = 120.0
+    max_attempts: Positive = 8
+    policy: str = "parrot"
+    params: dict[str, Any] = {}
+    random_seed: int = 0
+
+
+class ServeCoreConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole file. `record_path`: where to write one JSON line an instant; null: nowhere."""
+
+    host: str = "localhost"
+    port: Annotated[int, Meta(ge=0, le=65535)] = 9000
+    max_sessions_num: Positive = 2048
+    max_engines_num: Positive = 2048
+    session_life_span: Seconds = 600.0
+    max_tasks_per_session: Positive = 4096
+    engine_heartbeat_timeout: Seconds = 10.0
+    constant_prefix_var_timeout: Seconds = 600.0
+    global_scheduler: GlobalSchedulerConfig = GlobalSchedulerConfig()
+    engine_secret: str | None = None
+    record_path: str | None = None
+    max_body_bytes: Positive = 16 * 1024 * 1024

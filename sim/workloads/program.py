@@ -1,0 +1,217 @@
+"""A program: one run of an LLM application, as data. The one format of the simulator's workloads, a JSON object a line.
+
+A program is its arrival, its tenant, the DAG of its calls, what it sets from outside, and what it fetches with which
+criteria. Anything may be made to wait: `after` lists control edges, each of which lets it happen `delay_s` seconds after
+a named get returned (tool calls, think time, agents), or after the program's arrival when no get is named. With several
+edges, the latest counts; with none, it happens at arrival, in the order of the file: sets, calls, gets.
+
+A piece of text is its key (equal keys are equal texts) and its number of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from parrot.protocol.api import Criteria
+
+Tokens = Annotated[int, Meta(ge=0)]
+Seconds = Annotated[float, Meta(ge=0.0)]
+
+
+class After(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`delay_s` after the get named `get` returned; null: after the program's arrival."""
+
+    get: str | None = None
+    delay_s: Seconds = 0.0
+
+
+class Text(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="text", tag_field="kind"):
+    """A constant piece of the prompt."""
+
+    key: str
+    tokens: Tokens
+
+
+class Read(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="read", tag_field="kind"):
+    """The content of a variable of this program."""
+
+    var: str
+
+
+class Write(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="write", tag_field="kind"):
+    """An output: the variable that it fills and the number of tokens that the model will really generate (the engine's
+    knowledge alone). `key`: the identity of the text, when a later workload repeats it; left out, it is unique."""
+
+    var: str
+    tokens: Annotated[int, Meta(ge=1)]
+    max_gen_length: Annotated[int, Meta(ge=1)] | None = None
+    key: str | None = None
+
+
+Segment = Text | Read | Write
+
+
+class Set(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The program gives the variable `var` a content of its own."""
+
+    var: str
+    key: str
+    tokens: Tokens
+    after: tuple[After, ...] = ()
+
+
+class Call(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A semantic call. `models` (): any."""
+
+    segments: tuple[Segment, ...]
+    name: str = ""
+    models: tuple[str, ...] = ()
+    cache_prefix: bool = True
+    after: tuple[After, ...] = ()
+
+
+class Get(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A fetch, by its own name `id`."""
+
+    id: str
+    var: str
+    criteria: Criteria = Criteria.LATENCY
+    after: tuple[After, ...] = ()
+
+
+class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One run of an application. `arrival_s`: seconds from the workload's start."""
+
+    id: str
+    arrival_s: Seconds
+    calls: tuple[Call, ...]
+    gets: tuple[Get, ...]
+    sets: tuple[Set, ...] = ()
+    tenant: str = ""
+    application: str = ""
+
+
+class WorkloadError(Exception):
+    """A workload that cannot be run. The message names file, line and reason."""
+
+
+def check(program: Program) -> None:
+    """Raises ValueError unless names are unique and resolve, and no variable waits for itself."""
+    producers: dict[str, int] = {}
+    for source in program.sets:
+        if source.var in producers:
+            raise ValueError(f"variable {source.var!r} is set twice")
+        producers[source.var] = -1
+    for index, call in enumerate(program.calls):
+        writes = [s for s in call.segments if isinstance(s, Write)]
+        if not writes:
+            raise ValueError(f"call {index} ({call.name!r}) writes nothing")
+        if isinstance(call.segments[0], Write):
+            raise ValueError(f"call {index} ({call.name!r}) has an output before any text")
+        for write in writes:
+            if write.var in producers:
+                raise ValueError(f"variable {write.var!r} has two producers")
+            producers[write.var] = index
+    gets = {get.id for get in program.gets}
+    if len(gets) != len(program.gets):
+        raise ValueError("two gets have the same id")
+    for call in program.calls:
+        for segment in call.segments:
+            if isinstance(segment, Read) and segment.var not in producers:
+                raise ValueError(f"variable {segment.var!r} is read but nobody writes it")
+    for get in program.gets:
+        if get.var not in producers:
+            raise ValueError(f"get {get.id!r} wants variable {get.var!r}, which nobody writes")
+    for step in (*program.sets, *program.calls, *program.gets):
+        for edge in step.after:
+            if edge.get is not None and edge.get not in gets:
+                raise ValueError(f"an `after` names get {edge.get!r}, which does not exist")
+    _check_acyclic(program, producers)
+
+
+def _check_acyclic(program: Program, producers: dict[str, int]) -> None:
+    """Walks data and control edges together; a cycle would never end."""
+    variable_of = {get.id: get.var for get in program.gets}
+    get_named = {get.id: get for get in program.gets}
+    set_named = {source.var: source for source in program.sets}
+    state: dict[tuple[str, object], int] = {}
+
+    def before(node: tuple[str, object]) -> Iterator[tuple[str, object]]:
+        kind, name = node
+        after: tuple[After, ...]
+        if kind == "get":
+            after = get_named[str(name)].after
+            yield ("var", variable_of[str(name)])
+        elif kind == "var":
+            index = producers[str(name)]
+            if index >= 0:
+                yield ("call", index)
+                return
+            after = set_named[str(name)].after
+        else:
+            call = program.calls[int(str(name))]
+            after = call.after
+            for segment in call.segments:
+                if isinstance(segment, Read) and producers[segment.var] != int(str(name)):
+                    yield ("var", segment.var)
+        for edge in after:
+            if edge.get is not None:
+                yield ("get", edge.get)
+
+    roots = [("get", get.id) for get in program.gets] + [("call", i) for i in range(len(program.calls))]
+    for root in roots:
+        if state.get(root):
+            continue
+        state[root] = 1
+        stack = [(root, before(root))]
+        while stack:
+            node, children = stack[-1]
+            child = next(children, None)
+            if child is None:
+                state[node] = 2
+                stack.pop()
+            elif state.get(child) == 1:
+                raise ValueError(f"{child[0]} {child[1]!r} waits for itself")
+            elif child not in state:
+                state[child] = 1
+                stack.append((child, before(child)))
+
+
+_decoder = msgspec.json.Decoder(Program)
+_encoder = msgspec.json.Encoder()
+
+
+def read_programs(path: str | Path) -> Iterator[Program]:
+    """The programs of a JSONL file, one at a time. Raises WorkloadError with file, line and reason."""
+    last = 0.0
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    program = _decoder.decode(line)
+                    check(program)
+                    if program.arrival_s < last:
+                        raise ValueError(f"arrival_s {program.arrival_s} is before the line above it ({last})")
+                except (msgspec.DecodeError, ValueError) as error:
+                    raise WorkloadError(f"{path}:{number}: {error}") from error
+                last = program.arrival_s
+                yield program
+    except OSError as error:
+        raise WorkloadError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def write_programs(path: str | Path, programs: Iterable[Program]) -> int:
+    """Writes programs as JSONL; returns how many."""
+    count = 0
+    with open(path, "wb") as file:
+        for program in programs:
+            file.write(_encoder.encode(program) + b"\n")
+            count += 1
+    return count
