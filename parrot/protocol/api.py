@@ -185,3 +185,46 @@ class VariableInfo(msgspec.Struct, frozen=True, omit_defaults=True):
 class ModelInfo(msgspec.Struct, frozen=True):
     model_name: str
     tokenizer_name: str
+
+
+class TaskReport(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The life of a completion task. Times are the core's clock in seconds, null while they have not come."""
+
+    var_id: str
+    state: str
+    attempts: int = 0
+    engine: str | None = None
+    criteria: str | None = None
+    depth: int = 0
+    ready_s: float | None = None
+    dispatched_s: float | None = None
+    started_s: float | None = None
+    first_token_s: float | None = None
+    finished_s: float | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    decode_s: float = 0.0
+    max_gap_s: float = 0.0
+
+
+class CallReport(msgspec.Struct, frozen=True):
+    """One call of a session: when it was submitted, and its tasks, one an output."""
+
+    request_id: int
+    func_name: str
+    state: str
+    submitted_s: float
+    tasks: tuple[TaskReport, ...]
+
+
+class SessionReport(msgspec.Struct, frozen=True, omit_defaults=True):
+    """GET /v1/session/{id}. `reports` only when asked for (`calls=true`)."""
+
+    session_id: int
+    state: str
+    calls: dict[str, int]
+    variables: dict[str, int]
+    age_s: float
+    idle_s: float
+    reports: tuple[CallReport, ...] | None = None

@@ -18,9 +18,10 @@ class Effect(msgspec.Struct, frozen=True, tag=True, tag_field="type", omit_defau
 class Reply(Effect, frozen=True, gc=False):
     """The answer to a request: `payload`, or `error`. Payloads by the event that asked:
 
-    OpenSession {session_id}; CloseSession {}; DescribeSession, a dict; ListVariables [VariableView];
-    SubmitCall CallAnswer; CreateVariable {var_id}; SetVariable {}; GetVariable {content: content key};
-    RegisterEngine {engine_id, epoch}.
+    OpenSession the session id (int); CloseSession {}; DescribeSession SessionReport; ListVariables [VariableInfo], whose
+    `content` is the content key;
+    SubmitCall CallAnswer; CreateVariable {var_id}; SetVariable {}; GetVariable the content key (str);
+    RegisterEngine RegisterAnswer.
     """
 
     request: int
@@ -71,4 +72,10 @@ class FreeContexts(Effect, frozen=True, gc=False):
     context_ids: tuple[int, ...]
 
 
-AnyEffect = Reply | Dispatch | Abort | FreeContexts
+class SessionEnded(Effect, frozen=True, gc=False):
+    """The session is closed or expired and its variables are gone: the shell drops the texts that only it named."""
+
+    session_id: int
+
+
+AnyEffect = Reply | Dispatch | Abort | FreeContexts | SessionEnded
