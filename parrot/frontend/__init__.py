@@ -1,0 +1,1 @@
+"""What runs in a client's process: `pfunc`, and the HTTP client under it. It knows the protocol and no server code."""

@@ -74,13 +74,17 @@ class RuntimeInfo(msgspec.Struct, frozen=True):
 
 
 class HeartbeatRequest(msgspec.Struct, frozen=True):
-    """POST /engine_heartbeat. `evicted`: contexts given up since the last message that carried any."""
+    """POST /engine_heartbeat. `evicted`: contexts given up since the last message that carried any.
+
+    `instance` as in the registration: an id that another engine holds by now is answered 404, as an unknown one is.
+    """
 
     engine_id: int
     engine_name: str
     runtime_info: RuntimeInfo = RuntimeInfo()
     evicted: tuple[int, ...] = ()
     secret: str | None = None
+    instance: str = ""
 
 
 # ---------------------------------------------------------------------------------------------------- one task

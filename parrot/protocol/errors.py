@@ -84,7 +84,7 @@ class ErrorBody(msgspec.Struct, frozen=True):
 class ParrotError(Exception):
     """A refusal: raised where bad input is found, answered at the edge, never a traceback to a client."""
 
-    def __init__(self, code: str, message: str, **details: Any) -> None:
+    def __init__(self, code: str, message: str, /, **details: Any) -> None:
         if code not in ERRORS:
             raise ValueError(f"error code {code!r} is not in parrot.protocol.errors.ERRORS")
         super().__init__(message)

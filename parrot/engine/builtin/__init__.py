@@ -1,0 +1,1 @@
+"""The builtin engine's model side: runner, models, attention, KV cache, sampler. EngineCore decides, this computes."""

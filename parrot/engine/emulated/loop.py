@@ -1,0 +1,141 @@
+"""Drives an emulated engine in real time: sleeps until its next edge, and tells what happened there.
+
+Hundreds of them share one event loop. A timer that fires late shifts nothing: EmulatedEngine counts from its own edges.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Hashable, Iterable, Sequence
+
+from parrot.engine.emulated.engine import EmulatedEngine, EmulatedEvent
+from parrot.engine.emulated.output import SyntheticOutput
+from parrot.engine.jobs import Job
+from parrot.engine.loop import MemoryUse, runtime_info
+from parrot.protocol.engine import RuntimeInfo
+from parrot.tokenizer import Tokenizer
+
+
+class EmulatedLoop:
+    """One emulated engine behind the interface `parrot.engine.loop.EngineLoop`."""
+
+    def __init__(self, engine: EmulatedEngine, tokenizer: Tokenizer, *, stream_interval_s: float | None = None) -> None:
+        """Must be made inside a running event loop. `stream_interval_s`: how often running tasks stream what they have;
+        None: when the batch changes."""
+        self.on_evicted: Callable[[Sequence[int]], None] = lambda ids: None
+        self._engine = engine
+        self._output = SyntheticOutput(tokenizer)
+        self._stream_interval_s = stream_interval_s
+        self._loop = asyncio.get_running_loop()
+        self._started = time.monotonic()
+        self._jobs: dict[Hashable, Job] = {}
+        self._shown: dict[Hashable, int] = {}  # tokens of the output so far, for tasks that stream
+        self._pump_soon: asyncio.Handle | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._closed = False
+
+    def now(self) -> float:
+        return time.monotonic() - self._started
+
+    def submit(self, job: Job) -> None:
+        """The output is `output_length` tokens, or all of `max_gen_length` when that is not given."""
+        self._jobs[job.key] = job
+        task, sampling = job.task, job.sampling
+        output_tokens = 0 if sampling is None else sampling.output_length or sampling.max_gen_length
+        self._engine.submit(task, output_tokens, self.now(), stream=self._stream_interval_s is not None)
+        self._schedule()
+
+    def abort(self, key: Hashable) -> None:
+        if self._jobs.pop(key, None) is not None:
+            self._shown.pop(key, None)
+            self._engine.abort(key, self.now())
+            self._schedule()
+
+    def free_contexts(self, ids: Iterable[int]) -> int:
+        freed = self._engine.free_contexts(ids, self.now())
+        self._schedule()
+        return freed
+
+    def runtime_info(self) -> RuntimeInfo:
+        return runtime_info(self._engine.core, MemoryUse(), self._engine.recent_iterations_s)
+
+    async def close(self, reason: str) -> None:
+        self._closed = True
+        for handle in (self._pump_soon, self._timer):
+            if handle is not None:
+                handle.cancel()
+        for job in self._jobs.values():
+            job.fail("unavailable", reason, retryable=True)
+        self._jobs.clear()
+
+    # --------------------------------------------------------------------------------------------------------- the edges
+
+    def _schedule(self) -> None:
+        """Everything that comes in this turn of the event loop is handled once, at its end."""
+        if self._pump_soon is None and not self._closed:
+            self._pump_soon = self._loop.call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._pump_soon = None
+        events = self._engine.advance(self.now())
+        if events:
+            ended = {e.key for e in events if e.kind == "finished"}
+            for event in events:
+                self._tell(event, event.key in ended)
+        self._sleep()
+
+    def _sleep(self) -> None:
+        edge = self._engine.next_edge()
+        if edge is not None and self._stream_interval_s is not None and self._shown:
+            edge = min(edge, self.now() + self._stream_interval_s)
+        if self._timer is not None:
+            if edge is not None and edge == self._timer_at:
+                return
+            self._timer.cancel()
+            self._timer = None
+        if edge is not None:
+            self._timer_at = edge
+            self._timer = self._loop.call_later(max(0.0, edge - self.now()), self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        if self._pump_soon is None:
+            self._pump()
+
+    # -------------------------------------------------------------------------------------------------------- the events
+
+    def _tell(self, event: EmulatedEvent, ends_now: bool) -> None:
+        if event.evicted:
+            self.on_evicted(event.evicted)
+        job = self._jobs.get(event.key)
+        if job is None:
+            return
+        match event.kind:
+            case "started":
+                job.start(event.cached_tokens)
+            case "first_token" if not ends_now:  # else the whole output is one event
+                self._shown[event.key] = job.task.forced_tokens + 1
+                self._show(job)
+            case "progressed" if not ends_now:
+                self._shown[event.key] = self._shown.get(event.key, job.task.forced_tokens) + event.tokens
+                self._show(job)
+            case "finished":
+                ids, text = self._said(job, event.output_tokens)
+                job.finish_timed(ids, text, "length", event.decode_s, event.max_gap_s)
+            case "rejected" | "failed":
+                job.refuse(event.code, event.message)
+        if job.ended:
+            del self._jobs[event.key]
+            self._shown.pop(event.key, None)
+
+    def _show(self, job: Job) -> None:
+        job.show(*self._said(job, self._shown[job.key]))
+
+    def _said(self, job: Job, n_tokens: int) -> tuple[tuple[int, ...], str]:
+        """The first tokens of the job's output. Another attempt at the same task says the same."""
+        if n_tokens == 0:
+            return (), ""
+        ids = self._output.ids(job.label.partition("#")[0], n_tokens)
+        return ids, self._output.text(ids)

@@ -1,0 +1,330 @@
+"""Puts an engine together from its configuration: sockets, model or latency model, loop, server, link to the core.
+
+Used by the command (http_server.py) and, in-process, by tests and benchmarks. Imports torch only for a builtin engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import importlib.util
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+from aiohttp import web
+
+from parrot.configuration import ConfigurationError
+from parrot.engine.config import (
+    BuiltinEngineConfig,
+    BuiltinInstance,
+    EmulatedEngineConfig,
+    EngineConfig,
+    description_of,
+    limits_of,
+    profile_of,
+    secret_of,
+)
+from parrot.engine.context_ids import ContextIds
+from parrot.engine.batches import EngineLimits
+from parrot.engine.core import EngineCore
+from parrot.engine.core_link import CoreLink
+from parrot.engine.iteration_log import IterationLog, versions
+from parrot.engine.loop import BuiltinLoop, EngineLoop, MemoryUse
+from parrot.engine.primitives import Primitives
+from parrot.engine.server import EngineServer
+from parrot.engine.tasks import Tasks
+from parrot.latency import LatencyModel
+from parrot.protocol.engine import EngineDescription
+from parrot.tokenizer import Tokenizer, load_tokenizer
+
+log = logging.getLogger(__name__)
+
+#: How long running responses get to write their last event when an engine stops.
+STOP_S = 2.0
+BACKLOG = 1024
+
+
+@dataclass
+class RunningEngine:
+    """An engine that serves. `close` ends its tasks with `unavailable`, then its server."""
+
+    description: EngineDescription
+    loop: EngineLoop
+    link: CoreLink | None
+    _link_task: asyncio.Task[None] | None
+    _runner: web.AppRunner
+
+    @property
+    def port(self) -> int:
+        return self.description.port
+
+    @property
+    def url(self) -> str:
+        host = self.description.host
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    async def close(self) -> None:
+        if self._link_task is not None:
+            self._link_task.cancel()
+            await asyncio.gather(self._link_task, return_exceptions=True)
+        for site in list(self._runner.sites):
+            await site.stop()
+        await self.loop.close("the engine is shutting down")
+        await self._runner.cleanup()
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Listening sockets for every address of `host`, all with the same port (0: a free one is chosen).
+
+    Raises ConfigurationError when the port is in use or the host is none of this machine's.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise ConfigurationError(f"host {host!r} cannot be resolved: {error}") from error
+    # IPv4 first: it is there everywhere, and a missing IPv6 must not hinder a start.
+    addresses = sorted({(family, address[0]) for family, _, _, _, address in found}, key=lambda a: a[0] != socket.AF_INET)
+    sockets: list[socket.socket] = []
+    for family, address in addresses:
+        try:
+            sockets.append(_listen(family, str(address), port or (sockets[0].getsockname()[1] if sockets else 0)))
+        except OSError as error:
+            if sockets and (error.errno != errno.EADDRINUSE or not port):  # an address family that is not there
+                continue
+            for opened in sockets:
+                opened.close()
+            reason = f"{host}:{port} cannot be listened on: {error.strerror}"
+            raise ConfigurationError(f"{reason}; choose another with --port (0: any free one)") from error
+    return sockets
+
+
+def _listen(family: int, address: str, port: int) -> socket.socket:
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listening.bind((address, port))
+        listening.listen(BACKLOG)
+        listening.setblocking(False)
+    except OSError:
+        listening.close()
+        raise
+    return listening
+
+
+# ---------------------------------------------------------------------------------------------------------- emulated
+
+
+async def start_emulated(
+    config: EmulatedEngineConfig,
+    host: str | None = None,
+    port: int | None = None,
+    *,
+    engine_name: str | None = None,
+    with_core: bool = True,
+    sockets: Sequence[socket.socket] | None = None,
+) -> RunningEngine:
+    """Starts one emulated engine in this event loop; `host`, `port` (0: a free one) and `engine_name` override the file.
+
+    Hundreds of them fit in one process. Raises ConfigurationError. The caller must `close` what it gets.
+    """
+    from parrot.engine.emulated.engine import EmulatedEngine
+    from parrot.engine.emulated.loop import EmulatedLoop
+
+    profile = profile_of(config)
+    if profile is None:
+        raise ConfigurationError(f"engine {config.name!r} is emulated but has no latency_profile: name a file or a shipped one")
+    limits = limits_of(config)
+    tokenizer = tokenizer_or_synthetic(config.tokenizer or "synthetic")
+    loop = EmulatedLoop(
+        EmulatedEngine(limits, LatencyModel(profile)), tokenizer, stream_interval_s=config.instance.stream_interval_s
+    )
+    changes = {"engine_name": engine_name or config.engine_name, "host": host or config.host}
+    config = msgspec.structs.replace(config, **changes, port=config.port if port is None else port)
+    description = description_of(
+        config, limits, tokenizer=tokenizer.name, bos_tokens=bos_tokens(tokenizer), latency_profile=profile
+    )
+    return await _serve(config, description, loop, tokenizer, sockets, with_core)
+
+
+def tokenizer_or_synthetic(name: str) -> Tokenizer:
+    """The tokenizer `name`, or the synthetic one where that cannot be had, which is said in one line."""
+    try:
+        return load_tokenizer(name)
+    except Exception as error:
+        log.warning("tokenizer %r cannot be had (%s); using 'synthetic', one word a token", name, _first_line(error))
+        return load_tokenizer("synthetic")
+
+
+def bos_tokens(tokenizer: Tokenizer) -> int:
+    return 0 if tokenizer.bos_id is None else 1
+
+
+# ----------------------------------------------------------------------------------------------------------- builtin
+
+
+async def start_builtin(
+    config: BuiltinEngineConfig, *, with_core: bool = True, sockets: Sequence[socket.socket] | None = None
+) -> RunningEngine:
+    """Loads the model and starts its engine in this event loop. Raises ConfigurationError, before weights are loaded
+    where that is possible."""
+    config = prepare_builtin(config)
+    from parrot.engine.builtin.runner import load_runner
+
+    loaded = load_runner(config)
+    limits = loaded.limits
+    description = description_of(
+        config,
+        limits,
+        tokenizer=loaded.tokenizer.name,
+        bos_tokens=bos_tokens(loaded.tokenizer),
+        accepts_output_length=loaded.dummy,
+        attn_func=config.instance.attn_func,
+    )
+    iteration_log = None
+    if config.iteration_log is not None:
+        iteration_log = IterationLog(config.iteration_log, _log_header(config, description, limits))
+    loop = BuiltinLoop(
+        EngineCore(limits),
+        loaded.runner,
+        pipeline_depth=limits.pipeline_depth,
+        memory=MemoryUse(loaded.model_bytes, loaded.cache_bytes),
+        iteration_log=iteration_log,
+    )
+    return await _serve(config, description, loop, loaded.tokenizer, sockets, with_core)
+
+
+def prepare_builtin(config: BuiltinEngineConfig) -> BuiltinEngineConfig:
+    """Pins the process, then checks device and attention function; `attn_func` in the result is the one to use."""
+    instance = config.instance
+    if instance.cpu_affinity is not None:
+        _pin(instance.cpu_affinity)
+    if instance.num_threads is not None:
+        # Before torch is first imported: its pools read it once.
+        os.environ["OMP_NUM_THREADS"] = str(instance.num_threads)
+    _check_device(instance.device)
+    if instance.num_threads is not None:
+        import torch
+
+        torch.set_num_threads(instance.num_threads)
+    return msgspec.structs.replace(config, instance=msgspec.structs.replace(instance, attn_func=_attention(instance)))
+
+
+def _pin(cores: Sequence[int]) -> None:
+    try:
+        os.sched_setaffinity(0, cores)
+    except (OSError, ValueError, OverflowError) as error:
+        here = ", ".join(map(str, sorted(os.sched_getaffinity(0))))
+        raise ConfigurationError(f"instance.cpu_affinity {list(cores)}: {error}; this process may use the cores {here}") from error
+
+
+def _check_device(device: str) -> None:
+    try:
+        import torch
+    except ImportError as error:
+        raise ConfigurationError(
+            "engine_type 'builtin' needs torch, which is not installed: pip install 'parrot-testbed[engine]'"
+        ) from error
+    if not device.startswith("cuda"):
+        return
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = int(device.partition(":")[2] or 0)
+    if index >= count:
+        there = f"torch finds {count} GPUs" if count else "torch finds no GPU"
+        raise ConfigurationError(f"instance.device {device!r} is not there: {there}; use --device cpu to run on the CPU")
+
+
+def _attention(instance: BuiltinInstance) -> str:
+    wanted = instance.attn_func or "torch_sdpa"
+    if wanted == "torch_sdpa":
+        return wanted
+    if importlib.util.find_spec("xformers") is None:
+        reason = "xformers is not installed"
+    elif instance.device == "cpu":
+        reason = "xformers' kernels need a GPU"
+    else:
+        reason = "xformers' kernels come with a later release"
+    if not instance.attn_fallback:
+        raise ConfigurationError(
+            f"instance.attn_func {wanted!r} cannot be used: {reason}; use 'torch_sdpa', or set instance.attn_fallback to true"
+        )
+    log.warning("attn_func %r cannot be used (%s): falling back to 'torch_sdpa', as attn_fallback says", wanted, reason)
+    return "torch_sdpa"
+
+
+def _log_header(config: BuiltinEngineConfig, description: EngineDescription, limits: EngineLimits) -> dict[str, object]:
+    instance = config.instance
+    return {
+        "engine": description.engine_name,
+        "engine_type": description.engine_type,
+        "model": description.model,
+        "device": instance.device,
+        "attn_func": description.attn_func,
+        "tokenizer": description.tokenizer,
+        "dtype": instance.dtype or ("float32" if instance.device == "cpu" else "float16"),
+        "num_threads": instance.num_threads,
+        "dummy_weights": instance.use_dummy_weights,
+        "limits": msgspec.to_builtins(limits),
+        "versions": versions("parrot-testbed", "torch", "transformers"),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ serving
+
+
+async def _serve(
+    config: EngineConfig,
+    description: EngineDescription,
+    loop: EngineLoop,
+    tokenizer: Tokenizer,
+    sockets: Sequence[socket.socket] | None,
+    with_core: bool,
+) -> RunningEngine:
+    if sockets is None:
+        sockets = bind(config.host, config.port)
+    port = int(sockets[0].getsockname()[1])
+    description = msgspec.structs.replace(description, host=_reachable(config.host, config.serve_core.host), port=port)
+    context_ids = ContextIds()
+    tasks = Tasks(loop, tokenizer, context_ids)
+    loop.on_evicted = tasks.note_evicted
+    app = EngineServer(loop, tasks, Primitives(loop, tokenizer, context_ids)).application()
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=STOP_S)
+    await runner.setup()
+    for listening in sockets:
+        await web.SockSite(runner, listening).start()
+    link = link_task = None
+    if with_core:
+        link = CoreLink(
+            config.serve_core.url,
+            description,
+            secrets.token_hex(16),
+            tasks,
+            context_ids,
+            loop.runtime_info,
+            heartbeat_interval_s=config.heartbeat_interval,
+            secret=secret_of(config),
+        )
+        link_task = asyncio.create_task(link.run(), name=f"link of {description.engine_name}")
+    return RunningEngine(description, loop, link, link_task, runner)
+
+
+def _reachable(host: str, core_host: str) -> str:
+    """The address under which the core reaches an engine that listens on `host`."""
+    if host not in ("0.0.0.0", "::", ""):
+        return host
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((core_host, 9))  # sends nothing: only asks which of our addresses leads there
+            return str(probe.getsockname()[0])
+        except OSError:
+            return socket.gethostname()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

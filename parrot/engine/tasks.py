@@ -1,0 +1,162 @@
+"""The core's tasks on this engine: requests become jobs, attempts are known by (epoch, task, attempt), lives end.
+
+Checks what comes in and says whose contexts are whose; what runs when is the loop's affair.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import TypeVar
+
+import msgspec
+
+from parrot.engine.context_ids import ContextIds
+from parrot.engine.batches import EngineTask, Link
+from parrot.engine.jobs import Job
+from parrot.engine.loop import EngineLoop
+from parrot.protocol.engine import AbortRequest, FillSpec, TaskId, TaskRequest
+from parrot.protocol.errors import ParrotError
+from parrot.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_TASK = msgspec.json.Decoder(TaskRequest)
+
+Key = tuple[int, TaskId, int]
+
+
+class Tasks:
+    """The attempts that run here, and the epoch of the core that they belong to."""
+
+    def __init__(self, loop: EngineLoop, tokenizer: Tokenizer, context_ids: ContextIds) -> None:
+        self._loop = loop
+        self._tokenizer = tokenizer
+        self._ids = context_ids
+        self._running: dict[Key, Job] = {}
+        self._held: set[int] = set()  # internal ids that the core may still name
+        self.epoch: int | None = None  #: None: of the first task or registration that comes
+
+    def start(self, body: bytes, arrived: float) -> Job:
+        """The job of a POST /task whose body is `body`, handed to the loop. All but a malformed body is told as an event."""
+        request = decode(_TASK, body)
+        self.meet(request.epoch)
+        job = self._job(request, arrived)
+        if request.epoch != self.epoch:
+            job.fail("conflict", f"epoch {request.epoch} is over; this engine is registered in epoch {self.epoch}", retryable=True)
+        elif job.key in self._running:
+            job.fail("conflict", f"attempt {request.attempt} of task {job.label} is already running here")
+        else:
+            self._submit(job, request)
+        return job
+
+    def _submit(self, job: Job, request: TaskRequest) -> None:
+        try:
+            request.generate.sampling.check()
+            if not job.link_ids:
+                raise ParrotError("bad_request", "the task's chain has no tokens; a generate needs at least one before it")
+        except ParrotError as error:
+            job.fail(error.code, str(error))
+            return
+        self._running[job.key] = job  # type: ignore[index]
+        self._held.update(link.context_id for link in job.task.links)
+        if job.task.generate_context_id is not None:
+            self._held.add(job.task.generate_context_id)
+        self._loop.submit(job)
+
+    def _job(self, request: TaskRequest, arrived: float) -> Job:
+        generate = request.generate
+        ids = [self._token_ids(fill, head=place == 0) for place, fill in enumerate(request.chain)]
+        # A link without tokens (an empty input) needs no context of its own.
+        links = tuple(Link(self._ids.of_core(f.context_id), len(i)) for f, i in zip(request.chain, ids, strict=True) if i)
+        key: Key = (request.epoch, request.task, request.attempt)
+        task = EngineTask(
+            key=key,
+            links=links,
+            generate_context_id=self._ids.of_core(generate.context_id),
+            max_gen_length=generate.sampling.max_gen_length,
+            forced_tokens=len(generate.forced_ids),
+        )
+        at = request.task
+        label = f"{at.session_id}.{at.call}.{at.output}#{request.attempt}"
+        link_ids = [i for i in ids if i]
+        forced = (generate.forced_ids, generate.forced_text)
+        return Job(key, label, task, link_ids, generate.sampling, arrived, self._ids, *forced)
+
+    def _token_ids(self, fill: FillSpec, head: bool) -> list[int]:
+        if fill.token_ids is not None:
+            return fill.token_ids
+        if fill.text is None:
+            raise ParrotError("bad_request", f"fill of context {fill.context_id} has neither token_ids nor text")
+        return encode(self._tokenizer, fill.text, head)
+
+    def done(self, job: Job) -> None:
+        """The client has got the job's last event, or has gone away: what still runs is aborted."""
+        self._running.pop(job.key, None)  # type: ignore[call-overload]
+        if not job.ended:
+            self._loop.abort(job.key)
+
+    def abort(self, request: AbortRequest) -> None:
+        """Gives up one attempt; its stream ends with a failure. Unknown ones are ignored."""
+        job = self._running.pop((request.epoch, request.task, request.attempt), None)
+        if job is not None and not job.ended:
+            self._loop.abort(job.key)
+            job.fail("cancelled", f"attempt {request.attempt} of task {job.label} was aborted")
+
+    def free(self, epoch: int, context_ids: Iterable[int]) -> int:
+        """Frees contexts of the core; tokens that they added. Those of an earlier epoch are gone already."""
+        if epoch != self.epoch:
+            return 0
+        internal = [self._ids.of_core(i) for i in context_ids]
+        self._held.difference_update(internal)
+        return self._loop.free_contexts(internal)
+
+    def meet(self, epoch: int) -> None:
+        """Takes notice of the core's `epoch`: a later one than known ends all that was of the earlier."""
+        if self.epoch is None:
+            self.epoch = epoch
+        elif epoch > self.epoch:
+            self.forget(f"the core has begun epoch {epoch}")
+            self.epoch = epoch
+
+    def registered(self, epoch: int) -> None:
+        """The core has this engine in `epoch`; tasks of that epoch may have come before its answer did."""
+        if self.epoch is not None and self.epoch != epoch:
+            self.forget(f"the core is in epoch {epoch}")
+        self.epoch = epoch
+
+    def forget(self, reason: str) -> None:
+        """The core no longer knows this engine: its attempts end, its contexts go."""
+        for job in list(self._running.values()):
+            if not job.ended:
+                self._loop.abort(job.key)
+                job.fail("unavailable", reason, retryable=True)
+        self._running.clear()
+        if self._held:
+            log.info("%s: freeing %d contexts of before", reason, len(self._held))
+            self._loop.free_contexts(sorted(self._held))
+            self._held.clear()
+        self._ids.next_life()
+        self.epoch = None
+
+    def note_evicted(self, internal_ids: Iterable[int]) -> None:
+        """The loop has given up these contexts."""
+        ids = list(internal_ids)
+        self._held.difference_update(ids)
+        self._ids.note_evicted(ids)
+
+
+def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
+    """`body` decoded. Raises `bad_request`, which says where it is wrong."""
+    try:
+        return decoder.decode(body)
+    except msgspec.DecodeError as error:
+        raise ParrotError("bad_request", f"the body is not what this path takes: {error}") from None
+
+
+def encode(tokenizer: Tokenizer, text: str, head: bool) -> list[int]:
+    """The ids of `text`, after the tokenizer's beginning-of-sequence token at the `head` of a chain."""
+    ids = tokenizer.encode(text)
+    return [tokenizer.bos_id, *ids] if head and tokenizer.bos_id is not None else ids

@@ -1,0 +1,111 @@
+"""The blocking HTTP transport: a pool of keep-alive connections that any thread may use.
+
+One exchange at a time on a connection; a stream holds its own until it ends. It never retries: `Link` does.
+"""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import threading
+from collections.abc import Iterator
+from types import TracebackType
+from typing import cast
+from urllib.parse import urlsplit
+
+from parrot.frontend.wire import CONNECT_TIMEOUT_S, Answer, LostConnection, Request
+
+
+class Reply:
+    """An answer whose head has come. Read the body or its lines, then leave the `with` block."""
+
+    def __init__(
+        self, pool: BlockingTransport, connection: http.client.HTTPConnection, response: http.client.HTTPResponse
+    ) -> None:
+        self._pool = pool
+        self._connection = connection
+        self._response = response
+        self.status = response.status
+
+    def answer(self) -> Answer:
+        """The whole answer. Raises LostConnection."""
+        try:
+            return Answer(self.status, self._response.read(), self._response.headers.get("Retry-After"))
+        except (OSError, http.client.HTTPException) as error:
+            raise LostConnection(_reason(error)) from error
+
+    def lines(self) -> Iterator[bytes]:
+        """The body's lines as they come. Raises LostConnection."""
+        try:
+            yield from self._response
+        except (OSError, http.client.HTTPException) as error:
+            raise LostConnection(_reason(error)) from error
+
+    def __enter__(self) -> Reply:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        clean = kind is None and self._response.isclosed() and not self._response.will_close
+        self._pool.give_back(self._connection, clean)
+
+
+class BlockingTransport:
+    """Connections to one address, made when needed and kept for the next exchange."""
+
+    def __init__(self, address: str) -> None:
+        parts = urlsplit(address)
+        self._prefix = parts.path.rstrip("/")
+        self._secure = parts.scheme == "https"
+        self._host = parts.hostname or "localhost"
+        self._port = parts.port or (443 if self._secure else 80)
+        self._idle: list[http.client.HTTPConnection] = []
+        self._lock = threading.Lock()
+
+    def open(self, request: Request) -> Reply:
+        """Sends `request` and waits for the head of its answer. Raises LostConnection."""
+        connection = self._take()
+        try:
+            _ready(connection).settimeout(request.timeout_s)
+            connection.request(request.method, self._prefix + request.path, request.body or None, request.headers)
+            return Reply(self, connection, connection.getresponse())
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            self.close()  # the server went away: the other idle connections are as dead
+            raise LostConnection(_reason(error), refused=isinstance(error, ConnectionRefusedError)) from error
+        except BaseException:
+            connection.close()
+            raise
+
+    def give_back(self, connection: http.client.HTTPConnection, clean: bool) -> None:
+        """Keeps a connection whose answer was read whole; closes any other."""
+        if not clean:
+            connection.close()
+            return
+        with self._lock:
+            self._idle.append(connection)
+
+    def close(self) -> None:
+        """Closes the idle connections. The transport stays usable."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
+    def _take(self) -> http.client.HTTPConnection:
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
+        return kind(self._host, self._port, timeout=CONNECT_TIMEOUT_S)
+
+
+def _ready(connection: http.client.HTTPConnection) -> socket.socket:
+    """The connection's socket, connected. Keep-alive probes: a get may wait for long, and must notice a host that is gone."""
+    if connection.sock is None:
+        connection.connect()
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # type: ignore[attr-defined]
+    return cast(socket.socket, connection.sock)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__

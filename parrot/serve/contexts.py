@@ -1,0 +1,245 @@
+"""Contexts and the prefix store: which engine holds which prefix, and which queued tasks would share one.
+
+A prefix is a chain of content keys from the head of a prompt up to a boundary of variables. Equal prefixes are the
+same `PrefixNode` of a trie, so a prefix is compared by identity and the longest match over all engines is one walk
+down the trie, a step a segment. Sharing domains are kept apart at the root; only a leading constant that may be
+shared with everybody hangs below the common root, and what follows it is again its own domain's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from parrot.serve import states
+
+if TYPE_CHECKING:
+    from parrot.serve.engines import Engine
+    from parrot.serve.graph import Link, Task
+    from parrot.serve.sessions import Session
+
+COMMON = ""  #: the domain of leading constants that all sessions may share
+
+NodeKey = str | tuple[str, ...]
+
+
+class PrefixNode(msgspec.Struct, eq=False):
+    """One prefix. `contexts`: engine id -> the context that holds it there. `queued`: tasks waiting for a placement
+    whose prompt begins with it (kept only for policies that ask). `users`: tasks whose whole prompt it is."""
+
+    parent: PrefixNode | None
+    key: NodeKey
+    domain: str
+    depth: int
+    children: dict[NodeKey, PrefixNode] | None = None
+    contexts: dict[int, Context] | None = None
+    queued: dict[Task, None] | None = None
+    users: int = 0
+
+    @property
+    def prefix_hash(self) -> str:
+        """The hash of the chain of content keys, for people and for logs."""
+        parts: list[str] = []
+        node: PrefixNode | None = self
+        while node is not None and node.parent is not None:
+            parts.append(repr(node.key))
+            node = node.parent
+        return hashlib.blake2b("\n".join(reversed(parts)).encode(), digest_size=8).hexdigest()
+
+
+class Context(msgspec.Struct, eq=False):
+    """A prefix on an engine. `tasks` counts tasks in flight that use it or a child of it; `filled`: a task has said
+    that the engine holds it complete. `owner`: the session whose end frees it (None: shared, with a lifetime)."""
+
+    id: int
+    engine: Engine
+    node: PrefixNode | None  # None while it is being generated
+    tokens: int
+    owner: Session | None
+    state: str = "live"
+    tasks: int = 0
+    filled: bool = False
+    last_use_s: float = 0.0
+
+    def move(self, by: str) -> None:
+        self.state = states.move(states.CONTEXT, self.state, by)
+
+
+class PrefixStore:
+    """The trie of prefixes with everything that hangs on it. Whoever drops the last thing on a node prunes it."""
+
+    def __init__(self, lifetime_s: float) -> None:
+        self._lifetime_s = lifetime_s
+        self._roots: dict[str, PrefixNode] = {}
+        self._shared: OrderedDict[tuple[int, int], Context] = OrderedDict()  # retained, no owner; longest unused first
+
+    # ------------------------------------------------------------------------------------------------ prefixes
+
+    def path(self, links: list[Link], domain: str, common_head: bool) -> list[PrefixNode]:
+        """The nodes of a chain, made where they are new. `common_head`: its first link may be shared by everybody.
+        The last node counts one more user; `leave` gives it back."""
+        node = self._root(COMMON if common_head else domain)
+        path: list[PrefixNode] = []
+        for link in links:
+            contents = link.contents
+            key: NodeKey = contents[0].key if len(contents) == 1 else tuple(c.key for c in contents)
+            node = self._child(node, key, domain if path or not common_head else COMMON)
+            path.append(node)
+        if path:
+            path[-1].users += 1
+        return path
+
+    def leave(self, path: list[PrefixNode]) -> None:
+        """The task of that path no longer needs its nodes."""
+        if path:
+            path[-1].users -= 1
+            self._prune(path[-1])
+
+    def _root(self, domain: str) -> PrefixNode:
+        root = self._roots.get(domain)
+        if root is None:
+            root = self._roots[domain] = PrefixNode(None, "", domain, 0)
+        return root
+
+    def _child(self, node: PrefixNode, key: NodeKey, domain: str) -> PrefixNode:
+        # Below a common node every domain has children of its own.
+        edge: NodeKey = key if node.domain == domain else (domain, *((key,) if isinstance(key, str) else key))
+        if node.children is None:
+            node.children = {}
+        child = node.children.get(edge)
+        if child is None:
+            child = node.children[edge] = PrefixNode(node, edge, domain, node.depth + 1)
+        return child
+
+    def _prune(self, node: PrefixNode) -> None:
+        while not (node.users or node.children or node.contexts or node.queued):
+            parent = node.parent
+            if parent is None:
+                self._roots.pop(node.domain, None)
+                return
+            if parent.children is None or parent.children.get(node.key) is not node:
+                return
+            del parent.children[node.key]
+            node = parent
+
+    # ------------------------------------------------------------------------------------------------ contexts
+
+    def add(self, context: Context) -> None:
+        """Hangs a context with a node on the store."""
+        node = context.node
+        assert node is not None
+        if node.contexts is None:
+            node.contexts = {}
+        node.contexts[context.engine.id] = context
+        if context.owner is not None:
+            if context.owner.contexts is None:
+                context.owner.contexts = {}
+            context.owner.contexts[context] = None
+
+    def attach_output(self, context: Context, parent: PrefixNode | None, key: str, domain: str) -> bool:
+        """A generated context's content is known now: hangs it below its prompt's node. False when the engine holds
+        that very prefix already (the context is a duplicate, to be freed)."""
+        node = self._child(parent if parent is not None else self._root(domain), key, domain)
+        if node.contexts is not None and context.engine.id in node.contexts:
+            return False
+        context.node = node
+        self.add(context)
+        return True
+
+    def use(self, context: Context) -> None:
+        """One more task in flight needs it."""
+        if context.state == "retained":
+            context.move("use")
+            if context.owner is None:
+                del self._shared[context.engine.id, context.id]
+        context.tasks += 1
+
+    def release(self, context: Context, now: float) -> None:
+        """One task fewer needs it; after the last one it is retained."""
+        context.tasks -= 1
+        if context.tasks == 0 and context.state == "live":
+            context.move("release")
+            context.last_use_s = now
+            if context.owner is None:
+                self._shared[context.engine.id, context.id] = context
+
+    def drop(self, context: Context) -> list[Context]:
+        """The context is gone, and with it all that continues it on that engine and is not in use. Returns them all."""
+        dropped = [context] if context.node is None else self._below(context.node, context.engine.id)
+        for gone in dropped:
+            if gone.state == "retained" and gone.owner is None:
+                self._shared.pop((gone.engine.id, gone.id), None)
+            if gone.owner is not None and gone.owner.contexts is not None:
+                gone.owner.contexts.pop(gone, None)
+            gone.engine.contexts.pop(gone.id, None)
+            gone.move("drop")
+            node = gone.node
+            if node is not None and node.contexts is not None and node.contexts.get(gone.engine.id) is gone:
+                del node.contexts[gone.engine.id]
+                self._prune(node)
+        return dropped
+
+    @staticmethod
+    def _below(node: PrefixNode, engine_id: int) -> list[Context]:
+        """The contexts of an engine at `node` and below it, the deepest first. Contexts of tasks in flight below a
+        dropped one cannot be: a task uses its whole chain."""
+        found: list[Context] = []
+        stack = [node]
+        while stack:
+            node = stack.pop()
+            context = node.contexts.get(engine_id) if node.contexts else None
+            if context is None:
+                continue
+            found.append(context)
+            if node.children:
+                stack.extend(node.children.values())
+        found.reverse()
+        return found
+
+    def next_deadline(self) -> float | None:
+        """When the lifetime of the longest unused shared context is over."""
+        if not self._shared:
+            return None
+        return next(iter(self._shared.values())).last_use_s + self._lifetime_s
+
+    def expired(self, now: float) -> list[Context]:
+        """Shared contexts whose lifetime is over. They stay until they are dropped."""
+        found: list[Context] = []
+        for context in self._shared.values():
+            if context.last_use_s + self._lifetime_s > now:
+                break
+            found.append(context)
+        return found
+
+    # ------------------------------------------------------------------------------------------------ queries
+
+    @staticmethod
+    def cached_links(path: list[PrefixNode], engine_id: int) -> int:
+        """How many leading links of `path` that engine holds (or is computing for a task in flight)."""
+        count = 0
+        for node in path:
+            if node.contexts is None or engine_id not in node.contexts:
+                break
+            count += 1
+        return count
+
+    @staticmethod
+    def longest_matches(path: list[PrefixNode]) -> list[tuple[int, tuple[int, ...]]]:
+        """(matched links, engine ids) with the longest match first: each engine once, at its longest match. Time is
+        proportional to the links and to the engines that hold any of them."""
+        levels: list[dict[int, Context]] = []
+        for node in path:
+            if not node.contexts:
+                break
+            levels.append(node.contexts)
+        seen: set[int] = set()
+        result: list[tuple[int, tuple[int, ...]]] = []
+        for depth in range(len(levels), 0, -1):
+            fresh = tuple(engine_id for engine_id in levels[depth - 1] if engine_id not in seen)
+            if fresh:
+                seen.update(fresh)
+                result.append((depth, fresh))
+        return result

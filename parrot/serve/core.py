@@ -1,0 +1,584 @@
+"""ServeCore: sessions, semantic variables, the DAG of calls, global scheduling. Events in, effects out.
+
+`handle` and `next_deadline` are its whole surface to a shell. It is a deterministic state machine: no clock, no
+sockets, no threads, no randomness but the policy's own seeded stream. A refused event is answered and changes nothing.
+What runs where is the scheduler's affair (`scheduler.py`); this file is the front: who may do what, what waits for what.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+from parrot.protocol.api import Criteria, ModelInfo, SessionReport, VariableInfo
+from parrot.protocol.engine import RegisterAnswer
+from parrot.protocol.errors import ErrorInfo, ParrotError
+from parrot.serve import events as ev
+from parrot.serve.config import ServeCoreConfig
+from parrot.serve.effects import AnyEffect, Reply, SessionEnded
+from parrot.serve.engines import Engine
+from parrot.serve.events import AnyEvent, Content
+from parrot.serve.graph import Call, Deduction, Task, depends_on, tasks_of, tighter
+from parrot.serve.reports import call_answer, input_failed, session_report
+from parrot.serve.scheduler import Scheduler
+from parrot.serve.sessions import IdleSessions, Session
+from parrot.serve.states import IN_FLIGHT
+from parrot.serve.variables import Variable
+
+#: How many ended sessions are remembered, so that a late call is told 410 and not 404.
+REMEMBERED_SESSIONS = 65536
+
+_EMPTY: dict[str, Any] = {}
+_TaskEvent = TypeVar("_TaskEvent", ev.TaskStarted, ev.FirstToken, ev.TaskFinished, ev.TaskFailed, ev.TaskRejected)
+
+
+class PendingGet(msgspec.Struct, eq=False, gc=False):
+    """A get that waits: for which variable of which session, until when."""
+
+    session: Session
+    variable: Variable
+    deadline: float | None
+
+
+class ServeCore:
+    """The state machine. `config` is validated already; `epoch` counts the core's lives."""
+
+    def __init__(self, config: ServeCoreConfig, *, epoch: int = 0) -> None:
+        self.config = config
+        self._effects: list[AnyEffect] = []
+        self._sessions: dict[int, Session] = {}
+        self._ended: OrderedDict[int, str] = OrderedDict()
+        self._idle = IdleSessions(config.session_life_span)
+        self._gets: dict[int, PendingGet] = {}
+        self._timeouts: list[tuple[float, int]] = []
+        self._opened: OrderedDict[str, tuple[int, float]] = OrderedDict()  # Idempotency-Key -> (session id, until)
+        self._sequence = 0
+        self._deduction = Deduction(self._activated)
+        self._now = 0.0
+        self.scheduler = Scheduler(config, epoch, self._effects, self._task_finished, self._task_failed)
+        self._handlers: dict[type, Callable[[Any, float], None]] = {
+            ev.OpenSession: self._open_session,
+            ev.CloseSession: self._close_session,
+            ev.DescribeSession: self._describe_session,
+            ev.ListVariables: self._list_variables,
+            ev.SubmitCall: self._submit_call,
+            ev.CreateVariable: self._create_variable,
+            ev.SetVariable: self._set_variable,
+            ev.GetVariable: self._get_variable,
+            ev.CancelGet: self._cancel_get,
+            ev.RegisterEngine: self._register_engine,
+            ev.EngineLost: lambda event, now: self.scheduler.lose(event.engine_id, event.reason, now),
+            ev.TaskStarted: self._task_started,
+            ev.FirstToken: self._first_token,
+            ev.TaskFinished: self._on_finished,
+            ev.TaskFailed: self._on_failed,
+            ev.TaskRejected: self._on_rejected,
+            ev.ContextsEvicted: lambda event, now: self.scheduler.evict(event.engine_id, event.context_ids),
+            ev.Tick: lambda event, now: None,
+            ev.Restarted: self._restarted,
+        }
+
+    # =============================================================================================== the surface
+
+    def handle(self, events: Sequence[AnyEvent], now: float) -> list[AnyEffect]:
+        """Takes all events of one instant, in order, and returns what is to be done, in order.
+
+        `now`: seconds, never less than at the call before. The policy runs once, after the last event.
+        """
+        if now < self._now:
+            raise ValueError(f"time went back: {now} after {self._now}")
+        self._now = now
+        handlers = self._handlers
+        for event in events:
+            try:
+                handlers[type(event)](event, now)
+            except ParrotError as error:
+                # Raised before anything was changed: the refusal is the whole effect.
+                self._effects.append(Reply(event.request, None, error.info))  # type: ignore[union-attr]
+        self._due(now)
+        self.scheduler.place(now)
+        self.scheduler.flush_freed()
+        effects = self._effects[:]
+        self._effects.clear()
+        return effects
+
+    def next_deadline(self) -> float | None:
+        """When `Tick` is wanted at the latest, in seconds of the same clock; None: not before the next event."""
+        while self._timeouts and self._timeouts[0][1] not in self._gets:
+            heapq.heappop(self._timeouts)
+        deadlines = (
+            self._timeouts[0][0] if self._timeouts else None,
+            self._idle.next_deadline(),
+            self.scheduler.next_deadline(),
+        )
+        return min((d for d in deadlines if d is not None), default=None)
+
+    @property
+    def engines(self) -> dict[int, Engine]:
+        """Live engines by id; to be read only."""
+        return self.scheduler.engines.live
+
+    @property
+    def epoch(self) -> int:
+        return self.scheduler.epoch
+
+    def models(self) -> list[ModelInfo]:
+        """The models of live engines, each once."""
+        found = {(e.description.model, e.description.tokenizer): None for e in self.engines.values()}
+        return [ModelInfo(model, tokenizer) for model, tokenizer in found]
+
+    def contents(self) -> Iterator[Content]:
+        """All contents that live sessions name, with repetitions."""
+        for session in self._sessions.values():
+            for variable in session.variables.values():
+                if variable.content is not None:
+                    yield variable.content
+            for call in session.calls:
+                for segment in call.segments:
+                    if type(segment) is ev.Constant:
+                        yield segment.content
+
+    def session_report(self, session_id: int, now: float, calls: bool = True) -> SessionReport:
+        """What a session has done so far; changes nothing. Raises `not_found`."""
+        session = self._sessions.get(session_id)
+        if session is None:
+            raise self._no_session(session_id)
+        return session_report(session, now, calls)
+
+    def counts(self) -> dict[str, int]:
+        """Tasks of live sessions by state, queued ones, sessions and pending gets: for invariants and for operators."""
+        found: dict[str, int] = {"sessions": len(self._sessions), "gets": len(self._gets), "queue": len(self.scheduler.queue)}
+        for session in self._sessions.values():
+            for call in session.calls:
+                for task in call.tasks:
+                    found[task.state] = found.get(task.state, 0) + 1
+        return found
+
+    # =============================================================================================== sessions
+
+    def _session(self, session_id: int, auth: str | None, now: float) -> Session:
+        """The open session of that id, its idle time begun anew. Raises not_found, session_expired, unauthorized …"""
+        session = self._sessions.get(session_id)
+        if session is None:
+            raise self._no_session(session_id)
+        if auth is None:
+            raise ParrotError("unauthorized", f"session {session_id}: session_auth is missing")
+        if auth != session.auth:
+            raise ParrotError("forbidden", f"session {session_id}: session_auth is wrong")
+        self._idle.touch(session, now)
+        return session
+
+    def _no_session(self, session_id: int) -> ParrotError:
+        ended = self._ended.get(session_id)
+        if ended is None:
+            return ParrotError("not_found", f"there is no session {session_id}", session_id=session_id)
+        return ParrotError(f"session_{ended}", f"session {session_id} is {ended}", session_id=session_id)
+
+    def _open_session(self, event: ev.OpenSession, now: float) -> None:
+        key = event.idempotency_key
+        if key is not None:
+            while self._opened and next(iter(self._opened.values()))[1] <= now:
+                self._opened.popitem(last=False)
+            known = self._opened.get(key)
+            if known is not None:
+                self._reply(event.request, known[0])
+                return
+        if event.session_id in self._sessions:
+            raise ParrotError("conflict", f"session id {event.session_id} is in use")
+        if len(self._sessions) >= self.config.max_sessions_num:
+            raise ParrotError(
+                "too_many_sessions",
+                f"{len(self._sessions)} sessions are open; max_sessions_num is {self.config.max_sessions_num}",
+            )
+        self._sequence += 1
+        session = Session(event.session_id, event.auth, event.tenant, self._sequence, now, now)
+        self._sessions[session.id] = session
+        self._idle.touch(session, now)
+        if key is not None:
+            self._opened[key] = (session.id, now + self.config.session_life_span)
+        self._reply(event.request, session.id)
+
+    def _close_session(self, event: ev.CloseSession, now: float) -> None:
+        session = self._session(event.session_id, event.auth, now)
+        self._end_session(session, "close", now)
+        self._reply(event.request, _EMPTY)
+
+    def _end_session(self, session: Session, by: str, now: float) -> None:
+        """Cancels its work, answers its gets, frees its contexts, forgets its variables."""
+        session.move(by)
+        self._idle.remove(session)
+        del self._sessions[session.id]
+        self._ended[session.id] = session.state
+        if len(self._ended) > REMEMBERED_SESSIONS:
+            self._ended.popitem(last=False)
+        if session.waiting_gets:
+            error = ErrorInfo(f"session_{session.state}", f"session {session.id} is {session.state}")
+            for variable in session.variables.values():
+                for request in variable.getters or ():
+                    del self._gets[request]
+                    self._effects.append(Reply(request, None, error))
+        if session.unfinished:
+            for call in session.calls:
+                for task in call.tasks:
+                    if not task.ended:
+                        self.scheduler.cancel(task, now)
+        if session.contexts:
+            self.scheduler.free_session(list(session.contexts))
+        # Breaks the cycles of calls, tasks and variables, so that memory is given back at once.
+        for call in session.calls:
+            call.tasks.clear()
+        session.calls.clear()
+        session.variables.clear()
+        session.groups = session.contexts = session.answers = None
+        self._effects.append(SessionEnded(session.id))
+
+    def _describe_session(self, event: ev.DescribeSession, now: float) -> None:
+        session = self._sessions.get(event.session_id)
+        idle_since = session.last_access_s if session is not None else now
+        session = self._session(event.session_id, event.auth, now)
+        report = session_report(session, now, event.calls)
+        self._reply(event.request, msgspec.structs.replace(report, idle_s=now - idle_since))
+
+    def _reply(self, request: int, payload: Any) -> None:
+        self._effects.append(Reply(request, payload))
+
+    def _repeated(self, session: Session, key: str | None, request: int) -> bool:
+        """Answers a request that was answered before under the same Idempotency-Key."""
+        if key is None or session.answers is None or key not in session.answers:
+            return False
+        self._reply(request, session.answers[key])
+        return True
+
+    def _answer(self, session: Session, key: str | None, request: int, payload: Any) -> None:
+        if key is not None:
+            if session.answers is None:
+                session.answers = {}
+            session.answers[key] = payload
+        self._effects.append(Reply(request, payload))
+
+    # =============================================================================================== variables
+
+    def _variable(self, session: Session, var_id: str) -> Variable:
+        variable = session.variables.get(var_id)
+        if variable is None:
+            raise ParrotError("not_found", f"session {session.id} has no variable {var_id!r}", var_id=var_id)
+        return variable
+
+    def _create_variable(self, event: ev.CreateVariable, now: float) -> None:
+        session = self._session(event.session_id, event.auth, now)
+        if not self._repeated(session, event.idempotency_key, event.request):
+            variable = session.new_variable(event.name)
+            self._answer(session, event.idempotency_key, event.request, {"var_id": variable.id})
+
+    def _set_variable(self, event: ev.SetVariable, now: float) -> None:
+        session = self._session(event.session_id, event.auth, now)
+        if self._repeated(session, event.idempotency_key, event.request):
+            return
+        variable = self._variable(session, event.var_id)
+        if variable.state != "empty":
+            reason = "a call produces it" if variable.producer is not None else "it has a content"
+            raise ParrotError("conflict", f"variable {event.var_id!r} cannot be set: {reason}", var_id=event.var_id)
+        variable.move("set")
+        variable.content = event.content
+        self._answer(session, event.idempotency_key, event.request, _EMPTY)
+        self._became_ready(session, variable, now)
+
+    def _list_variables(self, event: ev.ListVariables, now: float) -> None:
+        session = self._session(event.session_id, event.auth, now)
+        listed = [
+            VariableInfo(
+                variable.id,
+                variable.name,
+                variable.state,
+                variable.content.key if variable.content is not None else None,
+                variable.error.message if variable.error is not None else None,
+            )
+            for variable in session.variables.values()
+        ]
+        self._reply(event.request, listed)
+
+    def _became_ready(self, session: Session, variable: Variable, now: float) -> None:
+        """The variable has its content: whoever waited for it goes on."""
+        content = variable.content
+        assert content is not None
+        if variable.getters:
+            for request in variable.getters:
+                del self._gets[request]
+                self._effects.append(Reply(request, content.key))
+            session.waiting_gets -= len(variable.getters)
+            variable.getters = None
+        if variable.consumers:
+            for task in variable.consumers:
+                task.missing -= 1
+                if task.missing == 0 and task.activated and task.state == "waiting":
+                    self._enqueue(task, now)
+            variable.consumers = None
+        self._idle.touch(session, now)
+
+    def _became_failed(self, session: Session, variable: Variable, error: ErrorInfo, now: float) -> None:
+        """The variable will never have a content: its getters are told why, its consumers fail too."""
+        variable.error = error
+        if variable.getters:
+            for request in variable.getters:
+                del self._gets[request]
+                self._effects.append(Reply(request, None, error))
+            session.waiting_gets -= len(variable.getters)
+            variable.getters = None
+        consumers, variable.consumers = variable.consumers or [], None
+        derived = input_failed(variable, error)
+        for task in consumers:
+            if task.state == "waiting":
+                task.move("fail")
+                task.finished_s = now
+                self._task_failed(task, derived, now)
+        self._idle.touch(session, now)
+
+    # =============================================================================================== gets
+
+    def _get_variable(self, event: ev.GetVariable, now: float) -> None:
+        session = self._session(event.session_id, event.auth, now)
+        variable = self._variable(session, event.var_id)
+        if variable.state == "ready":
+            assert variable.content is not None
+            self._reply(event.request, variable.content.key)
+            return
+        if variable.state == "failed":
+            self._effects.append(Reply(event.request, None, variable.error))
+            return
+        deadline = None if event.timeout is None else now + event.timeout
+        self._gets[event.request] = PendingGet(session, variable, deadline)
+        if deadline is not None:
+            heapq.heappush(self._timeouts, (deadline, event.request))
+        if variable.getters is None:
+            variable.getters = []
+        variable.getters.append(event.request)
+        session.waiting_gets += 1
+        self._idle.touch(session, now)
+        variable.criteria = tighter(variable.criteria, event.criteria or Criteria.THROUGHPUT)
+        if variable.producer is not None:
+            self._deduction.fetch(variable.producer, variable.criteria or Criteria.THROUGHPUT)
+
+    def _cancel_get(self, event: ev.CancelGet, now: float) -> None:
+        self._drop_get(event.request, now)
+
+    def _drop_get(self, request: int, now: float) -> PendingGet | None:
+        pending = self._gets.pop(request, None)
+        if pending is not None:
+            assert pending.variable.getters is not None
+            pending.variable.getters.remove(request)
+            pending.session.waiting_gets -= 1
+            self._idle.touch(pending.session, now)
+        return pending
+
+    # =============================================================================================== calls
+
+    def _submit_call(self, event: ev.SubmitCall, now: float) -> None:
+        session = self._session(event.session_id, event.auth, now)
+        if self._repeated(session, event.idempotency_key, event.request):
+            return
+        self._admit(session, event)
+        self._check_variables(session, event)
+        call = Call(
+            number=len(session.calls),
+            session=session,
+            func_name=event.func_name,
+            segments=event.segments,
+            variables=(),
+            lane=self.scheduler.engines.lane(event.models, event.model_type),
+            cache_prefix=event.cache_prefix,
+            fuse_fill=event.fuse_fill,
+            submitted_s=now,
+        )
+        call.variables = self._bind(session, event, now)
+        session.calls.append(call)
+        tasks = tasks_of(call)
+        call.tasks = tasks
+        session.unfinished += len(tasks)
+        self._answer(session, event.idempotency_key, event.request, call_answer(call))
+        for task in tasks:
+            self._connect(session, task, now)
+        if event.output_criteria is not None and not tasks[-1].ended:
+            self._deduction.fetch(tasks[-1], event.output_criteria)
+
+    def _admit(self, session: Session, event: ev.SubmitCall) -> None:
+        """Raises queue_full for a session that would begin anew, too_many_tasks for one that has too many."""
+        outputs = sum(type(segment) is ev.Output for segment in event.segments)
+        if outputs == 0:
+            raise ParrotError("bad_template", "the call has no output")
+        if type(event.segments[0]) is ev.Output:
+            raise ParrotError("bad_template", "the call has an output before any text")
+        if session.unfinished == 0 and self.scheduler.queue_full:
+            limit = self.config.global_scheduler.max_queue_size
+            raise ParrotError("queue_full", f"{len(self.scheduler.queue)} tasks wait for an engine; max_queue_size is {limit}")
+        if session.unfinished + outputs > self.config.max_tasks_per_session:
+            limit = self.config.max_tasks_per_session
+            raise ParrotError(
+                "too_many_tasks",
+                f"session {session.id} has {session.unfinished} unfinished tasks; max_tasks_per_session is {limit}",
+            )
+
+    def _check_variables(self, session: Session, event: ev.SubmitCall) -> None:
+        """Raises not_found, conflict or cyclic_dependency; nothing is changed yet."""
+        inputs: list[Variable] = []
+        outputs: set[Variable] = set()
+        for segment in event.segments:
+            if type(segment) is ev.Input and segment.var_id is not None:
+                inputs.append(self._variable(session, segment.var_id))
+            elif type(segment) is ev.Output and segment.var_id is not None:
+                variable = self._variable(session, segment.var_id)
+                if variable.state != "empty" or variable in outputs:
+                    raise ParrotError(
+                        "conflict",
+                        f"output {segment.name!r}: variable {segment.var_id!r} already has a producer or a content",
+                        var_id=segment.var_id,
+                    )
+                outputs.add(variable)
+        if outputs and inputs and depends_on(iter(inputs), outputs):
+            raise ParrotError("cyclic_dependency", f"call {event.func_name!r} would wait for its own output")
+
+    def _bind(self, session: Session, event: ev.SubmitCall, now: float) -> tuple[Variable | None, ...]:
+        """The variable of each segment; values and new outputs get variables of their own."""
+        bound: list[Variable | None] = []
+        values: dict[str, Variable] = {}
+        for segment in event.segments:
+            if isinstance(segment, ev.Constant):
+                bound.append(None)
+                continue
+            if segment.var_id is not None:
+                variable = session.variables[segment.var_id]
+            elif segment.name in values:
+                variable = values[segment.name]
+            else:
+                variable = values[segment.name] = session.new_variable(segment.name)
+                if isinstance(segment, ev.Input):
+                    variable.move("set")
+                    variable.content = segment.value
+            bound.append(variable)
+        return tuple(bound)
+
+    def _connect(self, session: Session, task: Task, now: float) -> None:
+        """Puts a new task into the graph: what it waits for, and who waits for it already."""
+        output = task.output
+        output.producer = task
+        output.move("produce")
+        failed: Variable | None = None
+        for variable in dict.fromkeys(task.inputs()):
+            if variable.state == "failed":
+                failed = failed or variable
+            elif variable.state != "ready":
+                task.missing += 1
+                if variable.consumers is None:
+                    variable.consumers = []
+                variable.consumers.append(task)
+        if failed is not None:
+            assert failed.error is not None
+            task.move("fail")
+            task.finished_s = now
+            self._task_failed(task, input_failed(failed, failed.error), now)
+            return
+        if output.getters:
+            self._deduction.fetch(task, output.criteria or Criteria.THROUGHPUT)
+        if output.consumers:
+            self._deduction.connect(task)
+
+    def _activated(self, task: Task) -> None:
+        """Deduction has activated the task, or changed its depth or group."""
+        if task.state == "queued":
+            self.scheduler.reorder(task)
+        elif task.state == "waiting" and task.missing == 0:
+            self._enqueue(task, self._now)
+
+    def _enqueue(self, task: Task, now: float) -> None:
+        session = task.call.session
+        session.active += 1
+        self._idle.remove(session)
+        self.scheduler.enqueue(task, now)
+
+    # =============================================================================================== tasks end
+
+    def _task_finished(self, task: Task, content: Content, now: float) -> None:
+        session = task.call.session
+        session.active -= 1
+        session.unfinished -= 1
+        task.output.move("finish")
+        task.output.content = content
+        self._became_ready(session, task.output, now)
+
+    def _task_failed(self, task: Task, error: ErrorInfo, now: float) -> None:
+        session = task.call.session
+        if task.ready_s is not None:
+            session.active -= 1
+        session.unfinished -= 1
+        task.output.move("fail")
+        self._became_failed(session, task.output, error, now)
+
+    # =============================================================================================== engines
+
+    def _register_engine(self, event: ev.RegisterEngine, now: float) -> None:
+        if len(self.engines) >= self.config.max_engines_num:
+            raise ParrotError(
+                "too_many_engines",
+                f"{len(self.engines)} engines are registered; max_engines_num is {self.config.max_engines_num}",
+            )
+        if event.lengths:
+            tokenizer = event.engine.tokenizer
+            for content in self.contents():
+                if tokenizer not in content.lengths and content.key in event.lengths:
+                    content.lengths[tokenizer] = event.lengths[content.key]
+        engine = self.scheduler.register(event.engine, now)
+        self._reply(event.request, RegisterAnswer(engine.id, self.scheduler.epoch))
+
+    def _in_flight(self, event: _TaskEvent) -> Task | None:
+        """The task that the event speaks of, if that attempt is the present one; stale events are dropped."""
+        if event.epoch != self.scheduler.epoch:
+            return None
+        session = self._sessions.get(event.task.session_id)
+        task = session.task(event.task) if session is not None else None
+        if task is None or task.attempt != event.attempt or task.state not in IN_FLIGHT:
+            return None
+        return task
+
+    def _task_started(self, event: ev.TaskStarted, now: float) -> None:
+        if (task := self._in_flight(event)) is not None:
+            self.scheduler.started(task, event.cached_tokens, now)
+
+    def _first_token(self, event: ev.FirstToken, now: float) -> None:
+        if (task := self._in_flight(event)) is not None:
+            self.scheduler.first_token(task, now)
+
+    def _on_finished(self, event: ev.TaskFinished, now: float) -> None:
+        if (task := self._in_flight(event)) is not None:
+            self.scheduler.finish(task, event, now)
+
+    def _on_failed(self, event: ev.TaskFailed, now: float) -> None:
+        if (task := self._in_flight(event)) is not None:
+            self.scheduler.fail(task, event, now)
+
+    def _on_rejected(self, event: ev.TaskRejected, now: float) -> None:
+        if (task := self._in_flight(event)) is not None:
+            self.scheduler.reject(task, event.message, now)
+
+    # =============================================================================================== time
+
+    def _due(self, now: float) -> None:
+        """Everything whose deadline has come: gets that time out, sessions that expire, what the scheduler waits for."""
+        while self._timeouts and self._timeouts[0][0] <= now:
+            _, request = heapq.heappop(self._timeouts)
+            pending = self._drop_get(request, now)
+            if pending is not None:
+                message = f"variable {pending.variable.id!r} was not ready in time"
+                self._effects.append(Reply(request, None, ErrorInfo("timeout", message)))
+        deadline = self._idle.next_deadline()
+        if deadline is not None and deadline <= now:
+            for session in self._idle.expired(now):
+                self._end_session(session, "expire", now)
+        self.scheduler.tick(now)
+
+    def _restarted(self, event: ev.Restarted, now: float) -> None:
+        self.scheduler.restart(event.epoch, now)
+        for session in self._sessions.values():
+            self._idle.touch(session, now)

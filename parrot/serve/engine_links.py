@@ -1,0 +1,298 @@
+"""The core's side of its engines: who is registered and alive, and what is asked of them.
+
+It decides when an engine counts as lost: its heartbeat is late, its task stream broke and a ping finds nobody, or another
+process registers at its address. Where a task runs, and what becomes of it when its engine is lost, is the core's affair.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from parrot.protocol.engine import AbortRequest, EngineDescription, FreeContextRequest, RegisterAnswer, TaskId
+from parrot.protocol.errors import ParrotError
+from parrot.serve.effects import Abort, Dispatch, FreeContexts, Reply
+from parrot.serve.events import ContextsEvicted, EngineLost, RegisterEngine, TaskFailed
+from parrot.serve.shell import Shell
+from parrot.serve.streams import OutputStreams
+from parrot.serve.task_stream import TaskStream
+from parrot.serve.texts import Texts
+from parrot.serve.tokenization import Tokenization
+
+_log = logging.getLogger(__name__)
+
+_JSON = {"Content-Type": "application/json"}
+_CONNECT_S = 5.0
+_SHORT = aiohttp.ClientTimeout(total=5.0)
+
+
+class EngineLink:
+    """One live engine."""
+
+    __slots__ = ("description", "engine_id", "epoch", "freed", "instance", "last_heard_s", "running", "suspected", "url")
+
+    def __init__(self, engine_id: int, epoch: int, description: EngineDescription, instance: str, now: float) -> None:
+        self.engine_id = engine_id
+        self.epoch = epoch
+        self.description = description
+        self.instance = instance
+        self.last_heard_s = now
+        host = f"[{description.host}]" if ":" in description.host else description.host
+        self.url = f"http://{host}:{description.port}"
+        self.running: dict[tuple[TaskId, int], asyncio.Task[None]] = {}
+        self.freed: list[int] = []  #: contexts to free at the end of this turn
+        self.suspected = False  #: a ping is under way
+
+
+class EngineLinks:
+    """All live engines. `attach` gives it the shell before the first use."""
+
+    def __init__(
+        self, texts: Texts, tokenization: Tokenization, streams: OutputStreams, http: aiohttp.ClientSession, heartbeat_s: float
+    ) -> None:
+        self._texts = texts
+        self._tokenization = tokenization
+        self._streams = streams
+        self._http = http
+        self._heartbeat_s = heartbeat_s
+        self._shell: Shell
+        self._loop = asyncio.get_running_loop()
+        self._links: dict[int, EngineLink] = {}
+        self._registering: dict[str, asyncio.Future[RegisterAnswer]] = {}
+        self._measured: set[str] = set()  # tokenizers of which the core has all lengths
+        self._background: set[asyncio.Task[None]] = set()
+        self._watch: asyncio.TimerHandle | None = None
+        self._watch_due_s = 0.0
+
+    def attach(self, shell: Shell) -> None:
+        """Where events go."""
+        self._shell = shell
+
+    def __len__(self) -> int:
+        return len(self._links)
+
+    # ------------------------------------------------------------------------------------ registration, heartbeats
+
+    async def register(self, description: EngineDescription, instance: str) -> RegisterAnswer:
+        """Registers an engine, or answers as before when the same process asks again.
+
+        Raises ParrotError: its tokenizer cannot be loaded, or the core refuses it.
+        """
+        for link in self._links.values():
+            if instance and link.instance == instance:
+                link.last_heard_s = self._shell.now()
+                return RegisterAnswer(link.engine_id, link.epoch)
+        if instance in self._registering:
+            return await asyncio.shield(self._registering[instance])
+        future: asyncio.Future[RegisterAnswer] = self._loop.create_future()
+        if instance:
+            self._registering[instance] = future
+        try:
+            answer = await self._register(description, instance)
+        except BaseException as error:
+            failure = error if isinstance(error, ParrotError) else ParrotError("unavailable", "registration was interrupted")
+            future.set_exception(failure)
+            future.exception()
+            raise
+        else:
+            future.set_result(answer)
+            return answer
+        finally:
+            self._registering.pop(instance, None)
+
+    async def _register(self, description: EngineDescription, instance: str) -> RegisterAnswer:
+        name = description.tokenizer
+        await self._tokenization.learn(name)
+        if description.bos_tokens not in (0, 1) or (description.bos_tokens and self._tokenization.bos_id(name) is None):
+            raise ParrotError(
+                "bad_request",
+                f"engine {description.engine_name!r} puts {description.bos_tokens} tokens at the head of a chain, "
+                f"but tokenizer {name!r} has {'no' if self._tokenization.bos_id(name) is None else 'one'} BOS token",
+            )
+        for link in list(self._links.values()):
+            if (link.description.host, link.description.port) == (description.host, description.port):
+                self._lose(link, f"engine {description.engine_name!r} registered at its address {link.url}")
+        lengths = {} if name in self._measured else self._texts.lengths(name)
+
+        def on_reply(reply: Reply) -> None:
+            # At once, not when the waiter wakes up: the core may dispatch to it with the next effect.
+            if reply.error is None:
+                self._measured.add(name)
+                self._add(reply.payload, description, instance)
+
+        event = RegisterEngine(self._shell.number(), description, lengths)
+        answer: RegisterAnswer = await self._shell.ask(event, on_reply)
+        return answer
+
+    def _add(self, answer: RegisterAnswer, description: EngineDescription, instance: str) -> None:
+        link = EngineLink(answer.engine_id, answer.epoch, description, instance, self._shell.now())
+        self._links[answer.engine_id] = link
+        _log.info("engine %d %r registered: %s, model %s", link.engine_id, description.engine_name, link.url, description.model)
+        if self._watch is None:
+            self._watch_heartbeats()
+
+    def heartbeat(self, engine_id: int, evicted: tuple[int, ...]) -> None:
+        """The engine is alive. Raises `not_found` for one that is not registered (any more)."""
+        link = self._links.get(engine_id)
+        if link is None:
+            raise ParrotError("not_found", f"engine {engine_id} is not registered; register again", engine_id=engine_id)
+        link.last_heard_s = self._shell.now()
+        if evicted:
+            self._shell.post(ContextsEvicted(engine_id, evicted))
+
+    def _check_heartbeats(self) -> None:
+        now = self._shell.now()
+        # A check that comes late says that this process stood still: heartbeats may lie unread in the sockets.
+        was_awake = now < self._watch_due_s + self._heartbeat_s / 4
+        for link in list(self._links.values()):
+            silence_s = now - link.last_heard_s
+            if silence_s > self._heartbeat_s and was_awake:
+                self._lose(link, f"no heartbeat for {silence_s:.1f} s")
+        self._watch = None
+        if self._links:
+            self._watch_heartbeats()
+
+    def _watch_heartbeats(self) -> None:
+        period_s = self._heartbeat_s / 4
+        self._watch_due_s = self._shell.now() + period_s
+        self._watch = self._loop.call_later(period_s, self._check_heartbeats)
+
+    def _lose(self, link: EngineLink, reason: str) -> None:
+        if self._links.pop(link.engine_id, None) is None:
+            return
+        _log.warning("engine %d %r is lost: %s", link.engine_id, link.description.engine_name, reason)
+        for task in list(link.running.values()):
+            task.cancel()
+        self._shell.post(EngineLost(link.engine_id, reason))
+
+    # ---------------------------------------------------------------------------------------------------- effects
+
+    def dispatch(self, effect: Dispatch) -> None:
+        """Sends a task to its engine; its events go to the shell."""
+        link = self._links.get(effect.engine_id)
+        if link is None:
+            self._fail(effect, f"engine {effect.engine_id} is not connected")
+            return
+        stream = TaskStream(effect, link.description, self._texts, self._tokenization, self._streams, self._shell.post)
+        key = (effect.task, effect.attempt)
+        task = self._loop.create_task(self._run(link, stream, effect))
+        link.running[key] = task
+        task.add_done_callback(lambda _: link.running.pop(key, None))
+
+    async def _run(self, link: EngineLink, stream: TaskStream, effect: Dispatch) -> None:
+        try:
+            body = stream.request_body()
+        except Exception:
+            _log.exception("task %s could not be put together", effect.task)
+            self._fail(effect, "the task could not be put together; the server's log has the details", "internal")
+            return
+        try:
+            async with self._http.post(link.url + "/task", data=body, headers=_JSON) as response:
+                if response.status == 200:
+                    async for chunk in response.content.iter_any():
+                        await stream.feed(chunk)
+                else:
+                    stream.refused(response.status, await response.read())
+        except (aiohttp.ClientError, OSError, TimeoutError, msgspec.MsgspecError) as error:
+            if not stream.ended:
+                stream.broken(f"{type(error).__name__}: {error}")
+        except Exception as error:
+            _log.exception("task %s: its stream could not be taken in", effect.task)
+            if not stream.ended:
+                stream.broken(f"{type(error).__name__}: {error}")
+        if not stream.ended:
+            stream.broken("it closed the connection before the task ended")
+        if stream.is_broken:
+            self._suspect(link)
+
+    def _fail(self, effect: Dispatch, message: str, code: str = "engine_failed") -> None:
+        self._shell.post(TaskFailed(effect.epoch, effect.task, effect.attempt, code, message, code == "engine_failed"))
+
+    def abort(self, effect: Abort) -> None:
+        """Gives up an attempt: its stream is closed, and the engine is told."""
+        link = self._links.get(effect.engine_id)
+        if link is None:
+            return
+        task = link.running.get((effect.task, effect.attempt))
+        if task is not None:
+            task.cancel()
+        self._tell(link, "/abort", AbortRequest(effect.epoch, effect.task, effect.attempt))
+
+    def free_contexts(self, effect: FreeContexts) -> None:
+        """Tells the engine, with all others of this turn in one request."""
+        link = self._links.get(effect.engine_id)
+        if link is None:
+            return
+        if not link.freed:
+            self._loop.call_soon(self._send_freed, link)
+        link.freed.extend(effect.context_ids)
+
+    def session_ended(self, session_id: int) -> None:
+        """Forgets the session's texts."""
+        self._texts.end(session_id)
+        self._streams.end(session_id)
+
+    def _send_freed(self, link: EngineLink) -> None:
+        ids, link.freed = tuple(link.freed), []
+        if self._links.get(link.engine_id) is link:
+            self._tell(link, "/free_context", FreeContextRequest(context_ids=ids, epoch=link.epoch))
+
+    # -------------------------------------------------------------------------------------------------- in passing
+
+    def _tell(self, link: EngineLink, path: str, message: Any) -> None:
+        """Sends what needs no answer. A failure matters to nobody: an engine that is lost has forgotten anyway."""
+
+        async def send() -> None:
+            try:
+                async with self._http.post(
+                    link.url + path, data=msgspec.json.encode(message), headers=_JSON, timeout=_SHORT
+                ) as response:
+                    await response.read()
+            except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                _log.info("%s%s failed: %s", link.url, path, error)
+
+        self._start(send())
+
+    def _suspect(self, link: EngineLink) -> None:
+        """A stream broke: pings the engine, once for all that broke together."""
+        if link.suspected or self._links.get(link.engine_id) is not link:
+            return
+        link.suspected = True
+
+        async def ping() -> None:
+            problem = None
+            try:
+                async with self._http.post(link.url + "/ping", data=b"{}", headers=_JSON, timeout=_SHORT) as response:
+                    await response.read()
+                    if response.status != 200:
+                        problem = f"its ping answered {response.status}"
+            except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                problem = f"its ping failed: {type(error).__name__}: {error}"
+            link.suspected = False
+            if problem is not None:
+                self._lose(link, problem)
+
+        self._start(ping())
+
+    def _start(self, work: Any) -> None:
+        task = self._loop.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def close(self) -> None:
+        """Aborts all running tasks by closing their streams, and waits until nothing is left."""
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+        running = [task for link in self._links.values() for task in link.running.values()]
+        self._links.clear()
+        for task in running:
+            task.cancel()
+        _, late = await asyncio.wait({*running, *self._background}, timeout=1.0) if running or self._background else (None, ())
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*running, *self._background, return_exceptions=True)

@@ -1,0 +1,205 @@
+"""Live engines by the core's own count: what each has in flight, what it may still take, and who is least loaded.
+
+A `Lane` is all that asks for the same models: its queued tasks wait for the same engines. Loads are the core's own
+bookkeeping of what it dispatched, exact and fresh, never scraped from an engine.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from parrot.protocol.engine import EngineDescription
+from parrot.serve import states
+
+if TYPE_CHECKING:
+    from parrot.serve.contexts import Context
+    from parrot.serve.graph import Task
+
+Load = tuple[float, ...]
+
+
+class Engine(msgspec.Struct, eq=False):
+    """A registered engine. `reserved` tokens: Σ(new prompt + max_gen_length) of its tasks in flight. `version` changes
+    whenever its capacity has changed in a way that could let in what it refused."""
+
+    id: int
+    description: EngineDescription
+    state: str = "live"
+    tasks: dict[Task, None] = {}
+    contexts: dict[int, Context] = {}
+    reserved: int = 0
+    latency_tasks: int = 0
+    version: int = 0
+    next_context_id: int = 0
+    served_tokens: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.description.engine_name
+
+    @property
+    def running(self) -> int:
+        """How many tasks are in flight there."""
+        return len(self.tasks)
+
+    def has_room(self, tokens: int, bound: int | None = None) -> bool:
+        """Whether a task that reserves `tokens` fits. One task alone always does. `bound`: a lower limit on tokens."""
+        description = self.description
+        if not self.tasks:
+            return True
+        capacity = description.tokens_capacity if bound is None else min(bound, description.tokens_capacity)
+        return len(self.tasks) < description.tasks_capacity and self.reserved + tokens <= capacity
+
+    @property
+    def full(self) -> bool:
+        """Whether it can take no task of any size."""
+        description = self.description
+        return bool(self.tasks) and (
+            len(self.tasks) >= description.tasks_capacity or self.reserved >= description.tokens_capacity
+        )
+
+    def new_context_id(self) -> int:
+        self.next_context_id += 1
+        return self.next_context_id
+
+    def move(self, by: str) -> None:
+        self.state = states.move(states.ENGINE, self.state, by)
+
+
+def by_load(engine: Engine) -> Load:
+    """Fewest reserved tokens, then fewest tasks."""
+    return (engine.reserved, len(engine.tasks))
+
+
+def by_harm(engine: Engine) -> Load:
+    """Fewest latency-bound tasks, then fewest reserved tokens."""
+    return (engine.latency_tasks, engine.reserved, len(engine.tasks))
+
+
+class EngineIndex:
+    """Engines sorted by a key of their load, kept sorted as loads change: O(log n) to find a place."""
+
+    def __init__(self, key: Callable[[Engine], Load]) -> None:
+        self._key = key
+        self._entries: list[tuple[Load, int]] = []
+        self._of: dict[int, Load] = {}
+        self._engines: dict[int, Engine] = {}
+
+    def add(self, engine: Engine) -> None:
+        load = self._key(engine)
+        self._of[engine.id] = load
+        self._engines[engine.id] = engine
+        insort(self._entries, (load, engine.id))
+
+    def remove(self, engine: Engine) -> None:
+        load = self._of.pop(engine.id, None)
+        if load is not None:
+            del self._engines[engine.id]
+            del self._entries[bisect_left(self._entries, (load, engine.id))]
+
+    def update(self, engine: Engine) -> None:
+        old = self._of.get(engine.id)
+        if old is None:
+            return
+        new = self._key(engine)
+        if new != old:
+            del self._entries[bisect_left(self._entries, (old, engine.id))]
+            insort(self._entries, (new, engine.id))
+            self._of[engine.id] = new
+
+    def __iter__(self) -> Iterator[Engine]:
+        """From the least to the most loaded. Do not change a load while iterating; place, then ask again."""
+        for _, engine_id in self._entries:
+            yield self._engines[engine_id]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+class Lane(msgspec.Struct, eq=False):
+    """All that asks for one of `models` (empty: any) of a model type, and the live engines that serve it."""
+
+    models: tuple[str, ...]
+    model_type: str
+    engines: dict[int, Engine] = {}
+    version: int = 0  # changes whenever one of its engines has more room than before
+    indexes: dict[Callable[[Engine], Load], EngineIndex] = {}
+
+    def serves(self, description: EngineDescription) -> bool:
+        kind = "text" if description.engine_type == "openai" else "token_id"
+        return kind == self.model_type and (not self.models or description.model in self.models)
+
+    def ordered(self, key: Callable[[Engine], Load]) -> EngineIndex:
+        """The engines of the lane sorted by `key`; the index is kept from the first time it is asked for."""
+        index = self.indexes.get(key)
+        if index is None:
+            index = self.indexes[key] = EngineIndex(key)
+            for engine in self.engines.values():
+                index.add(engine)
+        return index
+
+    def describe(self) -> str:
+        models = " or ".join(self.models) if self.models else "any model"
+        return f"{models} (model_type {self.model_type})"
+
+
+class Engines:
+    """All live engines, and the lanes that were ever asked for."""
+
+    def __init__(self) -> None:
+        self.live: dict[int, Engine] = {}
+        self.lanes: dict[tuple[tuple[str, ...], str], Lane] = {}
+        self._lanes_of: dict[int, tuple[Lane, ...]] = {}
+        self._next_id = 0
+
+    def lane(self, models: tuple[str, ...], model_type: str) -> Lane:
+        """The lane of that requirement, made when it is first asked for."""
+        lane = self.lanes.get((models, model_type))
+        if lane is None:
+            lane = self.lanes[models, model_type] = Lane(models, model_type)
+            for engine in self.live.values():
+                self._join(lane, engine)
+        return lane
+
+    def register(self, description: EngineDescription) -> Engine:
+        self._next_id += 1
+        engine = Engine(self._next_id, description)
+        self.live[engine.id] = engine
+        self._lanes_of[engine.id] = ()
+        for lane in self.lanes.values():
+            self._join(lane, engine)
+        return engine
+
+    def _join(self, lane: Lane, engine: Engine) -> None:
+        if lane.serves(engine.description):
+            lane.engines[engine.id] = engine
+            lane.version += 1
+            for index in lane.indexes.values():
+                index.add(engine)
+            self._lanes_of[engine.id] = (*self._lanes_of.get(engine.id, ()), lane)
+
+    def lose(self, engine: Engine) -> tuple[Lane, ...]:
+        """Takes the engine out of everything; returns the lanes that it served."""
+        engine.move("lose")
+        del self.live[engine.id]
+        lanes = self._lanes_of.pop(engine.id)
+        for lane in lanes:
+            del lane.engines[engine.id]
+            for index in lane.indexes.values():
+                index.remove(engine)
+        return lanes
+
+    def load_changed(self, engine: Engine, more_room: bool = False) -> None:
+        """The engine's load is another one now: every index that holds it moves it. With `more_room`, whatever waits
+        for room asks again."""
+        if more_room:
+            engine.version += 1
+        for lane in self._lanes_of.get(engine.id, ()):
+            if more_room:
+                lane.version += 1
+            for index in lane.indexes.values():
+                index.update(engine)

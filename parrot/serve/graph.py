@@ -1,0 +1,289 @@
+"""The DAG of calls: a call's completion tasks, their edges through variables, and what follows from each get.
+
+Deduction (Parrot, OSDI'24, section 4.2) walks backward from a fetched output: every task that the output needs is
+activated, gets the criteria of what it serves, its depth (the longest way to a fetched output, in tasks) and, where
+several tasks feed one consumer in parallel, a task group, whose completion as a whole is what matters. Calls and gets
+may come in any order; the work of each is proportional to what it changes. A later get tightens, never loosens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from parrot.protocol.api import Criteria, SamplingConfig
+from parrot.protocol.engine import TaskId
+from parrot.serve import states
+from parrot.serve.events import Constant, Content, Output, Segment
+from parrot.serve.variables import Variable
+
+if TYPE_CHECKING:
+    from parrot.serve.contexts import Context, PrefixNode
+    from parrot.serve.engines import Engine, Lane
+    from parrot.serve.sessions import Session
+
+_RANK = {Criteria.THROUGHPUT: 0, Criteria.TPOT: 1, Criteria.TTFT: 2, Criteria.LATENCY: 3}
+
+
+def tighter(a: Criteria | None, b: Criteria | None) -> Criteria | None:
+    """The criteria that satisfies both: the stricter of two; TTFT and TPOT together are latency."""
+    if a is None or b is None or a is b:
+        return a if b is None else b
+    if {a, b} == {Criteria.TTFT, Criteria.TPOT}:
+        return Criteria.LATENCY
+    return a if _RANK[a] >= _RANK[b] else b
+
+
+class Call(msgspec.Struct, eq=False):
+    """A submitted semantic call. `variables`: one for each segment, None for constants."""
+
+    number: int
+    session: Session
+    func_name: str
+    segments: tuple[Segment, ...]
+    variables: tuple[Variable | None, ...]
+    lane: Lane
+    cache_prefix: bool
+    fuse_fill: bool
+    submitted_s: float
+    tasks: list[Task] = []
+
+    @property
+    def state(self) -> str:
+        """The state of its least advanced task that matters: failed and cancelled first, then whatever has not ended."""
+        found = {task.state for task in self.tasks}
+        for state in ("failed", "cancelled", "running", "dispatched", "queued", "waiting"):
+            if state in found:
+                return state
+        return "finished"
+
+
+class Group(msgspec.Struct, eq=False):
+    """Tasks of one stage that feed `root` in parallel. `queued`: those of its members that wait for a placement."""
+
+    root: TaskId
+    depth: int
+    queued: dict[Task, None] = {}
+
+
+class Link(msgspec.Struct, eq=False, gc=False):
+    """One context of a chain, engine-independent: the contents that it adds, and whether a task generated them."""
+
+    contents: tuple[Content, ...]
+    output: bool
+
+
+class Task(msgspec.Struct, eq=False):
+    """A completion task: fills, then one generate. It is also the view of itself that policies read.
+
+    `begin`, `end`: its own segments are call.segments[begin:end], the last of them its output; its chain starts at 0.
+    Times are seconds of the core's clock, None while they have not come.
+    """
+
+    id: TaskId
+    call: Call
+    begin: int
+    end: int
+    output: Variable
+    sampling: SamplingConfig
+    missing: int = 0  # inputs that are not ready
+    state: str = "waiting"
+    attempt: int = 0
+    tries: int = 0  # attempts that count towards max_attempts
+    activated: bool = False
+    criteria: Criteria | None = None
+    depth: int = 0
+    group: Group | None = None
+    # from the moment it is queued
+    sequence: int = 0
+    order: Any = None
+    links: list[Link] | None = None
+    path: list[PrefixNode] | None = None
+    tokens: dict[str, int] | None = None  # prompt length by tokenizer
+    refusals: dict[int, int] | None = None  # engine id -> its capacity version then; -1: never again
+    # while it is in flight
+    engine: Engine | None = None
+    contexts: list[Context] | None = None
+    reserved: int = 0
+    counted_latency: bool = False  # whether its engine counts it among its latency-bound tasks
+    # its life, for reports
+    engine_name: str | None = None
+    ready_s: float | None = None
+    dispatched_s: float | None = None
+    started_s: float | None = None
+    first_token_s: float | None = None
+    finished_s: float | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    decode_s: float = 0.0
+    max_gap_s: float = 0.0
+
+    def move(self, by: str) -> None:
+        self.state = states.move(states.TASK, self.state, by)
+
+    @property
+    def ended(self) -> bool:
+        return self.state in states.ENDED
+
+    @property
+    def max_gen_length(self) -> int:
+        """Tokens that it may generate: all that a policy knows of its output's length."""
+        return self.sampling.max_gen_length
+
+    @property
+    def session_id(self) -> int:
+        return self.id.session_id
+
+    @property
+    def program_sequence(self) -> int:
+        """The order in which programs (sessions) arrived."""
+        return self.call.session.sequence
+
+    @property
+    def tenant(self) -> str:
+        return self.call.session.tenant
+
+    @property
+    def latency_sensitive(self) -> bool:
+        """Whether its own latency matters; a member of a group may batch, since only the whole group's end counts."""
+        return self.group is None and self.criteria is not None and self.criteria is not Criteria.THROUGHPUT
+
+    def inputs(self) -> Iterator[Variable]:
+        """The variables that must be ready before it can run, in template order; the output that it continues included."""
+        first = self.begin - 1 if self.begin else 0
+        for variable in self.call.variables[first : self.end - 1]:
+            if variable is not None:
+                yield variable
+
+    def producers(self) -> list[Task]:
+        """The tasks that still have to end before it can run, each once."""
+        found: dict[Task, None] = {}
+        for variable in self.inputs():
+            if variable.producer is not None and not variable.settled:
+                found[variable.producer] = None
+        return list(found)
+
+
+def tasks_of(call: Call) -> list[Task]:
+    """One completion task for each output of the call, each continuing the one before."""
+    tasks: list[Task] = []
+    begin = 0
+    for index, segment in enumerate(call.segments):
+        if isinstance(segment, Output):
+            output = call.variables[index]
+            assert output is not None
+            task_id = TaskId(call.session.id, call.number, len(tasks))
+            tasks.append(Task(task_id, call, begin, index + 1, output, segment.sampling))
+            begin = index + 1
+    return tasks
+
+
+def chain_of(task: Task) -> list[Link]:
+    """The links of a task whose inputs are all ready, the head first. Empty contents make no link.
+
+    One link a segment, so that contexts can be shared at every variable's boundary; with `fuse_fill`, one for each run
+    of consecutive fills.
+    """
+    call = task.call
+    links: list[Link] = []
+    run: list[Content] = []
+    for segment, variable in zip(call.segments[: task.end - 1], call.variables, strict=False):
+        generated = False
+        if isinstance(segment, Constant):
+            content = segment.content
+        else:
+            assert variable is not None
+            assert variable.content is not None
+            content = variable.content
+            generated = variable.producer is not None and variable.producer.call is call
+        if not any(content.lengths.values()) and content.lengths:
+            continue
+        if not call.fuse_fill:
+            links.append(Link((content,), generated))
+        elif generated:
+            if run:
+                links.append(Link(tuple(run), False))
+                run = []
+            links.append(Link((content,), True))
+        else:
+            run.append(content)
+    if run:
+        links.append(Link(tuple(run), False))
+    return links
+
+
+def depends_on(variables: Iterator[Variable], targets: set[Variable]) -> bool:
+    """Whether computing `variables` needs one of `targets`: the check that keeps the graph acyclic."""
+    seen: set[Variable] = set()
+    stack = list(variables)
+    while stack:
+        variable = stack.pop()
+        if variable in targets:
+            return True
+        if variable in seen:
+            continue
+        seen.add(variable)
+        if variable.producer is not None and not variable.settled:
+            stack.extend(variable.producer.inputs())
+    return False
+
+
+class Deduction:
+    """Backward propagation of activation, criteria, depth and groups. `changed` is called once for each task that was
+    activated or whose place in a queue may have moved."""
+
+    def __init__(self, changed: Callable[[Task], None]) -> None:
+        self._changed = changed
+
+    def fetch(self, task: Task, criteria: Criteria) -> None:
+        """A get (or a call's own output_criteria) wants `task`'s output."""
+        self._spread(task, criteria, 0, None)
+
+    def connect(self, task: Task) -> None:
+        """`task` was just added and something that is already wanted may read its output."""
+        for consumer in task.output.consumers or ():
+            if consumer.activated and not consumer.ended:
+                self._spread_to_producers(consumer)
+
+    def _spread(self, task: Task, criteria: Criteria, depth: int, group: Group | None) -> None:
+        stack = [(task, criteria, depth, group)]
+        while stack:
+            task, criteria, depth, group = stack.pop()
+            if task.ended:
+                continue
+            wanted = tighter(task.criteria, criteria)
+            joins = group is not None and task.group is None and task.depth <= depth
+            if task.activated and wanted is task.criteria and depth <= task.depth and not joins:
+                continue
+            task.activated = True
+            task.criteria = wanted
+            task.depth = max(task.depth, depth)
+            if joins and group is not None:
+                task.group = group
+                if task.state == "queued":
+                    group.queued[task] = None
+            stack.extend(self._producers_of(task))
+            self._changed(task)
+
+    def _spread_to_producers(self, consumer: Task) -> None:
+        for item in self._producers_of(consumer):
+            self._spread(*item)
+
+    @staticmethod
+    def _producers_of(task: Task) -> list[tuple[Task, Criteria, int, Group | None]]:
+        """What `task` passes on to the tasks that it waits for. Latency of any kind makes what leads to it
+        latency-bound: an output's first token waits for its inputs' last."""
+        producers = task.producers()
+        if not producers:
+            return []
+        criteria = Criteria.THROUGHPUT if task.criteria is Criteria.THROUGHPUT else Criteria.LATENCY
+        depth = task.depth + 1
+        group: Group | None = None
+        if task.group is not None or len(producers) > 1:
+            root = task.group.root if task.group is not None else task.id
+            siblings = [p.group for p in producers if p.group is not None and p.group.root == root]
+            group = siblings[0] if siblings else task.call.session.group(root, depth)
+        return [(producer, criteria, depth, group) for producer in producers]

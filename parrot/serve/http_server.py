@@ -1,0 +1,113 @@
+"""The command `python3 -m parrot.serve.http_server`: reads flags and configuration, serves until it is told to stop.
+
+Whatever keeps it from starting is one line on stderr and exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from parrot.configuration import ConfigurationError, load
+from parrot.protocol.errors import ParrotError
+from parrot.serve.config import ServeCoreConfig
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    flags = _parser().parse_args(arguments)
+    try:
+        config = _configuration(flags)
+        _set_up_logging(flags)
+        return _run(config)
+    except (ConfigurationError, ParrotError) as error:
+        print(f"parrot.serve.http_server: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python3 -m parrot.serve.http_server",
+        description="Starts a ServeCore: the server that applications and engines connect to. Flags override the file.",
+    )
+    parser.add_argument(
+        "--config_path", required=True, help="configuration file (JSON, // comments allowed), e.g. sample_configs/core/…"
+    )
+    parser.add_argument("--host", help="address to listen on; 0.0.0.0 for every interface (default: the file's, localhost)")
+    parser.add_argument("--port", type=int, help="port to listen on; 0 for any free one (default: the file's, 9000)")
+    parser.add_argument("--log_dir", help="directory for the log file, made when missing (default: log to stderr)")
+    parser.add_argument("--log_filename", default="core.log", help="name of the log file in --log_dir (default: %(default)s)")
+    parser.add_argument("--release_mode", action="store_true", help="log warnings and errors only")
+    return parser
+
+
+def _configuration(flags: argparse.Namespace) -> ServeCoreConfig:
+    config = load(flags.config_path, ServeCoreConfig)
+    if flags.host is not None:
+        config = msgspec.structs.replace(config, host=flags.host)
+    if flags.port is not None:
+        if not 0 <= flags.port <= 65535:
+            raise ConfigurationError(f"--port {flags.port} is no port; expected 0 to 65535")
+        config = msgspec.structs.replace(config, port=flags.port)
+    return config
+
+
+def _set_up_logging(flags: argparse.Namespace) -> None:
+    handler: logging.Handler = logging.StreamHandler()
+    if flags.log_dir:
+        path = Path(flags.log_dir) / flags.log_filename
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handler = logging.FileHandler(path, encoding="utf-8")
+        except OSError as error:
+            raise ConfigurationError(f"log file {str(path)!r} cannot be written: {error.strerror}") from error
+    logging.basicConfig(
+        level=logging.WARNING if flags.release_mode else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        handlers=[handler],
+        force=True,
+    )
+
+
+def _run(config: ServeCoreConfig) -> int:
+    try:
+        import uvloop
+    except ImportError:
+        factory = None
+    else:
+        factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(_serve(config))
+
+
+async def _serve(config: ServeCoreConfig) -> int:
+    from parrot.serve.server import Server
+
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    server = Server(config)
+    try:
+        addresses = await server.start()
+        # What stands now stays: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        shown = ", ".join(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}" for host, port in addresses)
+        print(f"ServeCore listens on {shown}", file=sys.stderr, flush=True)
+        await stopped.wait()
+    finally:
+        await server.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""The interface of a global-scheduler policy: what it is given, what it answers, and a base for those that go in order.
+
+A policy decides and does nothing. It is built with (parameters, generator) and asked to `place` once after all events
+of an instant, if the queue or a capacity has changed. Each placement that it yields is carried out before it is asked
+for the next, so the views always show the present. It must not keep tasks or engines beyond a call, except as keys
+that it drops again, and must not change anything that it sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar, Protocol
+
+import msgspec
+import numpy as np
+
+from parrot.serve.contexts import PrefixStore
+from parrot.serve.engines import Engine, Engines, Lane
+from parrot.serve.graph import Task
+from parrot.serve.queue import TaskQueue
+
+
+class Placement(msgspec.Struct, frozen=True, gc=False):
+    """Run `task` on `engine`. `terms`: the score that led there, for whoever asks why."""
+
+    task: Task
+    engine: Engine
+    terms: dict[str, float] | None = None
+
+
+class Cluster:
+    """The read-only view of live engines and of what they hold."""
+
+    def __init__(self, engines: Engines) -> None:
+        self._engines = engines
+
+    def engines(self, lane: Lane) -> list[Engine]:
+        """The lane's live engines in the order of their registration."""
+        return list(lane.engines.values())
+
+    @staticmethod
+    def prompt_tokens(task: Task, engine: Engine) -> int:
+        """The length of the task's whole prompt under the engine's tokenizer."""
+        return prompt_tokens(task, engine)
+
+    @staticmethod
+    def cached_links(task: Task, engine: Engine) -> int:
+        """How many leading links of the task's chain the engine holds."""
+        return PrefixStore.cached_links(task.path or [], engine.id)
+
+    @staticmethod
+    def cached_tokens(task: Task, engine: Engine) -> int:
+        """How many leading tokens of the task's prompt the engine holds."""
+        return cached_tokens(task, engine)
+
+    def longest_matches(self, task: Task) -> Iterator[tuple[int, list[Engine]]]:
+        """(matched links, engines of the task's lane), longest match first, each engine once."""
+        lane = task.call.lane.engines
+        for links, ids in PrefixStore.longest_matches(task.path or []):
+            engines = [lane[engine_id] for engine_id in ids if engine_id in lane]
+            if engines:
+                yield links, engines
+
+    @staticmethod
+    def need(task: Task, engine: Engine) -> int:
+        """Tokens that the task would reserve there: its prompt less what is cached, and all that it may generate."""
+        return reservation(task, engine)
+
+    @staticmethod
+    def fits(task: Task, engine: Engine, bound: int | None = None) -> bool:
+        """Whether the task may be placed there now. `bound`: a limit on the engine's tokens below its capacity."""
+        return admits(engine, task, bound)
+
+
+def prompt_tokens(task: Task, engine: Engine) -> int:
+    """Tokens of the prompt under the engine's tokenizer, BOS included; computed once a tokenizer."""
+    tokenizer = engine.description.tokenizer
+    if task.tokens is None:
+        task.tokens = {}
+    found = task.tokens.get(tokenizer)
+    if found is None:
+        found = task.tokens[tokenizer] = sum(
+            length_of(content.lengths, tokenizer) for link in task.links or () for content in link.contents
+        )
+    return found + engine.description.bos_tokens
+
+
+def length_of(lengths: dict[str, int], tokenizer: str) -> int:
+    """A content's tokens under a tokenizer; the longest that is known when that one is not."""
+    found = lengths.get(tokenizer)
+    return found if found is not None else max(lengths.values(), default=0)
+
+
+def cached_tokens(task: Task, engine: Engine) -> int:
+    total = 0
+    for node in task.path or ():
+        context = node.contexts.get(engine.id) if node.contexts else None
+        if context is None:
+            break
+        total += context.tokens
+    return total
+
+
+def reservation(task: Task, engine: Engine) -> int:
+    return max(0, prompt_tokens(task, engine) - cached_tokens(task, engine)) + task.sampling.max_gen_length
+
+
+def too_large(task: Task, engine: Engine) -> bool:
+    """Whether that engine can never take the task: its prompt leaves no room for one token, or it has said so."""
+    return (task.refusals is not None and task.refusals.get(engine.id) == -1) or (
+        prompt_tokens(task, engine) >= engine.description.max_seq_len
+    )
+
+
+def admits(engine: Engine, task: Task, bound: int | None = None) -> bool:
+    if task.refusals is not None:
+        refused = task.refusals.get(engine.id)
+        if refused is not None and (refused == -1 or refused == engine.version):
+            return False
+    if engine.full or prompt_tokens(task, engine) >= engine.description.max_seq_len:
+        return False
+    return engine.has_room(reservation(task, engine), bound)
+
+
+class Policy(Protocol):
+    """What the core asks of a policy. `name`: as in the configuration. `uses_prefix_groups`: the queue must index tasks
+    by prefix. `parameters`: name -> (type, default, meaning), checked before it is built."""
+
+    name: ClassVar[str]
+    uses_prefix_groups: bool
+    parameters: ClassVar[dict[str, tuple[type, Any, str]]]
+
+    def __init__(self, parameters: dict[str, Any], generator: np.random.Generator) -> None: ...
+
+    def order(self, task: Task) -> Any:
+        """The key by which queued tasks of a lane are sorted; ties go by readiness."""
+
+    def place(self, queue: TaskQueue, cluster: Cluster, now: float) -> Iterable[Placement]:
+        """Placements, in order."""
+
+
+class InOrder:
+    """A policy that takes the queue strictly in its order: a task that finds no engine holds those behind it back, so
+    that none starves. A subclass says where one task (or the tasks that go with it) shall run."""
+
+    uses_prefix_groups: bool = False
+    parameters: ClassVar[dict[str, tuple[type, Any, str]]] = {}
+
+    def __init__(self, parameters: dict[str, Any], generator: np.random.Generator) -> None:
+        # What the head of a lane waited for: asking again is of no use until a capacity has changed.
+        self._stalled: dict[Lane, tuple[Task, int]] = {}
+
+    def order(self, task: Task) -> Any:
+        return task.sequence
+
+    def place(self, queue: TaskQueue, cluster: Cluster, now: float) -> Iterator[Placement]:
+        for lane in queue.lanes():
+            while (task := queue.head(lane)) is not None:
+                stalled = self._stalled.get(lane)
+                if stalled is not None and stalled[0] is task and stalled[1] == lane.version:
+                    break
+                placed = False
+                for placement in self.choose(task, queue, cluster):
+                    placed = True
+                    yield placement
+                if not placed:
+                    self._stalled[lane] = (task, lane.version)
+                    break
+            else:
+                self._stalled.pop(lane, None)
+
+    def choose(self, task: Task, queue: TaskQueue, cluster: Cluster) -> Iterable[Placement]:
+        """Placements of `task`, first, and of tasks that shall go with it; none when it must wait."""
+        raise NotImplementedError
+
+
+def first_fit(
+    task: Task, engines: Iterable[Engine], cluster: Cluster, bound: int | None = None
+) -> tuple[Engine, dict[str, float]] | None:
+    """The first of `engines` on which the task fits, with its load as the reason."""
+    for engine in engines:
+        if cluster.fits(task, engine, bound):
+            return engine, {"reserved_tokens": engine.reserved, "tasks": len(engine.tasks)}
+    return None

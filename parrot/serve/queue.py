@@ -1,0 +1,101 @@
+"""Tasks that are ready and wait for a placement: one sorted line a lane, in the order that the policy gives them."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from parrot.serve.contexts import PrefixNode
+from parrot.serve.engines import Lane
+from parrot.serve.graph import Task
+
+Entry = tuple[Any, int, Task]
+
+
+class TaskQueue:
+    """The queue of activated, undispatched tasks; also the read-only view of it that policies get.
+
+    `order(task)` is asked once when a task is queued, and again only when its depth changes. With `by_prefix`, tasks
+    are indexed by every prefix of their prompts.
+    """
+
+    def __init__(self, order: Callable[[Task], Any], by_prefix: bool) -> None:
+        self._order = order
+        self._by_prefix = by_prefix
+        self._lines: dict[Lane, list[Entry]] = {}
+        self._size = 0
+
+    # ---------------------------------------------------------------------------------------- for the core alone
+
+    def add(self, task: Task) -> None:
+        task.order = self._order(task)
+        line = self._lines.get(task.call.lane)
+        if line is None:
+            line = self._lines[task.call.lane] = []
+        insort(line, (task.order, task.sequence, task))
+        self._size += 1
+        if task.group is not None:
+            task.group.queued[task] = None
+        if self._by_prefix:
+            for node in task.path or ():
+                if node.queued is None:
+                    node.queued = {}
+                node.queued[task] = None
+
+    def remove(self, task: Task) -> None:
+        lane = task.call.lane
+        line = self._lines[lane]
+        del line[bisect_left(line, (task.order, task.sequence))]
+        if not line:
+            del self._lines[lane]
+        self._size -= 1
+        if task.group is not None:
+            task.group.queued.pop(task, None)
+        if self._by_prefix:
+            for node in task.path or ():
+                if node.queued is not None:
+                    node.queued.pop(task, None)
+
+    def reorder(self, task: Task) -> None:
+        """What `order` depends on may have changed."""
+        if self._order(task) != task.order:
+            self.remove(task)
+            self.add(task)
+
+    # ---------------------------------------------------------------------------------------- for policies too
+
+    def __len__(self) -> int:
+        return self._size
+
+    def lanes(self) -> list[Lane]:
+        """Lanes in which tasks wait."""
+        return list(self._lines)
+
+    def head(self, lane: Lane) -> Task | None:
+        """The first task of the lane in the policy's order."""
+        line = self._lines.get(lane)
+        return line[0][2] if line else None
+
+    def in_order(self, lane: Lane) -> Iterator[Task]:
+        """All tasks of the lane as they stand now, in the policy's order; placing some while iterating is fine."""
+        for _, _, task in list(self._lines.get(lane, ())):
+            if task.state == "queued":
+                yield task
+
+    def waiting(self, lane: Lane) -> int:
+        """How many tasks of the lane wait."""
+        return len(self._lines.get(lane, ()))
+
+    def group_of(self, task: Task) -> list[Task]:
+        """The queued members of its task group, itself included; just itself when it has none."""
+        return list(task.group.queued) if task.group is not None else [task]
+
+    def sharing(self, task: Task) -> tuple[PrefixNode | None, list[Task]]:
+        """The queued tasks of its lane that share its longest prefix that any other shares, itself included."""
+        for node in reversed(task.path or ()):
+            if node.queued is not None and len(node.queued) > 1:
+                shared = [other for other in node.queued if other.call.lane is task.call.lane]
+                if len(shared) > 1:
+                    return node, shared
+        return None, [task]

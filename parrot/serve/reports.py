@@ -1,0 +1,77 @@
+"""What a ServeCore tells of its calls and sessions: answers, reports, derived errors. Pure functions of its data."""
+
+from __future__ import annotations
+
+from parrot.protocol.api import CallAnswer, CallReport, ParamInfo, SessionReport, TaskReport
+from parrot.protocol.errors import ErrorInfo
+from parrot.serve import events as ev
+from parrot.serve.graph import Call
+from parrot.serve.sessions import Session
+from parrot.serve.variables import Variable
+
+
+def input_failed(variable: Variable, error: ErrorInfo) -> ErrorInfo:
+    """Why a task fails that reads `variable`: the first cause is kept through any number of steps."""
+    details = {"cause": error.details.get("cause", error.code), "variable": error.details.get("variable", variable.id)}
+    return ErrorInfo("input_failed", f"input {variable.id!r} failed: {error.message}", details)
+
+
+def call_answer(call: Call) -> CallAnswer:
+    infos = tuple(
+        ParamInfo(
+            parameter_name=segment.name,
+            placeholder_name=segment.name,
+            is_output=isinstance(segment, ev.Output),
+            var_name=variable.name,
+            var_id=variable.id,
+            var_desc="",
+            var_scope=call.func_name,
+        )
+        for segment, variable in zip(call.segments, call.variables, strict=True)
+        if variable is not None and not isinstance(segment, ev.Constant)
+    )
+    return CallAnswer(call.number, call.session.id, infos)
+
+
+def session_report(session: Session, now: float, calls: bool) -> SessionReport:
+    call_states: dict[str, int] = {}
+    for call in session.calls:
+        state = call.state
+        call_states[state] = call_states.get(state, 0) + 1
+    variable_states: dict[str, int] = {}
+    for variable in session.variables.values():
+        variable_states[variable.state] = variable_states.get(variable.state, 0) + 1
+    return SessionReport(
+        session_id=session.id,
+        state=session.state,
+        calls=call_states,
+        variables=variable_states,
+        age_s=now - session.opened_s,
+        idle_s=0.0 if session.busy else now - session.last_access_s,
+        reports=tuple(call_report(call) for call in session.calls) if calls else None,
+    )
+
+
+def call_report(call: Call) -> CallReport:
+    tasks = tuple(
+        TaskReport(
+            var_id=task.output.id,
+            state=task.state,
+            attempts=task.attempt,
+            engine=task.engine_name,
+            criteria=task.criteria.value if task.criteria is not None else None,
+            depth=task.depth,
+            ready_s=task.ready_s,
+            dispatched_s=task.dispatched_s,
+            started_s=task.started_s,
+            first_token_s=task.first_token_s,
+            finished_s=task.finished_s,
+            prompt_tokens=task.prompt_tokens,
+            cached_tokens=task.cached_tokens,
+            output_tokens=task.output_tokens,
+            decode_s=task.decode_s,
+            max_gap_s=task.max_gap_s,
+        )
+        for task in call.tasks
+    )
+    return CallReport(call.number, call.func_name, call.state, call.submitted_s, tasks)

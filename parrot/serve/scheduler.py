@@ -1,0 +1,461 @@
+"""Tasks on engines: the queue, the policy, placements, contexts, attempts. What happens between "ready" and "ended".
+
+It decides where and when a task runs and keeps the books of engines and contexts. It knows nothing of sessions' doors:
+whoever made the tasks is told of their end through two callbacks. It owns no clock and does no I/O; what is to be done
+goes into the list of effects.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+
+from parrot.protocol.engine import EngineDescription
+from parrot.protocol.errors import ErrorInfo
+from parrot.serve.config import ServeCoreConfig
+from parrot.serve.contexts import Context, PrefixStore
+from parrot.serve.effects import Abort, AnyEffect, ChainLink, Dispatch, FreeContexts
+from parrot.serve.engines import Engine, Engines, Lane
+from parrot.serve.events import Content, TaskFailed, TaskFinished
+from parrot.serve.graph import Task, chain_of
+from parrot.serve.policies import build_policy
+from parrot.serve.policies.base import Cluster, Placement, admits, length_of, prompt_tokens, too_large
+from parrot.serve.policies.least_loaded import LeastLoaded
+from parrot.serve.queue import TaskQueue
+from parrot.serve.sessions import Session
+from parrot.serve.states import IN_FLIGHT
+
+#: An engine with nothing in flight that refused a task is asked again after this time (seconds).
+REOPEN_S = 1.0
+
+
+class Scheduler:
+    """The global scheduler. `finished(task, content, now)` and `failed(task, error, now)` are told once a task."""
+
+    def __init__(
+        self,
+        config: ServeCoreConfig,
+        epoch: int,
+        effects: list[AnyEffect],
+        finished: Callable[[Task, Content, float], None],
+        failed: Callable[[Task, ErrorInfo, float], None],
+    ) -> None:
+        self._config = config.global_scheduler
+        self.epoch = epoch
+        self._effects = effects
+        self._finished = finished
+        self._failed = failed
+        self.engines = Engines()
+        self.prefixes = PrefixStore(config.constant_prefix_var_timeout)
+        self.policy = build_policy(config.global_scheduler)
+        self.queue = TaskQueue(self.policy.order, self.policy.uses_prefix_groups)
+        self.cluster = Cluster(self.engines)
+        self.policy_errors: list[str] = []  # for the shell to log; the core goes on
+        self.decisions = 0
+        self._fallback = LeastLoaded({}, None)  # type: ignore[arg-type]
+        self._changed = False
+        self._sequence = 0
+        self._stranded: OrderedDict[Task, float] = OrderedDict()  # no engine of their lane is live -> deadline
+        self._reopen: OrderedDict[int, float] = OrderedDict()  # engine id -> when it may be asked again
+        self._freed: dict[int, list[int]] = {}
+
+    # ------------------------------------------------------------------------------------------- tasks in and out
+
+    @property
+    def queue_full(self) -> bool:
+        return len(self.queue) >= self._config.max_queue_size
+
+    def enqueue(self, task: Task, now: float) -> None:
+        """A waiting task whose inputs are ready, or one whose attempt came to nothing."""
+        call = task.call
+        if task.links is None:
+            task.links = chain_of(task)
+            if not task.links:
+                # An engine needs something to begin from; the template held nothing but empty values.
+                task.move("fail")
+                task.ready_s = task.finished_s = now
+                self._failed(task, ErrorInfo("bad_template", f"call {call.number}: its prompt is empty"), now)
+                return
+            common = call.cache_prefix and call.variables[0] is None and not call.fuse_fill
+            task.path = self.prefixes.path(task.links, call.session.domain, common)
+        if task.ready_s is None:
+            self._sequence += 1
+            task.sequence = self._sequence
+            task.ready_s = now
+            task.move("enqueue")
+        self.queue.add(task)
+        self._changed = True
+        if not call.lane.engines:
+            self._stranded[task] = now + self._config.engine_wait_timeout
+        else:
+            self._refuse_if_too_large(task, now)
+
+    def cancel(self, task: Task, now: float) -> None:
+        """Nobody wants the task's result any more."""
+        if task.state == "queued":
+            self._leave_queue(task)
+        elif task.state in IN_FLIGHT:
+            assert task.engine is not None
+            self._effects.append(Abort(task.engine.id, self.epoch, task.id, task.attempt))
+            self._release(task, now)
+        task.move("cancel")
+        task.finished_s = now
+        self._forget(task)
+
+    def reorder(self, task: Task) -> None:
+        """The task's depth has changed while it waits in the queue."""
+        self.queue.reorder(task)
+
+    def _leave_queue(self, task: Task) -> None:
+        self.queue.remove(task)
+        self._stranded.pop(task, None)
+
+    def _forget(self, task: Task) -> None:
+        """Drops what only a task that may still run needs."""
+        if task.path is not None:
+            self.prefixes.leave(task.path)
+        task.path = task.links = task.tokens = task.refusals = task.contexts = task.engine = None
+
+    def _fail(self, task: Task, error: ErrorInfo, now: float) -> None:
+        if task.state == "queued":
+            self._leave_queue(task)
+        task.move("fail")
+        task.finished_s = now
+        self._forget(task)
+        self._failed(task, error, now)
+
+    # ------------------------------------------------------------------------------------------- placement
+
+    def place(self, now: float) -> None:
+        """Asks the policy, if anything that it could act on has changed. A policy that raises or answers nonsense is
+        contained: the rest of this round is placed by `least_loaded`."""
+        if not self._changed:
+            return
+        self._changed = False
+        if not len(self.queue) or not self.engines.live:
+            return
+        started = False
+        placements: Iterator[Placement] = iter(())
+        while True:
+            try:
+                if not started:
+                    started, placements = True, iter(self.policy.place(self.queue, self.cluster, now))
+                placement = next(placements)
+                self._check(placement)
+            except StopIteration:
+                return
+            except Exception as error:  # a third party's policy may raise anything
+                self.policy_errors.append(f"policy {self._config.policy!r}: {type(error).__name__}: {error}")
+                break
+            self._dispatch(placement, now)
+        for placement in self._fallback.place(self.queue, self.cluster, now):
+            self._dispatch(placement, now)
+
+    @staticmethod
+    def _check(placement: Placement) -> None:
+        task, engine = placement.task, placement.engine
+        if task.state != "queued":
+            raise ValueError(f"placed task {task.id}, which is {task.state}")
+        if engine.state != "live" or engine.id not in task.call.lane.engines:
+            raise ValueError(f"placed task {task.id} on engine {engine.id}, which is not live for {task.call.lane.describe()}")
+        if not admits(engine, task):
+            raise ValueError(f"placed task {task.id} on engine {engine.name!r} over its capacity")
+
+    def _dispatch(self, placement: Placement, now: float) -> None:
+        task, engine = placement.task, placement.engine
+        self._leave_queue(task)
+        task.move("place")
+        task.attempt += 1
+        task.tries += 1
+        task.engine = engine
+        task.engine_name = engine.name
+        task.dispatched_s = now
+        chain, parent, cached_links, new_tokens = self._hold_chain(task, engine)
+        generate = Context(engine.new_context_id(), engine, None, 0, self._owner(task))
+        engine.contexts[generate.id] = generate
+        self.prefixes.use(generate)
+        assert task.contexts is not None
+        task.contexts.append(generate)
+        task.reserved = new_tokens + task.sampling.max_gen_length
+        engine.tasks[task] = None
+        engine.reserved += task.reserved
+        engine.latency_tasks += task.latency_sensitive
+        task.counted_latency = task.latency_sensitive
+        self.engines.load_changed(engine)
+        self.decisions += 1
+        self._effects.append(
+            Dispatch(
+                engine_id=engine.id,
+                epoch=self.epoch,
+                task=task.id,
+                attempt=task.attempt,
+                chain=chain,
+                parent=parent,
+                cached_links=cached_links,
+                generate_context_id=generate.id,
+                sampling=task.sampling,
+                output_var=task.output.id,
+            )
+        )
+
+    def _hold_chain(self, task: Task, engine: Engine) -> tuple[tuple[ChainLink, ...], int, int, int]:
+        """Finds or makes a context for each link of the task's chain. Returns the chain, the parent hint, the number
+        of links behind that hint, and the tokens that no context holds yet."""
+        assert task.path is not None
+        assert task.links is not None
+        tokenizer = engine.description.tokenizer
+        chain: list[ChainLink] = []
+        contexts: list[Context] = []
+        new_tokens, parent, cached_links = 0, -1, 0
+        for depth, (node, link) in enumerate(zip(task.path, task.links, strict=True)):
+            context = node.contexts.get(engine.id) if node.contexts else None
+            if context is None:
+                tokens = sum(length_of(content.lengths, tokenizer) for content in link.contents)
+                tokens += engine.description.bos_tokens if depth == 0 else 0
+                owner = None if node.domain != task.call.session.domain else self._owner(task)
+                context = Context(engine.new_context_id(), engine, node, tokens, owner)
+                engine.contexts[context.id] = context
+                self.prefixes.add(context)
+                new_tokens += tokens
+            elif context.filled and cached_links == depth:
+                parent, cached_links = context.id, depth + 1
+            self.prefixes.use(context)
+            contexts.append(context)
+            chain.append(ChainLink(context.id, tuple(c.key for c in link.contents), context.tokens, link.output))
+        task.contexts = contexts
+        return tuple(chain), parent, cached_links, new_tokens
+
+    @staticmethod
+    def _owner(task: Task) -> Session | None:
+        """Whose end frees a context of the task's own domain: the session's, unless a whole tenant may share it."""
+        session = task.call.session
+        return None if session.tenant else session
+
+    # ------------------------------------------------------------------------------------------- engines come and go
+
+    def register(self, description: EngineDescription, now: float) -> Engine:
+        """A new engine: whatever waits for its models may go there."""
+        engine = self.engines.register(description)
+        for lane in self.engines.lanes.values():
+            if engine.id in lane.engines and len(lane.engines) == 1:
+                for task in self.queue.in_order(lane):
+                    self._stranded.pop(task, None)
+                    self._refuse_if_too_large(task, now)
+        self._changed = True
+        return engine
+
+    def lose(self, engine_id: int, reason: str, now: float) -> None:
+        """The engine is gone, and its contexts with it. What ran there is queued again."""
+        engine = self.engines.live.get(engine_id)
+        if engine is None:
+            return
+        lanes = self.engines.lose(engine)
+        self._reopen.pop(engine_id, None)
+        self._freed.pop(engine_id, None)
+        tasks = list(engine.tasks)
+        for task in tasks:
+            self._release(task, now)
+        for context in list(engine.contexts.values()):
+            if context.state != "gone":
+                self.prefixes.drop(context)
+        for task in tasks:
+            self._again(task, "engine_failed", f"engine {engine.name!r} was lost: {reason}", now)
+        for lane in lanes:
+            self._without(lane, now)
+        self._changed = True
+
+    def _without(self, lane: Lane, now: float) -> None:
+        """A lane has lost an engine: tasks that only it could take fail, or begin to wait for another."""
+        for task in self.queue.in_order(lane):
+            if lane.engines:
+                self._refuse_if_too_large(task, now)
+            elif task not in self._stranded:
+                self._stranded[task] = now + self._config.engine_wait_timeout
+
+    def _refuse_if_too_large(self, task: Task, now: float) -> None:
+        engines = task.call.lane.engines.values()
+        if not engines or not all(too_large(task, engine) for engine in engines):
+            return
+        largest = max(engines, key=lambda e: e.description.max_seq_len)
+        message = (
+            f"the prompt of call {task.call.number} has {prompt_tokens(task, largest)} tokens; the largest engine for "
+            f"{task.call.lane.describe()} takes {largest.description.max_seq_len} with the output"
+        )
+        self._fail(task, ErrorInfo("task_too_large", message), now)
+
+    # ------------------------------------------------------------------------------------------- what engines say
+
+    def started(self, task: Task, cached_tokens: int, now: float) -> None:
+        if task.state == "dispatched":
+            task.move("start")
+            task.started_s = now
+            task.cached_tokens = cached_tokens
+
+    def first_token(self, task: Task, now: float) -> None:
+        """Its whole prompt is computed: its contexts are there for others to continue."""
+        if task.state == "dispatched":
+            task.move("start")
+            task.started_s = now
+        if task.first_token_s is None:
+            task.first_token_s = now
+            self._mark_filled(task)
+
+    def finish(self, task: Task, event: TaskFinished, now: float) -> None:
+        engine, contexts, path = task.engine, task.contexts, task.path
+        assert engine is not None
+        assert contexts is not None
+        self.first_token(task, now)
+        self._mark_filled(task)
+        task.prompt_tokens, task.cached_tokens = event.prompt_tokens, event.cached_tokens
+        task.output_tokens = event.output_tokens
+        task.decode_s, task.max_gap_s = event.decode_s, event.max_gap_s
+        engine.served_tokens += event.output_tokens
+        generated = contexts[-1]
+        generated.tokens = event.output_tokens
+        generated.filled = True
+        if event.output_tokens == 0 or not self.prefixes.attach_output(
+            generated, path[-1] if path else None, event.content.key, task.call.session.domain
+        ):
+            self._free(generated)
+        self._release(task, now)
+        task.move("finish")
+        task.finished_s = now
+        self._forget(task)
+        self._changed = self._changed or len(self.queue) > 0
+        self._finished(task, event.content, now)
+
+    def fail(self, task: Task, event: TaskFailed, now: float) -> None:
+        engine = task.engine
+        assert engine is not None
+        self._release(task, now)
+        if event.code == "task_too_large":
+            # Another engine may be larger; this one is never asked again.
+            task.refusals = {**(task.refusals or {}), engine.id: -1}
+            others = [e for e in task.call.lane.engines.values() if not too_large(task, e)]
+            if others:
+                self._again(task, event.code, event.message, now)
+                return
+        elif event.retryable:
+            self._again(task, event.code, event.message, now)
+            return
+        self._fail(task, ErrorInfo(event.code, event.message, {"engine": engine.name}), now)
+
+    def reject(self, task: Task, message: str, now: float) -> None:
+        """The engine has no room, whatever the core's books say. It gets the task again once its capacity changed; if
+        nothing of ours is in flight there, no event will tell, so that it is asked again a little later."""
+        engine = task.engine
+        assert engine is not None
+        self._release(task, now)
+        task.refusals = {**(task.refusals or {}), engine.id: engine.version}
+        if not engine.tasks:
+            self._reopen.setdefault(engine.id, now + REOPEN_S)
+        self._again(task, "engine_rejected", f"engine {engine.name!r} rejected it: {message}", now)
+
+    def evict(self, engine_id: int, context_ids: tuple[int, ...]) -> None:
+        """The engine gave up contexts. One that a task in flight uses again is computed again with that task."""
+        engine = self.engines.live.get(engine_id)
+        if engine is None:
+            return
+        for context_id in context_ids:
+            context = engine.contexts.get(context_id)
+            if context is None:
+                continue
+            if context.tasks:
+                context.filled = False
+                continue
+            for gone in self.prefixes.drop(context):
+                if gone.id not in context_ids:
+                    self._freed.setdefault(engine_id, []).append(gone.id)
+
+    def _again(self, task: Task, code: str, message: str, now: float) -> None:
+        """Queued again for another attempt, or failed when all are used up."""
+        task.engine = task.contexts = None
+        if task.tries >= self._config.max_attempts:
+            task.move("fail")
+            task.finished_s = now
+            self._forget(task)
+            self._failed(task, ErrorInfo(code, f"{message} (attempt {task.tries} of {self._config.max_attempts})"), now)
+            return
+        task.move("retry")
+        task.first_token_s = None
+        self.enqueue(task, now)
+
+    # ------------------------------------------------------------------------------------------- contexts
+
+    def _mark_filled(self, task: Task) -> None:
+        for context in task.contexts or ():
+            context.filled = True
+
+    def _release(self, task: Task, now: float) -> None:
+        """The task is no longer in flight: its engine has more room, its contexts are one user fewer. Contexts that
+        nobody filled go with it."""
+        engine, contexts = task.engine, task.contexts
+        assert engine is not None
+        assert contexts is not None
+        del engine.tasks[task]
+        engine.reserved -= task.reserved
+        engine.latency_tasks -= task.counted_latency
+        self.engines.load_changed(engine, more_room=True)
+        if len(self.queue):
+            self._changed = True
+        for context in reversed(contexts):
+            if context.state == "gone":
+                continue
+            self.prefixes.release(context, now)
+            if context.tasks == 0 and (context.node is None or not context.filled) and engine.state == "live":
+                self._free(context)
+
+    def _free(self, context: Context) -> None:
+        """Drops a context and tells its engine."""
+        for gone in self.prefixes.drop(context):
+            self._freed.setdefault(gone.engine.id, []).append(gone.id)
+
+    def free_session(self, contexts: list[Context]) -> None:
+        """The session that owned these has ended."""
+        for context in contexts:
+            if context.state == "retained":
+                self._free(context)
+
+    def flush_freed(self) -> None:
+        """One effect an engine for all that was freed in this instant."""
+        if self._freed:
+            for engine_id, ids in self._freed.items():
+                if engine_id in self.engines.live:
+                    self._effects.append(FreeContexts(engine_id, tuple(ids)))
+            self._freed.clear()
+
+    # ------------------------------------------------------------------------------------------- time
+
+    def next_deadline(self) -> float | None:
+        deadlines = [self.prefixes.next_deadline()]
+        if self._stranded:
+            deadlines.append(next(iter(self._stranded.values())))
+        if self._reopen:
+            deadlines.append(next(iter(self._reopen.values())))
+        return min((d for d in deadlines if d is not None), default=None)
+
+    def tick(self, now: float) -> None:
+        """Whatever is due: lifetimes of shared contexts, tasks without an engine, engines to be asked again."""
+        for context in self.prefixes.expired(now):
+            if context.state == "retained":
+                self._free(context)
+        while self._stranded and next(iter(self._stranded.values())) <= now:
+            task, _ = self._stranded.popitem(last=False)
+            waited = self._config.engine_wait_timeout
+            message = f"no engine for {task.call.lane.describe()} came within {waited:g} s"
+            self._fail(task, ErrorInfo("no_engine", message), now)
+        while self._reopen and next(iter(self._reopen.values())) <= now:
+            engine_id, _ = self._reopen.popitem(last=False)
+            engine = self.engines.live.get(engine_id)
+            if engine is not None:
+                self.engines.load_changed(engine, more_room=True)
+                self._changed = True
+
+    def restart(self, epoch: int, now: float) -> None:
+        """The core lives again: no engine is known, what was in flight is queued again at no cost of attempts."""
+        self.epoch = epoch
+        for engine in list(self.engines.live.values()):
+            for task in engine.tasks:
+                task.tries -= 1
+            self.lose(engine.id, "the core was restarted", now)
+

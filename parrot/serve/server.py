@@ -1,0 +1,191 @@
+"""A whole ServeCore on the network: the core, its shell and its routes put together, from first bind to clean stop.
+
+It decides which handler a path has. It is what the command, the tests and the simulator's real backends start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+from urllib.parse import unquote
+
+import aiohttp
+from aiohttp import web
+
+from parrot.configuration import ConfigurationError
+from parrot.protocol.errors import ErrorInfo, ParrotError
+from parrot.serve.api_routes import ApiRoutes
+from parrot.serve.config import ServeCoreConfig
+from parrot.serve.core import ServeCore
+from parrot.serve.credentials import Credentials
+from parrot.serve.engine_links import EngineLinks
+from parrot.serve.engine_routes import EngineRoutes
+from parrot.serve.record import Recorder
+from parrot.serve.shell import Shell
+from parrot.serve.streams import OutputStreams
+from parrot.serve.texts import Texts
+from parrot.serve.tokenization import Tokenization, Tokenizer
+from parrot.serve.wire import answer, refusal
+
+Handler = Callable[[web.BaseRequest, str, str], Awaitable[web.StreamResponse]]
+
+_log = logging.getLogger(__name__)
+#: A name such as localhost may have an address of a family that this machine does not run.
+_ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+_STOP_S = 2.0  # how long open connections may take to end
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer called `name`. Imported late: the libraries behind it are large."""
+    from parrot.tokenizer import load_tokenizer as load
+
+    return load(name)
+
+
+class Server:
+    """One ServeCore behind HTTP. Make it with a running loop, then `start`, and in the end `stop`."""
+
+    def __init__(self, config: ServeCoreConfig, *, epoch: int = 0, load: Callable[[str], Tokenizer] = load_tokenizer) -> None:
+        self._config = config
+        self.core = ServeCore(config, epoch=epoch)
+        self._recorder = Recorder(config.record_path, config, epoch) if config.record_path else None
+        self._http = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60.0, ttl_dns_cache=300),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=5.0),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+        )
+        texts = Texts()
+        streams = OutputStreams()
+        self._tokenization = Tokenization(texts, load)
+        self.links = EngineLinks(texts, self._tokenization, streams, self._http, config.engine_heartbeat_timeout)
+        self.shell = Shell(self.core, self.links, self._recorder)
+        self.links.attach(self.shell)
+        credentials = Credentials(config.engine_secret)
+        api = ApiRoutes(self.shell, self.core.models, texts, self._tokenization, streams, credentials)
+        self._routes = _routes(api, EngineRoutes(self.links, credentials), self._health)
+        self._runner: web.ServerRunner | None = None
+
+    async def start(self) -> list[tuple[str, int]]:
+        """Listens; returns the addresses. Raises ConfigurationError when that is not possible. Port 0 is any free one."""
+        try:
+            sockets = _listen(self._config.host, self._config.port)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ConfigurationError(f"cannot listen on {self._config.host}:{self._config.port}: {reason}") from error
+        loop = asyncio.get_running_loop()
+
+        def make(message, payload, protocol, writer, task):  # type: ignore[no-untyped-def]
+            limit = self._config.max_body_bytes
+            return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=limit)
+
+        # The low-level server: a third less work a request than an Application, whose routing is not needed here.
+        server = web.Server(self._handle, request_factory=make, handler_cancellation=True, access_log=None)
+        self._runner = web.ServerRunner(server, shutdown_timeout=_STOP_S)
+        await self._runner.setup()
+        for each in sockets:
+            await web.SockSite(self._runner, each, backlog=1024).start()
+        return [each.getsockname()[:2] for each in sockets]
+
+    async def stop(self) -> None:
+        """Stops accepting, answers who waits, aborts running tasks, closes everything."""
+        if self._runner is not None:
+            for site in list(self._runner.sites):
+                await site.stop()
+        self.shell.close()
+        await asyncio.sleep(0)
+        await self.links.close()
+        if self._runner is not None:
+            await self._runner.cleanup()
+        await self._http.close()
+        self._tokenization.close()
+        if self._recorder is not None:
+            self._recorder.close()
+
+    # ------------------------------------------------------------------------------------------------------ requests
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Every request comes through here; so does every refusal."""
+        try:
+            handler, tail, query = self._route(request.method, request.raw_path)
+            return await handler(request, tail, query)
+        except ParrotError as error:
+            return refusal(error.info)
+        except (ConnectionError, asyncio.CancelledError):
+            raise
+        except Exception:
+            _log.exception("%s %s failed", request.method, request.path)
+            return refusal(ErrorInfo("internal", "an error inside the server; its log has the details"))
+
+    def _route(self, method: str, target: str) -> tuple[Handler, str, str]:
+        """The handler of a path, the path's variable part, and the raw query."""
+        path, _, query = target.partition("?")
+        tail = ""
+        methods = self._routes.get(path)
+        if methods is None:
+            head, _, tail = path.rpartition("/")
+            methods = self._routes.get(head + "/") if tail else None
+        if methods is None:
+            raise ParrotError("not_found", f"there is no path {path!r}", path=path)
+        handler = methods.get(method)
+        if handler is None:
+            allowed = ", ".join(methods)
+            raise ParrotError("method_not_allowed", f"{path!r} has no method {method}; it has {allowed}", allowed=list(methods))
+        return handler, unquote(tail) if "%" in tail else tail, query
+
+    async def _health(self, request: web.BaseRequest, _: str, query: str) -> web.StreamResponse:
+        """GET /health: for scripts that wait for the cluster."""
+        return answer({"status": "ok", "engines": len(self.links)})
+
+
+def _routes(api: ApiRoutes, engines: EngineRoutes, health: Handler) -> dict[str, dict[str, Handler]]:
+    """Path -> method -> handler. A path that ends in a slash stands for one more part behind it."""
+    return {
+        "/v1/session": {"POST": api.open_session},
+        "/v1/session/": {"GET": api.describe_session, "DELETE": api.close_session},
+        "/v1/semantic_call": {"POST": api.semantic_call},
+        "/v1/py_native_call": {"POST": api.native_call},
+        "/v1/semantic_var": {"GET": api.list_variables, "POST": api.create_variable},
+        "/v1/semantic_var/": {"GET": api.get_variable, "POST": api.set_variable},
+        "/v1/models": {"GET": api.models},
+        "/register_engine": {"POST": engines.register},
+        "/engine_heartbeat": {"POST": engines.heartbeat},
+        "/health": {"GET": health},
+    }
+
+
+def _listen(host: str, port: int) -> list[socket.socket]:
+    """Bound sockets, one for each address of `host` that this machine has. Raises OSError when none can be bound."""
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+    bound: list[socket.socket] = []
+    missing: OSError | None = None
+    for family, address in addresses:
+        if bound and port == 0:  # every family has the port that the first was given
+            address = (address[0], bound[0].getsockname()[1], *address[2:])
+        try:
+            each = socket.socket(family, socket.SOCK_STREAM)
+        except OSError as error:
+            missing = error
+            continue
+        try:
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                each.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            each.bind(address)
+            each.listen(1024)
+            bound.append(each)
+        except OSError as error:
+            each.close()
+            if error.errno in _ABSENT:
+                missing = error
+                continue
+            for other in bound:
+                other.close()
+            raise
+    if not bound:
+        raise missing or OSError(f"{host!r} has no address")
+    return bound

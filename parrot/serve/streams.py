@@ -1,0 +1,98 @@
+"""The text of outputs while it is being generated: it flows from engines to getters here and never enters the core.
+
+It decides what an attempt must go on from: what a getter was shown is never taken back, so that a task placed again
+continues behind it. Text that nobody has seen is forgotten with its attempt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from parrot.protocol.engine import GenerateSpec
+
+
+class OutputStream:
+    """One output's text so far."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.ids: list[int] = []
+        self.shown = False  #: some of it went to a getter
+        self.watchers = 0
+        self._changed: asyncio.Future[None] | None = None
+
+    def add(self, ids: tuple[int, ...], text: str) -> None:
+        """The engine generated these."""
+        self.ids.extend(ids)
+        if text:
+            self.text += text
+            self.wake()
+
+    def wake(self) -> None:
+        """Lets those who wait in `changed` look again."""
+        if self._changed is not None and not self._changed.done():
+            self._changed.set_result(None)
+        self._changed = None
+
+    async def changed(self) -> None:
+        """Waits for more text, or for `wake`."""
+        if self._changed is None:
+            self._changed = asyncio.get_running_loop().create_future()
+        await asyncio.shield(self._changed)
+
+
+class OutputStreams:
+    """Streams by session and variable. A stream lives while a task writes it, a getter reads it, or it was shown."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[int, dict[str, OutputStream]] = {}
+
+    def begin(self, session_id: int, var_id: str) -> OutputStream:
+        """A new attempt writes this output: behind what was shown, else from the start."""
+        stream = self._sessions.setdefault(session_id, {}).setdefault(var_id, OutputStream())
+        if not stream.shown:
+            stream.text = ""
+            stream.ids.clear()
+        return stream
+
+    def watch(self, session_id: int, var_id: str) -> OutputStream:
+        """A getter reads this output. Each `watch` is ended by one `leave`."""
+        stream = self._sessions.setdefault(session_id, {}).setdefault(var_id, OutputStream())
+        stream.watchers += 1
+        return stream
+
+    def leave(self, session_id: int, var_id: str, stream: OutputStream) -> None:
+        """The getter is gone. A stream that no attempt has written goes with it."""
+        stream.watchers -= 1
+        if not stream.watchers and not stream.ids and self._find(session_id, var_id) is stream:
+            self.finish(session_id, var_id)
+
+    def finish(self, session_id: int, var_id: str) -> None:
+        """The output has its content: the store answers from now on. Getters keep the object that they hold."""
+        streams = self._sessions.get(session_id, {})
+        streams.pop(var_id, None)
+        if not streams:
+            self._sessions.pop(session_id, None)
+
+    def fail(self, session_id: int, var_id: str) -> None:
+        """An attempt ended without a result; only what was shown, or is watched, is kept for the next."""
+        stream = self._find(session_id, var_id)
+        if stream is not None and not stream.shown and not stream.watchers:
+            self.finish(session_id, var_id)
+
+    def end(self, session_id: int) -> None:
+        """The session is over."""
+        self._sessions.pop(session_id, None)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._sessions.values()))
+
+    def _find(self, session_id: int, var_id: str) -> OutputStream | None:
+        return self._sessions.get(session_id, {}).get(var_id)
+
+
+def continued(generate: GenerateSpec, stream: OutputStream) -> GenerateSpec:
+    """`generate`, made to go on behind what was shown of `stream`."""
+    if not stream.ids:
+        return generate
+    return GenerateSpec(generate.context_id, generate.sampling, tuple(stream.ids), stream.text)

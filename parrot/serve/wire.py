@@ -1,0 +1,123 @@
+"""Reading requests and writing answers: bodies, query arguments, errors. What every route of the core's server shares.
+
+It decides how a refusal looks to a client: an ErrorBody with the status of its code, never a traceback.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, TypeVar, get_args
+from urllib.parse import parse_qsl
+
+import msgspec
+from aiohttp import web
+
+from parrot.protocol.errors import ErrorBody, ErrorInfo, ParrotError
+
+T = TypeVar("T")
+
+JSON = "application/json"
+NDJSON = "application/x-ndjson"
+_ENCODER = msgspec.json.Encoder()
+_DECODERS: dict[Any, msgspec.json.Decoder[Any]] = {}
+_MAX_KEY_LENGTH = 256
+
+
+def answer(payload: Any, status: int = 200) -> web.Response:
+    """`payload` as a JSON answer."""
+    return web.Response(body=_ENCODER.encode(payload), status=status, content_type=JSON)
+
+
+def refusal(error: ErrorInfo) -> web.Response:
+    """An error as an answer. Where waiting helps (429, 503) it says how long, in seconds."""
+    response = answer(ErrorBody(error), error.status)
+    if error.retryable and error.status in (429, 503):
+        wait_s = error.details.get("retry_after_s", 1.0)
+        response.headers["Retry-After"] = str(max(1, math.ceil(wait_s)) if isinstance(wait_s, int | float) else 1)
+    return response
+
+
+def line(message: Any) -> bytes:
+    """One line of NDJSON."""
+    return _ENCODER.encode(message) + b"\n"
+
+
+async def body_of(request: web.BaseRequest) -> bytes:
+    """The request's body, b"" when it has none. Raises `body_too_large`."""
+    if not request.body_exists:
+        return b""
+    limit = request.client_max_size
+    if (request.content_length or 0) > limit:
+        raise ParrotError("body_too_large", f"the body has {request.content_length} bytes; the limit is {limit}", limit=limit)
+    try:
+        return await request.read()
+    except web.HTTPRequestEntityTooLarge:
+        raise ParrotError("body_too_large", f"the body has more than {limit} bytes, the limit", limit=limit) from None
+
+
+def decoded(body: bytes, kind: type[T]) -> T:
+    """The JSON `body` as a `kind`; an empty body is {}. Raises `bad_request`, which says what is wrong and where."""
+    decoder = _DECODERS.get(kind)
+    if decoder is None:
+        decoder = _DECODERS[kind] = msgspec.json.Decoder(kind)
+    try:
+        decoded: T = decoder.decode(body or b"{}")
+        return decoded
+    except msgspec.ValidationError as error:
+        raise _invalid(str(error), kind) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ParrotError("bad_request", f"the body is no valid JSON: {error}") from None
+
+
+def arguments(query: str, body: bytes, kind: type[T], **path: Any) -> T:
+    """The arguments of a GET or DELETE: from the body, the query and the path; the later wins. Raises `bad_request`."""
+    if not query and not path:
+        return decoded(body, kind)
+    given = decoded(body, dict)
+    for name, value in parse_qsl(query, keep_blank_values=True):
+        given.setdefault(name, value)
+    given.update(path)
+    try:
+        return msgspec.convert(given, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise _invalid(str(error), kind) from None
+
+
+def idempotency_key(request: web.BaseRequest) -> str | None:
+    """The header's value. Raises `bad_request` for an empty or overlong one."""
+    key = request.headers.get("Idempotency-Key")
+    if key is not None and not 0 < len(key) <= _MAX_KEY_LENGTH:
+        raise ParrotError("bad_request", f"Idempotency-Key has {len(key)} characters; 1 to {_MAX_KEY_LENGTH} are accepted")
+    return key
+
+
+def _invalid(message: str, kind: Any) -> ParrotError:
+    """msgspec's complaint in the client's terms."""
+    where = "the body"
+    if match := re.search(r" - at `\$(.*)`$", message):
+        where, message = match[1].lstrip("."), message[: match.start()]
+    code = "bad_sampling" if "sampling_config" in where else "bad_request"
+    if match := re.match(r"Object contains unknown field `(.*)`", message):
+        known = ", ".join(_fields(kind, where))
+        return ParrotError(code, f"{where}: unknown field {match[1]!r}; expected are {known}", field=match[1])
+    if match := re.match(r"Object missing required field `(.*)`", message):
+        return ParrotError(code, f"{where}: field {match[1]!r} is missing", field=match[1])
+    return ParrotError(code, f"{where}: {message[:1].lower()}{message[1:]}", field=where)
+
+
+def _fields(kind: Any, where: str) -> list[str]:
+    """The names that the struct at `where` in a `kind` may have."""
+    for name in re.findall(r"[a-z_]+", where) if where != "the body" else ():
+        hints = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
+        kind = next(
+            (part for part in (hints.get(name), *get_args(hints.get(name))) if _is_struct(part)),
+            None,
+        )
+        if kind is None:
+            return ["others"]
+    return [field.encode_name for field in msgspec.structs.fields(kind)] if _is_struct(kind) else ["others"]
+
+
+def _is_struct(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)

@@ -1,0 +1,367 @@
+"""What a run measured: rows a program, a call and a task, and the summary of a run. The same code for every backend.
+
+Decides how the metrics are computed; never how the numbers are come by. Program metrics are on the client's clock, call and
+task metrics from the times of the core's events (`SessionReport`, fetched before a session closes). All times are
+seconds; percentiles are numpy's, with linear interpolation between the two nearest ranks.
+
+    ttft        first token − the call became ready (request mode: − its submission), first output of a call
+    tpot        (last token − first) / (n − 1) of a task with n ≥ 2 tokens, as its engine measured; `max_gap` beside it
+    jct         a program's first request to its last get answered, waits for a refusal included
+    normalized  a call's latency (ready or submitted, as for ttft, to its last output finished) / its output tokens
+
+Only what finished has a latency: `failed` counts the programs that did not, and stands beside every percentile.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import pandas as pd
+
+from parrot.protocol.api import CallReport, SessionReport, TaskReport
+from sim.clients import Mode, Player
+
+
+class ProgramRow(NamedTuple):
+    """`program` is its number in the run; `jct_s` is null unless it finished."""
+
+    program: int
+    id: str
+    application: str
+    tenant: str
+    state: str
+    arrival_s: float
+    started_s: float
+    ended_s: float | None
+    jct_s: float | None
+    calls: int
+    gets: int
+    refusals: int
+    error: str | None
+
+
+class GetRow(NamedTuple):
+    program: int
+    id: str
+    var: str
+    criteria: str
+    issued_s: float
+    returned_s: float | None
+
+
+class CallRow(NamedTuple):
+    """A call as the core saw it; in request mode each output of a call is one of its own."""
+
+    program: int
+    call: int
+    output: int
+    name: str
+    state: str
+    submitted_s: float
+    ready_s: float | None
+    first_token_s: float | None
+    finished_s: float | None
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    ttft_s: float | None
+    latency_s: float | None
+    normalized_latency_s: float | None
+
+
+class TaskRow(NamedTuple):
+    program: int
+    call: int
+    output: int
+    state: str
+    attempts: int
+    engine: str | None
+    criteria: str | None
+    depth: int
+    ready_s: float | None
+    dispatched_s: float | None
+    started_s: float | None
+    first_token_s: float | None
+    finished_s: float | None
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    decode_s: float
+    max_gap_s: float
+    tpot_s: float | None
+
+
+class Distribution(msgspec.Struct, frozen=True):
+    """All null when there is nothing to measure."""
+
+    mean: float | None
+    p50: float | None
+    p90: float | None
+    p99: float | None
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """One run, as `python -m sim.run` prints it. `finished`, `failed`: programs. `refused`: answers 429, each tried again."""
+
+    policy: str
+    rate: float | None
+    seed: int
+    workload: str
+    client: str
+    backend: str
+    engines: int
+    rtt_ms: float | str
+    settings: dict[str, Any]
+    programs: int
+    calls: int
+    finished: int
+    failed: int
+    refused: int
+    calls_finished: int
+    calls_failed: int
+    tasks: int
+    attempts: int
+    output_tokens: int
+    prompt_tokens: int
+    cached_tokens: int
+    simulated_s: float
+    throughput_tokens_per_s: float | None
+    throughput_programs_per_s: float | None
+    ttft_s: Distribution
+    tpot_s: Distribution
+    max_gap_s: Distribution
+    jct_s: Distribution
+    normalized_latency_s: Distribution
+    errors: dict[str, int]
+
+
+class Recorder:
+    """Collects the rows of a run. With `tables` off it keeps eight bytes a value and no rows."""
+
+    def __init__(self, mode: Mode, tables: bool = True) -> None:
+        self._from_submission = mode is Mode.REQUEST
+        self._tables = tables
+        self.programs: list[ProgramRow] = []
+        self.gets: list[GetRow] = []
+        self.calls: list[CallRow] = []
+        self.tasks: list[TaskRow] = []
+        self.values: dict[str, array[float]] = {
+            name: array("d") for name in ("ttft_s", "tpot_s", "max_gap_s", "jct_s", "normalized_latency_s")
+        }
+        self.counts: dict[str, int] = dict.fromkeys(
+            (
+                "programs",
+                "calls",
+                "finished",
+                "failed",
+                "refused",
+                "calls_finished",
+                "calls_failed",
+                "tasks",
+                "attempts",
+                "output_tokens",
+                "prompt_tokens",
+                "cached_tokens",
+            ),
+            0,
+        )
+        self.errors: dict[str, int] = {}
+        self.last_s = 0.0
+
+    def program_ended(self, player: Player) -> None:
+        """Takes the program's own times; to be called once, when it has ended."""
+        counts = self.counts
+        counts["programs"] += 1
+        counts["refused"] += player.refusals
+        finished = player.error is None
+        counts["finished" if finished else "failed"] += 1
+        ended_s = player.ended_s if player.ended_s is not None else player.started_s
+        self.last_s = max(self.last_s, ended_s)
+        jct_s = ended_s - player.started_s if finished else None
+        if jct_s is not None:
+            self.values["jct_s"].append(jct_s)
+        if player.error is not None:
+            self.errors[player.error.code] = self.errors.get(player.error.code, 0) + 1
+        if self._tables:
+            program = player.program
+            error = f"{player.error.code}: {player.error.message}" if player.error else None
+            self.programs.append(
+                ProgramRow(
+                    player.serial,
+                    program.id,
+                    program.application,
+                    program.tenant,
+                    "finished" if finished else "failed",
+                    program.arrival_s,
+                    player.started_s,
+                    player.ended_s,
+                    jct_s,
+                    len(program.calls),
+                    len(program.gets),
+                    player.refusals,
+                    error,
+                )
+            )
+            self.gets += [GetRow(player.serial, o.id, o.var, o.criteria, o.issued_s, o.returned_s) for o in player.outcomes()]
+
+    def session_ended(self, serial: int, report: SessionReport, outputs: Mapping[str, tuple[int, int]]) -> None:
+        """Takes a session of program `serial`. `outputs`: variable id -> (call, output) of the program."""
+        for call in report.reports or ():
+            self._call(serial, call, outputs)
+
+    def _call(self, serial: int, call: CallReport, outputs: Mapping[str, tuple[int, int]]) -> None:
+        tasks = call.tasks
+        counts = self.counts
+        counts["calls"] += 1
+        finished = all(task.state == "finished" for task in tasks)
+        state = "finished" if finished else "failed" if any(task.state == "failed" for task in tasks) else call.state
+        if finished:
+            counts["calls_finished"] += 1
+        elif state == "failed":
+            counts["calls_failed"] += 1
+        number, output = outputs.get(tasks[0].var_id, (-1, 0)) if tasks else (-1, 0)
+        since = call.submitted_s if self._from_submission else tasks[0].ready_s if tasks else None
+        tokens = [0, 0, 0]
+        for place, task in enumerate(tasks):
+            self._task(serial, number, output + place, task)
+            tokens[0] += task.prompt_tokens
+            tokens[1] += task.cached_tokens
+            tokens[2] += task.output_tokens
+        ttft_s = latency_s = normalized_s = None
+        if since is not None and tasks[0].first_token_s is not None:
+            ttft_s = tasks[0].first_token_s - since
+            self.values["ttft_s"].append(ttft_s)
+        if finished and since is not None:
+            latency_s = (tasks[-1].finished_s or since) - since
+            normalized_s = latency_s / max(tokens[2], 1)
+            self.values["normalized_latency_s"].append(normalized_s)
+        if self._tables:
+            first = tasks[0] if tasks else None
+            self.calls.append(
+                CallRow(
+                    serial,
+                    number,
+                    output,
+                    call.func_name,
+                    state,
+                    call.submitted_s,
+                    first.ready_s if first else None,
+                    first.first_token_s if first else None,
+                    tasks[-1].finished_s if finished and tasks else None,
+                    *tokens,
+                    ttft_s,
+                    latency_s,
+                    normalized_s,
+                )
+            )
+
+    def _task(self, serial: int, call: int, output: int, task: TaskReport) -> None:
+        counts = self.counts
+        counts["tasks"] += 1
+        counts["attempts"] += task.attempts
+        tpot_s = None
+        if task.state == "finished":
+            counts["prompt_tokens"] += task.prompt_tokens
+            counts["cached_tokens"] += task.cached_tokens
+            counts["output_tokens"] += task.output_tokens
+            if task.output_tokens > 1:
+                tpot_s = task.decode_s / (task.output_tokens - 1)
+                self.values["tpot_s"].append(tpot_s)
+                self.values["max_gap_s"].append(task.max_gap_s)
+        if self._tables:
+            self.tasks.append(
+                TaskRow(
+                    serial,
+                    call,
+                    output,
+                    task.state,
+                    task.attempts,
+                    task.engine,
+                    task.criteria,
+                    task.depth,
+                    task.ready_s,
+                    task.dispatched_s,
+                    task.started_s,
+                    task.first_token_s,
+                    task.finished_s,
+                    task.prompt_tokens,
+                    task.cached_tokens,
+                    task.output_tokens,
+                    task.decode_s,
+                    task.max_gap_s,
+                    tpot_s,
+                )
+            )
+
+    def summary(self, **run: Any) -> Summary:
+        """The summary; `run` gives the fields that say which run it was."""
+        span_s = self.last_s
+        tokens, programs = self.counts["output_tokens"], self.counts["finished"]
+        return Summary(
+            **run,
+            **self.counts,
+            simulated_s=span_s,
+            throughput_tokens_per_s=tokens / span_s if span_s > 0 else None,
+            throughput_programs_per_s=programs / span_s if span_s > 0 else None,
+            errors=dict(sorted(self.errors.items())),
+            **{name: distribution(values) for name, values in self.values.items()},
+        )
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """The tables programs, gets, calls and tasks, in order of program, call and output."""
+        return {
+            "programs": _table(ProgramRow, self.programs),
+            "gets": _table(GetRow, self.gets),
+            "calls": _table(CallRow, self.calls),
+            "tasks": _table(TaskRow, self.tasks),
+        }
+
+
+def distribution(values: Sequence[float] | array[float]) -> Distribution:
+    """Mean and percentiles of `values`."""
+    if not len(values):
+        return Distribution(None, None, None, None)
+    numbers = np.asarray(values, dtype=float)
+    p50, p90, p99 = np.percentile(numbers, (50, 90, 99)).tolist()
+    return Distribution(float(numbers.mean()), p50, p90, p99)
+
+
+_TYPES = {"int": "int64", "float": "float64", "float | None": "float64", "str": "str", "str | None": "str"}
+
+
+def _table(kind: Any, rows: Sequence[Any]) -> pd.DataFrame:
+    table = pd.DataFrame.from_records(rows, columns=kind._fields)
+    table = table.astype({name: _TYPES[kind.__annotations__[name]] for name in kind._fields})
+    keys = [name for name in ("program", "call", "output") if name in kind._fields]
+    return table.sort_values(keys, kind="stable", ignore_index=True)
+
+
+def write_tables(tables: Mapping[str, pd.DataFrame], folder: Path) -> None:
+    """Writes each table as FOLDER/NAME.parquet; the same rows give the same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        table.to_parquet(folder / f"{name}.parquet", index=False)
+
+
+def read_tables(folder: str | Path) -> dict[str, pd.DataFrame]:
+    """What `write_tables` wrote."""
+    return {path.stem: pd.read_parquet(path) for path in sorted(Path(folder).glob("*.parquet"))}
+
+
+def running_tasks(tasks: pd.DataFrame, points: int = 400) -> pd.DataFrame:
+    """Tasks on each engine over time, from the tasks table: columns time_s, engine, running. For plots."""
+    done = tasks.dropna(subset=["dispatched_s", "finished_s"])
+    if done.empty:
+        return pd.DataFrame({"time_s": [], "engine": [], "running": []})
+    times = np.linspace(0.0, float(done["finished_s"].max()), points)
+    frames = []
+    for engine, group in done.groupby("engine", sort=True):
+        begun = np.searchsorted(np.sort(group["dispatched_s"].to_numpy()), times, side="right")
+        ended = np.searchsorted(np.sort(group["finished_s"].to_numpy()), times, side="right")
+        frames.append(pd.DataFrame({"time_s": times, "engine": engine, "running": begun - ended}))
+    return pd.concat(frames, ignore_index=True)

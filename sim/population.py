@@ -1,0 +1,364 @@
+"""Simulated clients: one conversation a program, over a network, with the cluster of `sim.cluster`; and a whole run.
+
+Decides nothing about what a program sends (`sim.clients` does) nor about where it runs (the core does): it turns actions
+into events at the moment they arrive at the core, and replies into answers at the moment they arrive at the client.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from parrot.protocol.api import CallAnswer, SamplingConfig
+from parrot.protocol.errors import ERRORS, ErrorInfo
+from parrot.serve import events
+from parrot.serve.config import ServeCoreConfig
+from sim.clients import (
+    Action,
+    Assign,
+    Close,
+    Complete,
+    Create,
+    Fetch,
+    Given,
+    Into,
+    Mode,
+    Open,
+    Piece,
+    Player,
+    Reference,
+    Submit,
+    Value,
+    Wait,
+    new_player,
+)
+from sim.cluster import AUTH, Cluster, EngineModel, Observe, Timeline
+from sim.metrics import Recorder
+from sim.network import Network
+from sim.workloads.program import Call, Program, Text
+
+RETRY_AFTER_S = 1.0  #: when a refusal does not say how long to wait
+STUCK_AFTER_S = 24 * 3600.0  #: of simulated time in which every answer was a refusal
+
+
+class StuckError(Exception):
+    """The run cannot end. The message says which program waits for what."""
+
+
+class Population:
+    """The clients of a run: starts each program when it arrives, reading the workload as it goes, and ends with the last."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        programs: Iterator[Program],
+        mode: Mode,
+        network: Network,
+        recorder: Recorder,
+        max_gen_length: int,
+        on_ended: Callable[[], None] | None = None,
+    ) -> None:
+        self.cluster = cluster
+        self.network = network
+        self.recorder = recorder
+        self.finished = cluster.timeline.event()
+        self.answered_s = 0.0  #: when an answer other than a refusal last came
+        self._programs = programs
+        self._mode = mode
+        self._max_gen_length = max_gen_length
+        self._on_ended = on_ended
+        self._live: dict[int, Conversation] = {}
+        self._serial = 0
+        self._sessions = 0
+        self._samplings: dict[tuple[int, int], SamplingConfig] = {}
+        self._next: Program | None = None
+        self._await_next()
+
+    def ended(self, conversation: Conversation) -> None:
+        """A program has ended, well or badly."""
+        self.recorder.program_ended(conversation.player)
+        del self._live[conversation.player.serial]
+        if self._on_ended is not None:
+            self._on_ended()
+        if self._next is None and not self._live:
+            self.finished.succeed()
+
+    def new_session_id(self) -> int:
+        self._sessions += 1
+        return self._sessions
+
+    def sampling(self, into: Into) -> SamplingConfig:
+        lengths = (into.max_gen_length, into.output_length)
+        found = self._samplings.get(lengths)
+        if found is None:
+            found = SamplingConfig(seed=0, max_gen_length=into.max_gen_length, output_length=into.output_length)
+            self._samplings[lengths] = found
+        return found
+
+    def check_progress(self) -> None:
+        """Raises StuckError when refusals are all that has come for a day."""
+        if self.cluster.timeline.now - self.answered_s > STUCK_AFTER_S:
+            raise StuckError(f"nothing but refusals for {STUCK_AFTER_S:g} simulated seconds; {self.waiting()}")
+
+    def waiting(self) -> str:
+        """Which programs wait for what; the first few of them."""
+        lines = [
+            f"program {c.player.program.id!r} waits for {c.player.waits_for()}{c.work()}" for c in list(self._live.values())[:5]
+        ]
+        more = f"; and {len(self._live) - 5} more" if len(self._live) > 5 else ""
+        return "; ".join(lines) + more
+
+    def _await_next(self) -> None:
+        self._next = next(self._programs, None)
+        if self._next is not None:
+            self.cluster.timeline.call_at(self._next.arrival_s, self._arrive)
+        elif not self._live:
+            self.finished.succeed()
+
+    def _arrive(self) -> None:
+        program = self._next
+        assert program is not None
+        timeline = self.cluster.timeline
+        serial = self._serial
+        self._serial += 1
+        player = new_player(
+            program,
+            self._mode,
+            serial=serial,
+            max_gen_length=self._max_gen_length,
+            preallocate=not self.network.is_local,
+        )
+        if not self._live:
+            self.answered_s = timeline.now
+        conversation = self._live[serial] = Conversation(self, player)
+        # The next one is fetched first: should this program end at once, the run must not.
+        self._next = next(self._programs, None)
+        if self._next is not None:
+            timeline.call_at(self._next.arrival_s, self._arrive)
+        conversation.perform(player.start(timeline.now))
+
+
+class Conversation:
+    """One program's client: its player, and what the core's end knows of its sessions."""
+
+    __slots__ = ("_cluster", "_outputs", "_over", "_population", "_session_id", "player")
+
+    def __init__(self, population: Population, player: Player) -> None:
+        self.player = player
+        self._population = population
+        self._cluster = population.cluster
+        self._session_id = 0
+        self._outputs: dict[str, tuple[int, int]] = {}
+        self._over = False
+
+    def perform(self, actions: Iterable[Action]) -> None:
+        """Sends the player's actions on their way."""
+        for action in actions:
+            if type(action) is Wait:
+                timeline = self._cluster.timeline
+                timeline.call_at(timeline.now + action.delay_s, functools.partial(self._answer, action, None))
+            elif self._population.network.is_local:
+                self._arrive(action, 0.0)
+            else:
+                timeline = self._cluster.timeline
+                half_s = self._population.network.round_trip_s() / 2
+                timeline.call_at(timeline.now + half_s, functools.partial(self._arrive, action, half_s))
+        if self.player.ended and not self._over:
+            self._over = True
+            self._population.ended(self)
+
+    def work(self) -> str:
+        """What the core says of the session's tasks, for a message."""
+        report = self._cluster.report(self._session_id) if self._session_id else None
+        states = [f"{task.state} (attempts: {task.attempts})" for call in (report and report.reports) or () for task in call.tasks]
+        return f"; its tasks are {', '.join(states[:5])}" if states else ""
+
+    # ---------------------------------------------------------------------------------------------- the core's end
+
+    def _arrive(self, action: Action, half_s: float) -> None:
+        """The action's request reaches the core."""
+        kind = type(action)
+        if kind is Complete:
+            Exchange(self, action, half_s)  # type: ignore[arg-type]
+            return
+        request = self._cluster.expect(functools.partial(self._replied, action, half_s))
+        self._cluster.post(self._event(action, request))
+
+    def _event(self, action: Any, request: int) -> events.AnyEvent:
+        kind, session_id = type(action), self._session_id
+        if kind is Fetch:
+            return events.GetVariable(request, session_id, AUTH, action.var_id, action.criteria)
+        if kind is Submit:
+            return self.submit_call(request, session_id, action.spec, action.pieces)
+        if kind is Open:
+            self._session_id = self._population.new_session_id()
+            return events.OpenSession(request, self._session_id, AUTH, action.tenant)
+        if kind is Close:
+            self.record(session_id)
+            return events.CloseSession(request, session_id, AUTH)
+        if kind is Create:
+            return events.CreateVariable(request, session_id, AUTH, action.var)
+        assert kind is Assign
+        content = self._cluster.content(action.value.key, action.value.tokens)
+        return events.SetVariable(request, session_id, AUTH, action.var_id, content)
+
+    def submit_call(self, request: int, session_id: int, call: Call, pieces: Sequence[Piece]) -> events.SubmitCall:
+        content, sampling = self._cluster.content, self._population.sampling
+        segments: list[events.Segment] = []
+        for piece in pieces:
+            kind = type(piece)
+            if kind is Text:
+                segments.append(events.Constant(content(piece.key, piece.tokens)))  # type: ignore[union-attr]
+            elif kind is Into:
+                segments.append(events.Output(piece.name, sampling(piece), piece.var_id))  # type: ignore[union-attr,arg-type]
+            elif kind is Reference:
+                segments.append(events.Input(piece.name, piece.var_id))  # type: ignore[union-attr]
+            else:
+                assert type(piece) is Given
+                segments.append(events.Input(piece.name, value=content(piece.value.key, piece.value.tokens)))
+        return events.SubmitCall(
+            request,
+            session_id,
+            AUTH,
+            tuple(segments),
+            func_name=call.name,
+            models=call.models,
+            cache_prefix=call.cache_prefix,
+        )
+
+    def submitted(self, session_id: int, call: int, output: int, pieces: Iterable[Piece], answer: CallAnswer) -> tuple[str, ...]:
+        """The ids of the outputs; from now on the cluster knows what will be generated into them."""
+        var_ids = tuple([item.var_id for item in answer.param_info if item.is_output])
+        outputs = [piece for piece in pieces if type(piece) is Into]
+        for place, (var_id, into) in enumerate(zip(var_ids, outputs, strict=True)):
+            self._outputs[var_id] = (call, output + place)
+            self._cluster.name_output(session_id, var_id, into.key)
+        return var_ids
+
+    def record(self, session_id: int) -> None:
+        """Takes the session's report before it closes."""
+        report = self._cluster.report(session_id)
+        if report is not None:
+            self._population.recorder.session_ended(self.player.serial, report, self._outputs)
+
+    def _replied(self, action: Any, half_s: float, payload: Any, error: ErrorInfo | None) -> None:
+        """The core has answered; the answer goes back."""
+        answer: Any = None
+        if error is None:
+            kind = type(action)
+            if kind is Submit:
+                answer = self.submitted(self._session_id, action.call, 0, action.pieces, payload)
+            elif kind is Create:
+                answer = payload["var_id"]
+            elif kind is Fetch:
+                answer = Value(payload, 0)
+        self.send_back(action, half_s, answer, error)
+
+    def send_back(self, action: Action, half_s: float, answer: Any, error: ErrorInfo | None) -> None:
+        if half_s:
+            timeline = self._cluster.timeline
+            timeline.call_at(timeline.now + half_s, functools.partial(self._answer, action, answer, error))
+        else:
+            self._answer(action, answer, error)
+
+    # -------------------------------------------------------------------------------------------- the client's end
+
+    def _answer(self, action: Action, answer: Any, error: ErrorInfo | None = None) -> None:
+        now = self._cluster.timeline.now
+        player = self.player
+        if error is None:
+            if type(action) is not Wait:
+                self._population.answered_s = now
+            self.perform(player.answer(action, answer, now))
+        elif ERRORS[error.code].status == 429:
+            self._population.check_progress()
+            self.perform(player.refuse(action, float(error.details.get("retry_after_s", RETRY_AFTER_S)), now))
+        else:
+            self.perform(player.fail(action, error, now))
+
+    @property
+    def population(self) -> Population:
+        return self._population
+
+
+class Exchange:
+    """A request of the baseline at the core's end: open, submit, get, close, with no network in between."""
+
+    __slots__ = ("_action", "_conversation", "_failed", "_half_s", "_session_id")
+
+    def __init__(self, conversation: Conversation, action: Complete, half_s: float) -> None:
+        self._conversation = conversation
+        self._action = action
+        self._half_s = half_s
+        self._failed = False
+        population = conversation.population
+        cluster = population.cluster
+        self._session_id = population.new_session_id()
+        request = cluster.expect(self._opened)
+        cluster.post(events.OpenSession(request, self._session_id, AUTH, action.tenant))
+        request = cluster.expect(self._submitted)
+        cluster.post(conversation.submit_call(request, self._session_id, action.spec, action.pieces))
+
+    def _opened(self, _: Any, error: ErrorInfo | None) -> None:
+        if error is not None:
+            self._failed = True  # the submission fails too, for want of a session
+            self._conversation.send_back(self._action, self._half_s, None, error)
+
+    def _submitted(self, answer: CallAnswer, error: ErrorInfo | None) -> None:
+        if self._failed:
+            return
+        if error is not None:
+            self._close(None, error)
+            return
+        action, cluster = self._action, self._conversation.population.cluster
+        (var_id,) = self._conversation.submitted(self._session_id, action.call, action.output, action.pieces, answer)
+        request = cluster.expect(self._fetched)
+        cluster.post(events.GetVariable(request, self._session_id, AUTH, var_id, action.criteria))
+
+    def _fetched(self, key: str, error: ErrorInfo | None) -> None:
+        if error is not None:
+            self._close(None, error)
+            return
+        into = self._action.pieces[-1]
+        assert type(into) is Into
+        self._close(Value(key, into.output_length), None)
+
+    def _close(self, value: Value | None, error: ErrorInfo | None) -> None:
+        conversation = self._conversation
+        cluster = conversation.population.cluster
+        conversation.record(self._session_id)
+        cluster.post(events.CloseSession(cluster.expect(_ignore), self._session_id, AUTH))
+        conversation.send_back(self._action, self._half_s, value, error)
+
+
+def _ignore(_: Any, __: ErrorInfo | None) -> None:
+    """For answers that nobody waits for."""
+
+
+def simulate(
+    programs: Iterable[Program],
+    config: ServeCoreConfig,
+    engines: Sequence[EngineModel],
+    *,
+    mode: Mode = Mode.SEMANTIC,
+    network: Network,
+    max_gen_length: int = 2048,
+    jump: bool = True,
+    engine_delay_s: float = 0.0,
+    tables: bool = True,
+    observe: Observe | None = None,
+    on_ended: Callable[[], None] | None = None,
+) -> Recorder:
+    """Runs `programs`, which arrive in order of `arrival_s`, to the end of the last. Raises StuckError when there is none."""
+    timeline = Timeline()
+    cluster = Cluster(timeline, config, engines, engine_delay_s=engine_delay_s, jump=jump, observe=observe)
+    recorder = Recorder(mode, tables)
+    population = Population(cluster, iter(programs), mode, network, recorder, max_gen_length, on_ended)
+    try:
+        timeline.run(until=population.finished)
+    except RuntimeError as error:
+        if "No scheduled events left" not in str(error):
+            raise
+        raise StuckError(f"nothing more can happen, but {population.waiting()}") from None
+    return recorder

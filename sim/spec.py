@@ -1,0 +1,294 @@
+"""What to run: a specification (lists of policies, rates, seeds, settings), and each single run that it stands for.
+
+The command line and a JSON file say the same thing through `Specification`; there is no second form. This module also turns
+a run's files into what both backends start from: the core's configuration, the engines', and a profile for each engine.
+It refuses what cannot be run, with file, key and reason, before anything starts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from parrot.configuration import ConfigurationError, load, parse, read_json
+from parrot.engine.config import EngineConfig, description_of, limits_of, load_engine_config, profile_of
+from parrot.engine.profiles import find_profile, shipped_profiles
+from parrot.latency import LatencyProfile
+from parrot.protocol.errors import ParrotError
+from parrot.serve.config import ServeCoreConfig
+from parrot.serve.policies import parse_policy
+from sim.clients import Mode
+from sim.cluster import EngineModel
+from sim.network import read_round_trips
+from sim.workloads.program import Call, Program, Read, Text, Write
+
+Backend = Literal["sim", "emulated", "real"]
+
+ENGINE_PREFIX = "engine."  #: settings with this prefix are of the engines' files; the rest are of the core's
+
+
+class EngineGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`count` engines of one configuration file."""
+
+    file: str
+    count: int = 1
+
+
+class Specification(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A sweep: every combination of `policies`, `rates`, `seeds` and the values of `settings`, `repeats` times each.
+
+    rates: programs per second; null keeps a trace's recorded times. settings: a configuration key (`engine.` in front of an
+    engine's) -> the values to try. rtt_ms: milliseconds, or a file of measured ones. profiles: files or shipped names,
+    which stand above the engines' own. core_url: a cluster that already runs.
+    """
+
+    workload: str
+    core: str | None = None
+    engines: tuple[EngineGroup, ...] = ()
+    policies: tuple[str, ...] = ("parrot",)
+    rates: tuple[float | None, ...] = (None,)
+    seeds: tuple[int, ...] = (0,)
+    repeats: int = 1
+    client: Mode = Mode.SEMANTIC
+    rtt_ms: float | str = 0.0
+    settings: dict[str, tuple[Any, ...]] = {}
+    profiles: tuple[str, ...] = ()
+    count: int | None = None
+    max_gen_length: int = 2048
+    backend: Backend = "sim"
+    core_url: str | None = None
+    jump: bool = True
+    engine_delay_ms: float = 0.0
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """One run of a specification. `name` is its folder's."""
+
+    name: str
+    workload: str
+    core: str | None
+    engines: tuple[EngineGroup, ...]
+    policy: str
+    rate: float | None
+    seed: int
+    repeat: int
+    client: Mode
+    rtt_ms: float | str
+    settings: dict[str, Any]
+    profiles: tuple[str, ...]
+    count: int | None
+    max_gen_length: int
+    backend: Backend
+    core_url: str | None
+    jump: bool
+    engine_delay_ms: float
+
+
+def load_specification(path: str) -> Specification:
+    """The specification in a JSON file. Raises ConfigurationError."""
+    return load(path, Specification)
+
+
+def runs_of(spec: Specification) -> list[Run]:
+    """Every run of `spec`: policies outermost, then settings, rates, seeds, repeats. Raises ConfigurationError."""
+    _check(spec)
+    shared = {
+        name: getattr(spec, name)
+        for name in ("workload", "core", "engines", "client", "rtt_ms", "profiles", "count", "max_gen_length")
+        + ("backend", "core_url", "jump", "engine_delay_ms")
+    }
+    runs = []
+    keys = list(spec.settings)
+    for policy, values, rate, seed, repeat in itertools.product(
+        spec.policies, itertools.product(*spec.settings.values()), spec.rates, spec.seeds, range(spec.repeats)
+    ):
+        settings = dict(zip(keys, values, strict=True))
+        name = _name(spec, policy, settings, rate, seed, repeat)
+        runs.append(Run(name=name, policy=policy, rate=rate, seed=seed, repeat=repeat, settings=settings, **shared))
+    if len({run.name for run in runs}) != len(runs):
+        raise ConfigurationError("the specification names the same run twice (a policy, rate, seed or value is repeated)")
+    return runs
+
+
+def _check(spec: Specification) -> None:
+    for name in ("policies", "rates", "seeds"):
+        if not getattr(spec, name):
+            raise ConfigurationError(f"{name}: at least one is needed")
+    for rate in spec.rates:
+        if rate is not None and not (rate > 0 and math.isfinite(rate)):
+            raise ConfigurationError(f"rate {rate:g}: a rate is above 0 programs per second")
+    for group in spec.engines:
+        if group.count < 1:
+            raise ConfigurationError(f"engines {group.file}: count {group.count}: at least 1 is needed")
+    if spec.count is not None and spec.count < 1:
+        raise ConfigurationError(f"count {spec.count}: at least 1 program is needed")
+    if any(seed < 0 for seed in spec.seeds):
+        raise ConfigurationError(f"seed {min(spec.seeds)}: a seed is 0 or more")
+    if spec.repeats < 1 or spec.max_gen_length < 1 or spec.engine_delay_ms < 0:
+        raise ConfigurationError("repeats and max_gen_length are at least 1, engine_delay_ms at least 0")
+    if spec.core_url is not None:
+        if spec.backend == "sim":
+            raise ConfigurationError("core_url: a running cluster is no simulation; use backend real")
+        return
+    if spec.core is None:
+        raise ConfigurationError("core: the configuration file of the core is needed")
+    if not spec.engines:
+        raise ConfigurationError("engines: the configuration file of at least one engine is needed")
+
+
+def _name(spec: Specification, policy: str, settings: dict[str, Any], rate: float | None, seed: int, repeat: int) -> str:
+    parts = [policy.replace(":", "-")]
+    if rate is not None:
+        parts.append(f"rate{rate:g}")
+    parts.append(f"seed{seed}")
+    parts += [f"{key}={value}" for key, value in settings.items() if len(spec.settings[key]) > 1]
+    if spec.repeats > 1:
+        parts.append(f"repeat{repeat}")
+    return "_".join(parts).replace("/", "-")
+
+
+# ----------------------------------------------------------------------------------------- from files to a cluster
+
+
+def core_config_of(run: Run) -> ServeCoreConfig:
+    """The core's file with the run's settings, policy and seed. Raises ConfigurationError."""
+    assert run.core is not None
+    data = read_json(run.core)
+    for key, value in run.settings.items():
+        if not key.startswith(ENGINE_PREFIX):
+            _override(data, key, value)
+    config = parse(data, ServeCoreConfig, run.core)
+    try:
+        scheduler = parse_policy(run.policy, config.global_scheduler)
+    except ParrotError as error:
+        raise ConfigurationError(str(error)) from None
+    return msgspec.structs.replace(config, global_scheduler=msgspec.structs.replace(scheduler, random_seed=run.seed))
+
+
+def _override(data: Any, dotted: str, value: Any) -> None:
+    *sections, last = dotted.split(".")
+    for section in sections:
+        data = data.setdefault(section, {}) if isinstance(data, dict) else data
+    if not isinstance(data, dict):
+        raise ConfigurationError(f"--set {dotted}: {'.'.join(sections)!r} is no section")
+    data[last] = value
+
+
+def engine_configs_of(run: Run) -> list[EngineConfig]:
+    """One configuration an engine, with the run's settings and a name of its own. Raises ConfigurationError."""
+    overrides = {key.removeprefix(ENGINE_PREFIX): v for key, v in run.settings.items() if key.startswith(ENGINE_PREFIX)}
+    configs = [load_engine_config(group.file, overrides) for group in run.engines for _ in range(group.count)]
+    total: dict[str, int] = {}
+    for config in configs:
+        total[config.name] = total.get(config.name, 0) + 1
+    counter = {name: itertools.count() for name in total}
+    return [
+        msgspec.structs.replace(c, engine_name=f"{c.name}-{next(counter[c.name])}") if total[c.name] > 1 else c for c in configs
+    ]
+
+
+def profiles_of(run: Run, configs: Sequence[EngineConfig]) -> list[tuple[str, LatencyProfile]]:
+    """For each engine the name or file of its latency profile, and the profile: the run's, else the file's, else the shipped
+    one of its model and device. Raises ConfigurationError when there is none, or the run's are of other models."""
+    given = [(name, find_profile(name)) for name in run.profiles]
+    chosen = []
+    for config in configs:
+        if given:
+            fitting = [item for item in given if _fits(item[1], config)]
+            if not fitting:
+                models = ", ".join(f"{name} is of {profile.model!r}" for name, profile in given)
+                raise ConfigurationError(f"engine {config.name!r} runs {config.model!r}, but no --profile is of it: {models}")
+            chosen.append(fitting[0])
+            continue
+        profile = profile_of(config)
+        if profile is None:
+            shipped = ", ".join(shipped_profiles()) or "none"
+            raise ConfigurationError(
+                f"engine {config.name!r}: no latency profile of {config.model!r} on {config.device or config.engine_type!r}; "
+                f"give --profile FILE, or latency_profile in its file (shipped: {shipped})"
+            )
+        chosen.append((config.latency_profile or profile.name, profile))
+    return chosen
+
+
+def _fits(profile: LatencyProfile, config: EngineConfig) -> bool:
+    return profile.model == config.model or profile.device == "none"  # "none": a stand-in that is of no device
+
+
+def engine_models_of(run: Run) -> list[EngineModel]:
+    """The engines as the simulator needs them. Raises ConfigurationError."""
+    configs = engine_configs_of(run)
+    models = []
+    for config, (_, profile) in zip(configs, profiles_of(run, configs), strict=True):
+        limits = limits_of(config)
+        description = description_of(config, limits, accepts_output_length=True, latency_profile=profile)
+        models.append(EngineModel(description, limits, profile))
+    return models
+
+
+def check_files(run: Run) -> None:
+    """Raises ConfigurationError for whatever in the run's files would stop it, before anything starts."""
+    read_round_trips(run.rtt_ms)
+    if run.core_url is not None:
+        return
+    core_config_of(run)
+    configs = engine_configs_of(run)
+    if run.backend != "real":
+        profiles_of(run, configs)
+
+
+# ------------------------------------------------------------------------------------------ a workload and a cluster
+
+
+def check_programs(programs: Iterator[Program], engines: Sequence[EngineModel], workload: str) -> Iterator[Program]:
+    """Passes `programs` on. Raises ConfigurationError for one that no engine can run: its model, or the longest prompt."""
+    longest: dict[tuple[str, ...], int] = {}
+    for program in programs:
+        lengths = {source.var: source.tokens for source in program.sets}
+        lengths |= {s.var: s.tokens for call in program.calls for s in call.segments if type(s) is Write}
+        for number, call in enumerate(program.calls):
+            room = longest.get(call.models)
+            if room is None:
+                room = longest[call.models] = _room(engines, call.models)
+            where = f"{workload}: program {program.id!r}, call {number}"
+            if room < 0:
+                have = ", ".join(sorted({engine.description.model for engine in engines}))
+                raise ConfigurationError(f"{where}: needs model {' or '.join(call.models)}, which no engine has (they have: {have})")
+            needed = _prompt_tokens(call, lengths, where)
+            if needed + 1 > room:
+                raise ConfigurationError(
+                    f"{where}: its prompt has {needed} tokens; the largest engine takes {room} with at least one generated"
+                )
+        yield program
+
+
+def _room(engines: Sequence[EngineModel], models: tuple[str, ...]) -> int:
+    rooms = [
+        min(e.limits.max_seq_len, e.limits.num_blocks * e.limits.block_size)
+        for e in engines
+        if not models or e.description.model in models
+    ]
+    return max(rooms, default=-1)
+
+
+def _prompt_tokens(call: Call, lengths: dict[str, int], where: str) -> int:
+    """Tokens in front of the call's last output."""
+    total = last = 0
+    written: set[str] = set()
+    own = {s.var for s in call.segments if type(s) is Write}
+    for segment in call.segments:
+        if type(segment) is Text:
+            total += segment.tokens
+        elif type(segment) is Read:
+            if segment.var in own and segment.var not in written:
+                raise ConfigurationError(f"{where}: reads its own output {segment.var!r} before it is written")
+            total += lengths[segment.var]
+        elif type(segment) is Write:
+            last = total
+            total += segment.tokens
+            written.add(segment.var)
+    return last

@@ -1,0 +1,133 @@
+"""Sessions: auth, expiry, limits, idempotency, timeouts."""
+
+from __future__ import annotations
+
+import pytest
+
+from parrot.serve import events as ev
+from parrot.serve.effects import SessionEnded
+from tests.serve.driver import Driver, content, out, text
+
+
+def test_every_call_of_a_session_needs_its_auth() -> None:
+    d = Driver()
+    session = d.open()
+    var = d.variable(session)
+    for auth, code in ((None, "unauthorized"), ("wrong", "forbidden")):
+        assert d.error(d.ask(ev.GetVariable, session, auth, var)).code == code
+        assert d.error(d.ask(ev.SetVariable, session, auth, var, content("k", 1))).code == code
+        assert d.error(d.ask(ev.CreateVariable, session, auth)).code == code
+        assert d.error(d.ask(ev.SubmitCall, session, auth, (text("t"), out("x")))).code == code
+        assert d.error(d.ask(ev.ListVariables, session, auth)).code == code
+        assert d.error(d.ask(ev.DescribeSession, session, auth)).code == code
+        assert d.error(d.ask(ev.CloseSession, session, auth)).code == code
+    assert [v.state for v in d.payload(d.ask(ev.ListVariables, session, d.auths[session]))] == ["empty"]
+
+
+def test_no_session_sees_another_ones_variables() -> None:
+    d = Driver()
+    one, two = d.open(), d.open()
+    d.variable(one)
+    assert d.error(d.get(two, "v0")).code == "not_found"
+    assert d.payload(d.ask(ev.ListVariables, two, d.auths[two])) == []
+
+
+def test_an_idle_session_expires_and_says_so() -> None:
+    d = Driver(session_life_span=10.0)
+    session = d.open()
+    d.now = 5.0
+    var = d.variable(session)
+    assert d.core.next_deadline() == 15.0
+    effects = d.send(ev.Tick(), at=15.0)
+    assert effects == [SessionEnded(session)]
+    assert d.error(d.get(session, var)).code == "session_expired"
+    assert d.core.next_deadline() is None
+
+
+def test_a_session_with_work_or_a_pending_get_is_not_idle() -> None:
+    d = Driver(session_life_span=10.0)
+    d.engine()
+    waiting, working = d.open(), d.open()
+    request = d.get(waiting, d.variable(waiting))
+    (x,) = d.outputs(d.submit(working, text("t"), out("x"), output_criteria=None))
+    running = d.get(working, x)
+    d.send(ev.CancelGet(running))
+    d.send(ev.Tick(), at=100.0)
+    assert d.core.counts()["sessions"] == 2
+    d.finish(d.dispatches[0])
+    d.send(ev.CancelGet(request))
+    assert d.core.next_deadline() == 110.0
+    d.send(ev.Tick(), at=110.0)
+    assert d.core.counts()["sessions"] == 0
+
+
+def test_the_number_of_sessions_is_bounded() -> None:
+    d = Driver(max_sessions_num=1)
+    session = d.open()
+    assert d.error(d.ask(ev.OpenSession, 7, "a")).code == "too_many_sessions"
+    d.close(session)
+    d.payload(d.ask(ev.OpenSession, 7, "a"))
+
+
+def test_the_number_of_engines_is_bounded() -> None:
+    d = Driver(max_engines_num=1)
+    d.engine()
+    engine = next(iter(d.core.engines.values()))
+    assert d.error(d.ask(ev.RegisterEngine, engine.description)).code == "too_many_engines"
+
+
+def test_a_full_queue_refuses_only_sessions_that_begin() -> None:
+    d = Driver(scheduler={"max_queue_size": 2})
+    begun, fresh = d.open(), d.open()
+    for i in range(3):
+        (x,) = d.outputs(d.submit(begun, text(f"t{i}"), out("x")))
+        d.get(begun, x)
+    refused = d.ask(ev.SubmitCall, fresh, d.auths[fresh], (text("t"), out("x")))
+    assert d.error(refused).code == "queue_full"
+    d.submit(begun, text("more"), out("x"))
+    d.engine()
+    d.submit(fresh, text("t"), out("x"))
+
+
+def test_tasks_of_a_session_are_bounded() -> None:
+    d = Driver(max_tasks_per_session=2)
+    session = d.open()
+    d.submit(session, text("t"), out("x"), text("u"), out("y"))
+    assert d.error(d.ask(ev.SubmitCall, session, d.auths[session], (text("t"), out("x")))).code == "too_many_tasks"
+
+
+def test_a_get_times_out_and_cancels_nothing() -> None:
+    d = Driver()
+    d.engine()
+    session = d.open()
+    (x,) = d.outputs(d.submit(session, text("t"), out("x")))
+    early, late = d.get(session, x, timeout=5.0), d.get(session, x)
+    assert d.core.next_deadline() == 5.0
+    d.send(ev.Tick(), at=5.0)
+    assert d.error(early).code == "timeout"
+    d.finish(d.dispatches[0], "done")
+    assert d.payload(late) == "done"
+
+
+@pytest.mark.parametrize("key", ["k1", None])
+def test_a_repeated_request_gets_the_first_answer(key: str | None) -> None:
+    d = Driver()
+    opened = d.ask(ev.OpenSession, 1, "a", "", key)
+    again = d.ask(ev.OpenSession, 2, "b", "", key)
+    assert (d.payload(again) == d.payload(opened)) is (key is not None)
+    d.auths[1] = "a"
+    made = [d.payload(d.ask(ev.CreateVariable, 1, "a", "v", key)) for _ in range(2)]
+    assert (made[0] == made[1]) is (key is not None)
+    calls = [d.submit(1, text("t"), out("x"), idempotency_key=None if key is None else "k2") for _ in range(2)]
+    assert (calls[0] == calls[1]) is (key is not None)
+    var = made[0]["var_id"]
+    d.payload(d.ask(ev.SetVariable, 1, "a", var, content("c", 1), None if key is None else "k3"))
+    repeated = d.ask(ev.SetVariable, 1, "a", var, content("c", 1), None if key is None else "k3")
+    assert (d.replies[repeated].error is None) is (key is not None)
+
+
+def test_time_never_goes_back() -> None:
+    d = Driver()
+    d.send(ev.Tick(), at=5.0)
+    with pytest.raises(ValueError, match="time went back"):
+        d.send(ev.Tick(), at=4.0)

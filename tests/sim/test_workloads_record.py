@@ -1,0 +1,228 @@
+"""A record of a core becomes programs: what was called, set and fetched, how long outputs were, who waited for what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from parrot.protocol.api import CallAnswer, Criteria, SamplingConfig
+from parrot.protocol.engine import EngineDescription
+from parrot.serve import events as ev
+from parrot.serve.config import ServeCoreConfig
+from parrot.serve.core import ServeCore
+from parrot.serve.effects import Dispatch, Reply
+from parrot.serve.record import Recorder
+from sim.workloads import WorkloadError, open_workload
+from sim.workloads.__main__ import main
+from sim.workloads.program import After, Get, Program, Read, Set, Text, Write
+from sim.workloads.record import read_record
+
+ENGINE = EngineDescription(
+    "e", "m", "tok", "localhost", 1, "emulated", tasks_capacity=64, tokens_capacity=10_000, max_seq_len=2048
+)
+SAMPLING = SamplingConfig(max_gen_length=64)
+
+
+class Cluster:
+    """A core with one engine that answers when it is told to, and the record of it all."""
+
+    def __init__(self, path: Path, config: ServeCoreConfig) -> None:
+        self.core = ServeCore(config)
+        self.recorder = Recorder(path, config)
+        self.running: list[Dispatch] = []
+        self.replies: dict[int, Reply] = {}
+        self.request = 0
+        self.at(0.0, ev.RegisterEngine(self.next(), ENGINE))
+
+    def next(self) -> int:
+        self.request += 1
+        return self.request
+
+    def at(self, now: float, *events: ev.AnyEvent) -> None:
+        self.recorder.write(now, events)
+        for effect in self.core.handle(events, now):
+            if isinstance(effect, Dispatch):
+                self.running.append(effect)
+            elif isinstance(effect, Reply):
+                self.replies[effect.request] = effect
+
+    def open(self, now: float, session: int, tenant: str = "") -> None:
+        self.at(now, ev.OpenSession(self.next(), session, "hash", tenant=tenant))
+
+    def call(self, now: float, session: int, *segments: ev.Segment, **fields: Any) -> list[str]:
+        """Submits; returns the variables of the placeholders, in order."""
+        number = self.next()
+        self.at(now, ev.SubmitCall(number, session, "hash", segments, **fields))
+        answer = self.replies[number].payload
+        assert isinstance(answer, CallAnswer), self.replies[number]
+        return [info.var_id for info in answer.param_info]
+
+    def get(self, now: float, session: int, var: str, criteria: Criteria | None = Criteria.LATENCY) -> int:
+        number = self.next()
+        self.at(now, ev.GetVariable(number, session, "hash", var, criteria))
+        return number
+
+    def finish(self, now: float, tokens: int) -> None:
+        """The engine ends the task that it was given first."""
+        task = self.running.pop(0)
+        name = (task.epoch, task.task, task.attempt)
+        self.at(
+            now, ev.TaskStarted(*name), ev.FirstToken(*name), ev.TaskFinished(*name, content(f"out{tokens}", tokens), tokens)
+        )
+
+
+def content(key: str, tokens: int) -> ev.Content:
+    return ev.Content(key, {"tok": tokens, "other": tokens + 1})
+
+
+def text(key: str, tokens: int) -> ev.Constant:
+    return ev.Constant(content(key, tokens))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "record.jsonl"
+
+
+@pytest.fixture
+def cluster(path: Path) -> Cluster:
+    return Cluster(path, ServeCoreConfig())
+
+
+def programs(cluster: Cluster, path: Path) -> Sequence[Program]:
+    cluster.recorder.close()
+    return read_record(path).programs
+
+
+def test_a_chat_keeps_its_lengths_and_the_time_that_its_user_took(cluster: Cluster, path: Path) -> None:
+    cluster.open(10.0, 7, tenant="t")
+    (first,) = cluster.call(10.0, 7, text("system", 30), ev.Output("a", SAMPLING), func_name="turn")
+    cluster.get(10.0, 7, first)
+    cluster.finish(12.0, 20)
+    known, second = cluster.call(
+        15.5, 7, text("system", 30), ev.Input("a", var_id=first), text("more", 5), ev.Output("b", SAMPLING), cache_prefix=False
+    )
+    assert known == first
+    cluster.get(15.75, 7, second, None)
+    cluster.finish(17.0, 9)
+    (program,) = programs(cluster, path)
+    assert (program.arrival_s, program.tenant, program.application) == (0.0, "t", "turn")
+    assert program.calls[0].segments == (Text("system", 30), Write(first, 20, 64, "out20"))
+    assert program.calls[0].after == ()
+    assert program.calls[1].segments == (Text("system", 30), Read(first), Text("more", 5), Write(second, 9, 64, "out9"))
+    assert program.calls[1].after == (After("get0", 3.5),)
+    assert not program.calls[1].cache_prefix
+    assert program.gets == (
+        Get("get0", first, Criteria.LATENCY),
+        Get("get1", second, Criteria.THROUGHPUT, (After("get0", 3.75),)),
+    )
+
+
+def test_a_step_after_several_gets_follows_all_of_them(cluster: Cluster, path: Path) -> None:
+    cluster.open(0.0, 1)
+    parts = [cluster.call(0.0, 1, text(f"chunk{i}", 10), ev.Output("s", SAMPLING))[0] for i in range(2)]
+    for part in parts:
+        cluster.get(0.0, 1, part)
+    cluster.finish(1.0, 5)
+    cluster.finish(2.0, 6)
+    (last,) = cluster.call(2.5, 1, text("joined by the client", 11), ev.Output("s", SAMPLING))
+    cluster.get(2.5, 1, last)
+    cluster.finish(3.0, 7)
+    (program,) = programs(cluster, path)
+    assert program.calls[2].after == (After("get0", 0.5), After("get1", 0.5))
+
+
+def test_values_and_variables_set_from_outside_are_texts_and_sets(cluster: Cluster, path: Path) -> None:
+    cluster.open(1.0, 1)
+    number = cluster.next()
+    cluster.at(1.0, ev.CreateVariable(number, 1, "hash", "doc"))
+    var = cluster.replies[number].payload
+    var = var if isinstance(var, str) else msgspec.to_builtins(var)["var_id"]
+    cluster.at(1.25, ev.SetVariable(cluster.next(), 1, "hash", var, content("document", 200)))
+    (*_, out) = cluster.call(
+        1.25,
+        1,
+        text("read", 4),
+        ev.Input("d", var_id=var),
+        ev.Input("v", value=content("given", 8)),
+        ev.Output("o", SAMPLING),
+    )
+    cluster.get(1.25, 1, out)
+    cluster.finish(2.0, 3)
+    (program,) = programs(cluster, path)
+    assert program.sets == (Set(var, "document", 200, (After(None, 0.25),)),)
+    assert program.calls[0].segments == (Text("read", 4), Read(var), Text("given", 8), Write(out, 3, 64, "out3"))
+
+
+def test_sessions_are_programs_in_order_of_arrival_and_scale_to_a_rate(cluster: Cluster, path: Path) -> None:
+    for session, opened in ((5, 2.0), (3, 4.0), (4, 6.0)):
+        cluster.open(opened, session)
+        (out,) = cluster.call(opened, session, text("x", 4), ev.Output("o", SAMPLING))
+        cluster.get(opened, session, out)
+        cluster.finish(opened + 1.0, 3)
+    assert [(p.id, p.arrival_s) for p in programs(cluster, path)] == [("session-5", 0), ("session-3", 2), ("session-4", 4)]
+    assert [p.arrival_s for p in open_workload(f"record:{path}", rate=1.0)] == [0.0, 1.0, 2.0]
+
+
+def test_unfinished_and_failed_sessions_are_left_out_with_their_reason(
+    cluster: Cluster, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for session in (1, 2, 3):
+        cluster.open(0.0, session)
+    (one,) = cluster.call(0.0, 1, text("x", 4), ev.Output("o", SAMPLING))
+    (two,) = cluster.call(0.0, 2, text("x", 4), ev.Output("o", SAMPLING))
+    cluster.get(0.0, 1, one)
+    cluster.get(0.0, 2, two)
+    failed = next(d for d in cluster.running if d.task.session_id == 1)
+    cluster.at(1.0, ev.TaskFailed(failed.epoch, failed.task, failed.attempt, "generation_failed", "it broke"))
+    cluster.recorder.close()
+    recorded = read_record(path)
+    assert not recorded.programs
+    assert [reason.split(": ", 1)[0] for reason in recorded.skipped] == ["session 1", "session 2", "session 3"]
+    assert "still waited" in recorded.skipped[1]
+    assert "fetched nothing" in recorded.skipped[2]
+    assert main(["from-record", str(path), str(tmp_path / "out.jsonl")]) == 0
+    assert "0 programs" in capsys.readouterr().err
+
+
+def test_another_tokenizer_gives_its_own_lengths(cluster: Cluster, path: Path) -> None:
+    cluster.open(0.0, 1)
+    (out,) = cluster.call(0.0, 1, text("x", 4), ev.Output("o", SAMPLING))
+    cluster.get(0.0, 1, out)
+    cluster.finish(1.0, 3)
+    cluster.recorder.close()
+    assert read_record(path, "other").programs[0].calls[0].segments[0] == Text("x", 5)
+    with pytest.raises(WorkloadError, match="no length under tokenizer 'third'; it has: tok, other"):
+        read_record(path, "third")
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        ("", "empty"),
+        ("TIMESTAMP,ContextTokens\n", ":1: not a record of a core"),
+        ('{"record": 99, "epoch": 0, "config": {}}\n', ":1: record format 99"),
+        ('{"record": 1, "epoch": 0, "config": {}}\n{"t": 1.0, "eve\n', ":2: not an instant"),
+        ('{"record": 1, "epoch": 0, "config": {}}\n{"t": 1, "events": []}\n{"t": 0, "events": []}\n', ":3: time 0.0 is before"),
+    ],
+)
+def test_foreign_and_truncated_records_are_refused_with_their_place(path: Path, lines: str, reason: str) -> None:
+    path.write_text(lines)
+    with pytest.raises(WorkloadError, match=reason):
+        read_record(path)
+
+
+def test_a_last_line_that_was_cut_when_the_core_was_killed_is_left_out(cluster: Cluster, path: Path) -> None:
+    cluster.open(0.0, 1)
+    (out,) = cluster.call(0.0, 1, text("x", 4), ev.Output("o", SAMPLING))
+    cluster.get(0.0, 1, out)
+    cluster.finish(1.0, 3)
+    cluster.recorder.close()
+    whole = read_record(path)
+    with path.open("ab") as file:
+        file.write(b'{"t": 2.0, "eve')
+    assert read_record(path) == whole
