@@ -85,9 +85,8 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
 
 def _check(config: EngineConfig, args: argparse.Namespace) -> None:
     if config.engine_type == "openai":
-        raise ParrotError(
-            "not_implemented", f"{args.config_path}: engine_type 'openai' comes with a later release; use 'builtin' or 'emulated'"
-        )
+        message = "engine_type 'openai' comes with a later release; use 'builtin' or 'emulated'"
+        raise ParrotError("not_implemented", f"{args.config_path}: {message}")
     if args.count > 1 and not isinstance(config, EmulatedEngineConfig):
         raise ConfigurationError(f"--count {args.count} is for emulated engines; {args.config_path} is {config.engine_type!r}")
     if not args.without_core:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.metadata
 import logging
 import platform
@@ -71,10 +72,8 @@ class IterationLog:
 
     def _flush_later(self) -> None:
         if self._timer is None:
-            try:
+            with contextlib.suppress(RuntimeError):  # no loop yet (the header): the next line's timer writes it out
                 self._timer = asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
-            except RuntimeError:  # no loop yet (the header): the next line's timer writes it out
-                pass
 
     def flush(self) -> None:
         self._timer = None

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Hashable, Sequence
 
-from parrot.engine.context_ids import ContextIds
 from parrot.engine.batches import EngineTask
+from parrot.engine.context_ids import ContextIds
 from parrot.protocol.api import SamplingConfig
 from parrot.protocol.engine import Failed, Finished, Rejected, Started, TaskEvent, Tokens
 from parrot.protocol.errors import ERRORS
@@ -49,8 +49,23 @@ class Job:
     """A task between its request and its last event. Times are the engine's clock, in seconds."""
 
     __slots__ = (
-        "_chars", "_context_ids", "_ids", "_last_at", "_max_gap_s", "_started", "_first_at",
-        "arrived", "cached_tokens", "forced_ids", "forced_text", "key", "label", "link_ids", "sampling", "stream", "task",
+        "_chars",
+        "_context_ids",
+        "_first_at",
+        "_ids",
+        "_last_at",
+        "_max_gap_s",
+        "_started",
+        "arrived",
+        "cached_tokens",
+        "forced_ids",
+        "forced_text",
+        "key",
+        "label",
+        "link_ids",
+        "sampling",
+        "stream",
+        "task",
     )  # fmt: skip
 
     def __init__(

@@ -19,6 +19,7 @@ import msgspec
 from aiohttp import web
 
 from parrot.configuration import ConfigurationError
+from parrot.engine.batches import EngineLimits
 from parrot.engine.config import (
     BuiltinEngineConfig,
     BuiltinInstance,
@@ -30,7 +31,6 @@ from parrot.engine.config import (
     secret_of,
 )
 from parrot.engine.context_ids import ContextIds
-from parrot.engine.batches import EngineLimits
 from parrot.engine.core import EngineCore
 from parrot.engine.core_link import CoreLink
 from parrot.engine.iteration_log import IterationLog, versions
@@ -221,7 +221,7 @@ def _pin(cores: Sequence[int]) -> None:
         os.sched_setaffinity(0, cores)
     except (OSError, ValueError, OverflowError) as error:
         here = ", ".join(map(str, sorted(os.sched_getaffinity(0))))
-        raise ConfigurationError(f"instance.cpu_affinity {list(cores)}: {error}; this process may use the cores {here}") from error
+        raise ConfigurationError(f"instance.cpu_affinity {list(cores)}: {error}; there are the cores {here}") from error
 
 
 def _check_device(device: str) -> None:

@@ -10,8 +10,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from parrot.engine.context_ids import ContextIds
 from parrot.engine.batches import EngineTask, Link
+from parrot.engine.context_ids import ContextIds
 from parrot.engine.jobs import Job
 from parrot.engine.loop import EngineLoop
 from parrot.engine.tasks import encode

@@ -140,9 +140,7 @@ _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large
 
 
 @web.middleware
-async def _refuse(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
+async def _refuse(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
     """Turns what a handler raises into an ErrorBody: its own refusals, aiohttp's, and bugs (which are logged)."""
     try:
         return await handler(request)

@@ -11,8 +11,8 @@ from typing import TypeVar
 
 import msgspec
 
-from parrot.engine.context_ids import ContextIds
 from parrot.engine.batches import EngineTask, Link
+from parrot.engine.context_ids import ContextIds
 from parrot.engine.jobs import Job
 from parrot.engine.loop import EngineLoop
 from parrot.protocol.engine import AbortRequest, FillSpec, TaskId, TaskRequest
@@ -45,7 +45,8 @@ class Tasks:
         self.meet(request.epoch)
         job = self._job(request, arrived)
         if request.epoch != self.epoch:
-            job.fail("conflict", f"epoch {request.epoch} is over; this engine is registered in epoch {self.epoch}", retryable=True)
+            message = f"epoch {request.epoch} is over; this engine is registered in epoch {self.epoch}"
+            job.fail("conflict", message, retryable=True)
         elif job.key in self._running:
             job.fail("conflict", f"attempt {request.attempt} of task {job.label} is already running here")
         else:
@@ -94,9 +95,10 @@ class Tasks:
 
     def done(self, job: Job) -> None:
         """The client has got the job's last event, or has gone away: what still runs is aborted."""
-        self._running.pop(job.key, None)  # type: ignore[call-overload]
-        if not job.ended:
-            self._loop.abort(job.key)
+        if self._running.get(job.key) is job:  # type: ignore[call-overload]
+            del self._running[job.key]  # type: ignore[arg-type]
+            if not job.ended:
+                self._loop.abort(job.key)
 
     def abort(self, request: AbortRequest) -> None:
         """Gives up one attempt; its stream ends with a failure. Unknown ones are ignored."""

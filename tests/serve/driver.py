@@ -36,6 +36,21 @@ def out(name: str, var_id: str | None = None, max_gen_length: int = 16) -> Outpu
     return Output(name, SamplingConfig(max_gen_length=max_gen_length), var_id=var_id)
 
 
+def described(name: str = "e", **fields: Any) -> EngineDescription:
+    defaults: dict[str, Any] = {
+        "engine_name": name,
+        "model": "m",
+        "tokenizer": TOKENIZER,
+        "host": "localhost",
+        "port": 1,
+        "engine_type": "emulated",
+        "tasks_capacity": 64,
+        "tokens_capacity": 100_000,
+        "max_seq_len": 8192,
+    }
+    return EngineDescription(**(defaults | fields))
+
+
 class Driver:
     """Sends one event an instant and keeps the effects apart: `replies` by request, `dispatches` not yet ended."""
 
@@ -80,19 +95,7 @@ class Driver:
     # -------------------------------------------------------------------------------------------- in one line
 
     def engine(self, name: str = "e", **fields: Any) -> int:
-        described: dict[str, Any] = {
-            "engine_name": name,
-            "model": "m",
-            "tokenizer": TOKENIZER,
-            "host": "localhost",
-            "port": 1,
-            "engine_type": "emulated",
-            "tasks_capacity": 64,
-            "tokens_capacity": 100_000,
-            "max_seq_len": 8192,
-        }
-        description = EngineDescription(**(described | fields))
-        return int(self.payload(self.ask(ev.RegisterEngine, description)).engine_id)
+        return int(self.payload(self.ask(ev.RegisterEngine, described(name, **fields))).engine_id)
 
     def open(self, session_id: int | None = None, tenant: str = "") -> int:
         session_id = session_id if session_id is not None else 1000 + len(self.auths)

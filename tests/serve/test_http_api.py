@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from tests.serve.http_support import Client, cluster, eventually
 
 from parrot.protocol.engine import Started, Tokens
+from tests.serve.http_support import Client, cluster, eventually
 
 
 async def test_a_call_and_a_get_give_the_engine_s_text() -> None:

@@ -1,0 +1,307 @@
+"""Engines come and go, tasks are placed again, contexts are shared, freed and forgotten."""
+
+from __future__ import annotations
+
+from parrot.protocol.api import Criteria
+from parrot.serve import events as ev
+from parrot.serve.effects import Dispatch, FreeContexts
+from parrot.serve.scheduler import REOPEN_S
+from tests.serve.driver import Driver, out, read, text, value
+
+
+def fetched(d: Driver, session: int, *segments: ev.Segment) -> int:
+    (x,) = d.outputs(d.submit(session, *segments))
+    return d.get(session, x)
+
+
+def test_tasks_wait_for_an_engine_and_go_to_the_first_that_comes() -> None:
+    d = Driver()
+    session = d.open()
+    request = fetched(d, session, text("t"), out("x"))
+    assert d.dispatches == []
+    d.engine()
+    d.finish(d.dispatches[0], "done")
+    assert d.payload(request) == "done"
+
+
+def test_no_engine_within_the_wait_fails_the_task() -> None:
+    d = Driver(scheduler={"engine_wait_timeout": 30.0})
+    session = d.open()
+    request = fetched(d, session, text("t"), out("x"))
+    assert d.core.next_deadline() == 30.0
+    d.send(ev.Tick(), at=30.0)
+    assert d.error(request).code == "no_engine"
+
+
+def test_the_wait_begins_again_when_the_last_engine_is_lost() -> None:
+    d = Driver(scheduler={"engine_wait_timeout": 30.0})
+    engine = d.engine()
+    session = d.open()
+    request = fetched(d, session, text("t"), out("x"))
+    d.now = 20.0
+    d.lose(engine)
+    assert d.core.next_deadline() == 50.0
+    d.now = 40.0
+    d.engine("new")
+    d.finish(d.dispatches[0], "done")
+    assert d.payload(request) == "done"
+
+
+def test_what_ran_on_a_lost_engine_is_placed_again_and_stale_results_are_dropped() -> None:
+    d = Driver()
+    one = d.engine("one")
+    session = d.open()
+    request = fetched(d, session, text("t"), out("x"))
+    (old,) = d.dispatches
+    d.start(old)
+    d.first(old)
+    d.lose(one)
+    d.engine("two")
+    (new,) = d.dispatches
+    assert (new.task, new.attempt) == (old.task, 2)
+    assert new.parent == -1
+    assert d.finish(old, "stale") == []
+    assert request not in d.replies
+    d.finish(new, "fresh")
+    assert d.payload(request) == "fresh"
+    assert d.report(session).reports[0].tasks[0].attempts == 2
+
+
+def test_attempts_are_bounded() -> None:
+    d = Driver(scheduler={"max_attempts": 3})
+    d.engine()
+    session = d.open()
+    request = fetched(d, session, text("t"), out("x"))
+    for _ in range(3):
+        assert request not in d.replies
+        d.fail(d.dispatches[0], retryable=True)
+    assert d.error(request).code == "generation_failed"
+    assert "attempt 3 of 3" in d.error(request).message
+
+
+def test_a_restart_costs_no_attempt() -> None:
+    d = Driver(scheduler={"max_attempts": 1})
+    d.engine()
+    session = d.open()
+    request = fetched(d, session, text("t"), out("x"))
+    (old,) = d.dispatches
+    d.dispatches.clear()
+    d.send(ev.Restarted(1))
+    d.engine()
+    (new,) = d.dispatches
+    assert (new.epoch, new.attempt) == (1, 2)
+    assert d.finish(old, "of an earlier life") == []
+    d.finish(new, "done")
+    assert d.payload(request) == "done"
+
+
+def test_a_rejecting_engine_is_asked_again_only_after_its_capacity_has_changed() -> None:
+    d = Driver()
+    d.engine()
+    session = d.open()
+    fetched(d, session, text("a"), out("x"))
+    fetched(d, session, text("b"), out("x"))
+    first, second = d.dispatches
+    d.dispatches.remove(second)
+    d.send(ev.TaskRejected(second.epoch, second.task, second.attempt, "full"))
+    assert d.dispatches == [first]
+    d.finish(first)
+    (again,) = d.dispatches
+    assert (again.task, again.attempt) == (second.task, 2)
+
+
+def test_an_idle_engine_that_rejects_is_asked_again_a_little_later() -> None:
+    d = Driver()
+    d.engine()
+    session = d.open()
+    fetched(d, session, text("a"), out("x"))
+    (old,) = d.dispatches
+    d.dispatches.clear()
+    d.send(ev.TaskRejected(old.epoch, old.task, old.attempt, "full"))
+    assert d.dispatches == []
+    assert d.core.next_deadline() == REOPEN_S
+    d.send(ev.Tick(), at=REOPEN_S)
+    assert len(d.dispatches) == 1
+
+
+def test_a_prompt_too_long_for_every_engine_fails_at_once_and_names_the_numbers() -> None:
+    d = Driver()
+    d.engine(max_seq_len=50)
+    session = d.open()
+    request = fetched(d, session, text("long", 50), out("x"))
+    assert d.error(request).code == "task_too_large"
+    assert "50 tokens" in d.error(request).message
+    d.engine("larger", max_seq_len=100)
+    fetched(d, session, text("long", 50), out("x"))
+    assert d.dispatches[0].engine_id == 2
+
+
+def test_a_task_too_large_for_one_engine_goes_to_another() -> None:
+    d = Driver()
+    d.engine("small")
+    d.engine("large", tokens_capacity=99)
+    session = d.open()
+    request = fetched(d, session, text("t"), out("x"))
+    (dispatch,) = d.dispatches
+    assert dispatch.engine_id == 1
+    d.fail(dispatch, code="task_too_large")
+    assert d.dispatches[0].engine_id == 2
+    d.fail(d.dispatches[0], code="task_too_large")
+    assert d.error(request).code == "task_too_large"
+
+
+def test_models_and_model_types_route_among_engines() -> None:
+    d = Driver()
+    d.engine("a", model="A")
+    d.engine("b", model="B")
+    d.engine("remote", model="B", engine_type="openai")
+    session = d.open()
+    for fields, expected in (({"models": ("A",)}, 1), ({"models": ("B",)}, 2), ({"models": ("B",), "model_type": "text"}, 3)):
+        (x,) = d.outputs(d.submit(session, text("t"), out("x"), output_criteria=Criteria.LATENCY, **fields))
+        assert [e.engine_id for e in d.dispatches if e.output_var == x] == [expected]
+    assert [m.model_name for m in d.core.models()] == ["A", "B"]
+
+
+def test_capacity_bounds_what_an_engine_gets_and_one_task_alone_is_always_admitted() -> None:
+    d = Driver()
+    d.engine(tokens_capacity=60)
+    session = d.open()
+    for i in range(3):
+        fetched(d, session, text(f"t{i}", 10), out("x"))
+    assert len(d.dispatches) == 2  # 26 tokens each
+    d.finish(d.dispatches[0])
+    assert len(d.dispatches) == 2
+    for dispatch in list(d.dispatches):
+        d.finish(dispatch)
+    fetched(d, session, text("huge", 500), out("x"))
+    assert len(d.dispatches) == 1
+
+
+def test_contexts_are_shared_along_a_common_prefix_and_reservations_count_only_what_is_new() -> None:
+    d = Driver()
+    engine = d.engine()
+    session = d.open()
+    fetched(d, session, text("system", 100), value("q", "one", 5), out("x"))
+    (a,) = d.dispatches
+    assert d.core.engines[engine].reserved == 121
+    fetched(d, session, text("system", 100), value("q", "two", 5), out("x"))
+    b = d.dispatches[1]
+    assert d.core.engines[engine].reserved == 121 + 21
+    assert a.chain[0].context_id == b.chain[0].context_id
+    assert a.chain[1].context_id != b.chain[1].context_id
+    assert b.parent == -1  # being filled by the other, not known to be complete
+    d.first(a)
+    fetched(d, session, text("system", 100), value("q", "one", 5), out("x"))
+    c = d.dispatches[2]
+    assert c.parent == a.chain[1].context_id
+    assert c.cached_links == 2
+
+
+def test_leading_constants_are_shared_across_sessions_and_nothing_else_is() -> None:
+    d = Driver()
+    d.engine()
+    one, two, three = d.open(), d.open(), d.open()
+    for session in (one, two):
+        fetched(d, session, text("system"), text("more"), out("x"))
+    (x,) = d.outputs(d.submit(three, text("system"), out("x"), cache_prefix=False))
+    d.get(three, x)
+    a, b, c = d.dispatches
+    assert a.chain[0].context_id == b.chain[0].context_id
+    assert a.chain[1].context_id != b.chain[1].context_id
+    assert c.chain[0].context_id not in {a.chain[0].context_id, b.chain[0].context_id}
+
+
+def test_sessions_of_one_tenant_share_contexts() -> None:
+    d = Driver()
+    d.engine()
+    for tenant in ("t", "t", "other"):
+        fetched(d, d.open(tenant=tenant), text("system"), value("v", "same"), out("x"))
+    a, b, c = d.dispatches
+    assert a.chain[1].context_id == b.chain[1].context_id
+    assert c.chain[1].context_id != a.chain[1].context_id
+
+
+def test_a_sessions_contexts_are_freed_with_it_and_the_shared_head_outlives_it_for_its_lifetime() -> None:
+    d = Driver(constant_prefix_var_timeout=50.0)
+    engine = d.engine()
+    session = d.open()
+    fetched(d, session, text("system"), value("v", "mine"), out("x"))
+    (dispatch,) = d.dispatches
+    d.finish(dispatch)
+    head, own = (link.context_id for link in dispatch.chain)
+    d.now = 10.0
+    before = len(d.effects)
+    d.close(session)
+    freed = [e for e in d.effects[before:] if isinstance(e, FreeContexts)]
+    assert [(e.engine_id, set(e.context_ids)) for e in freed] == [(engine, {own, dispatch.generate_context_id})]
+    assert d.core.next_deadline() == 50.0
+    assert d.send(ev.Tick(), at=50.0) == [FreeContexts(engine, (head,))]
+    assert d.core.engines[engine].contexts == {}
+
+
+def test_an_evicted_context_is_computed_again() -> None:
+    d = Driver()
+    engine = d.engine()
+    session = d.open()
+    fetched(d, session, text("system"), out("x"))
+    (a,) = d.dispatches
+    d.finish(a)
+    d.send(ev.ContextsEvicted(engine, (a.chain[0].context_id,)))
+    fetched(d, session, text("system"), out("x"))
+    (b,) = d.dispatches
+    assert b.parent == -1
+    assert b.chain[0].context_id != a.chain[0].context_id
+
+
+def test_an_equal_output_on_the_same_prefix_is_freed_as_a_duplicate() -> None:
+    d = Driver()
+    engine = d.engine()
+    session = d.open()
+    for _ in range(2):
+        fetched(d, session, text("t"), out("x"))
+    a, b = d.dispatches
+    d.finish(a, "same")
+    assert d.finish(b, "same")[-1] == FreeContexts(engine, (b.generate_context_id,))
+
+
+def test_a_bos_counts_once_at_the_head() -> None:
+    d = Driver()
+    engine = d.engine(bos_tokens=1)
+    session = d.open()
+    fetched(d, session, text("a", 10), value("v", "b", 10), out("x"))
+    assert [link.tokens for link in d.dispatches[0].chain] == [11, 10]
+    assert d.core.engines[engine].reserved == 21 + 16
+
+
+def test_lengths_of_a_tokenizer_that_comes_later_are_taken_from_its_registration() -> None:
+    d = Driver()
+    session = d.open()
+    var = d.variable(session)
+    d.set(session, var, "given", 10)
+    fetched(d, session, text("a", 10), read("v", var), out("x"))
+    description = {"engine_name": "e", "model": "m", "tokenizer": "other", "host": "h", "port": 1, "engine_type": "builtin"}
+    from parrot.protocol.engine import EngineDescription
+
+    engine = EngineDescription(**description, tasks_capacity=1, tokens_capacity=1000, max_seq_len=1000)
+    d.ask(ev.RegisterEngine, engine, {"given": 3, "a": 4})
+    assert [link.tokens for link in d.dispatches[0].chain] == [4, 3]
+
+
+def test_the_same_events_give_the_same_effects() -> None:
+    def run() -> list[object]:
+        d = Driver("parrot", {"app_fifo": True, "graph_group": True, "ctx_group": True, "ctx_aware": True})
+        for name in ("a", "b", "c"):
+            d.engine(name, tasks_capacity=2)
+        for _ in range(5):
+            session = d.open()
+            maps = [d.outputs(d.submit(session, text("map"), value("c", f"c{i}"), out("s")))[0] for i in range(4)]
+            reads = [read(f"s{i}", v) for i, v in enumerate(maps)]
+            fetched(d, session, text("reduce"), *reads, out("f"))
+        while d.dispatches:
+            d.now += 1.0
+            d.finish(d.dispatches[0])
+        return d.effects
+
+    first = run()
+    assert any(isinstance(e, Dispatch) for e in first)
+    assert first == run()

@@ -1,0 +1,217 @@
+"""The rules of the policies, each where the opposite choice would fail; and what contains a policy that misbehaves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from parrot.protocol.api import Criteria
+from parrot.protocol.errors import ParrotError
+from parrot.serve import events as ev
+from parrot.serve.config import GlobalSchedulerConfig
+from parrot.serve.graph import Task
+from parrot.serve.policies import build_policy, parse_policy
+from parrot.serve.policies.base import Cluster, Placement
+from parrot.serve.queue import TaskQueue
+from tests.serve.driver import Driver, described, out, read, text, value
+
+
+def fetched(d: Driver, session: int, *segments: object, criteria: Criteria | None = None) -> str:
+    (x,) = d.outputs(d.submit(session, *segments))
+    d.get(session, x, criteria)
+    return x
+
+
+def engines_of(d: Driver) -> list[int]:
+    return [dispatch.engine_id for dispatch in d.dispatches]
+
+
+def test_round_robin_goes_in_turn_and_skips_who_is_full() -> None:
+    d = Driver("round_robin")
+    for capacity in (9, 1, 9):
+        d.engine(tasks_capacity=capacity)
+    session = d.open()
+    for i in range(5):
+        fetched(d, session, text(f"t{i}"), out("x"))
+    assert engines_of(d) == [1, 2, 3, 1, 3]
+
+
+def test_least_loaded_counts_tokens_not_tasks() -> None:
+    d = Driver("least_loaded")
+    d.engine()
+    d.engine()
+    session = d.open()
+    for i, tokens in enumerate((1000, 10, 10, 10)):
+        fetched(d, session, text(f"t{i}", tokens), out("x"))
+    assert engines_of(d) == [1, 2, 2, 2]
+
+
+def map_reduce(d: Driver, session: int, name: str, width: int) -> None:
+    maps = [d.outputs(d.submit(session, text(f"{name}{i}"), out("s")))[0] for i in range(width)]
+    fetched(d, session, text("reduce"), *[read(f"s{i}", v) for i, v in enumerate(maps)], out("f"), criteria=Criteria.LATENCY)
+
+
+def test_app_fifo_finishes_the_first_program_before_it_begins_the_second() -> None:
+    def order(switches: str) -> list[int]:
+        d = Driver(scheduler=dict.fromkeys(switches.split(), True), policy="parrot")
+        d.engine(tasks_capacity=1)
+        first, second = d.open(), d.open()
+        map_reduce(d, first, "a", 2)
+        map_reduce(d, second, "b", 2)
+        seen = []
+        while d.dispatches:
+            seen.append(d.dispatches[0].task.session_id)
+            d.finish(d.dispatches[0])
+        return [session - first for session in seen]
+
+    assert order("app_fifo") == [0, 0, 0, 1, 1, 1]
+    assert order("") == [0, 0, 1, 1, 0, 1]
+
+
+def test_graph_group_puts_a_group_on_one_engine_when_it_fits_and_on_few_when_not() -> None:
+    def spread(tasks_capacity: int, **switches: bool) -> list[int]:
+        d = Driver("parrot", switches)
+        session = d.open()
+        map_reduce(d, session, "m", 4)
+        for _ in range(4):
+            d.engine(tasks_capacity=tasks_capacity)
+        # All four were queued before any engine came: the group is complete when it is placed.
+        return engines_of(d)
+
+    def spread_at_once(tasks_capacity: int, **switches: bool) -> list[int]:
+        d = Driver("parrot", switches)
+        for _ in range(4):
+            d.engine(tasks_capacity=tasks_capacity)
+        session = d.open()
+        map_reduce(d, session, "m", 4)
+        return engines_of(d)
+
+    assert spread_at_once(8, graph_group=True) == [1, 1, 1, 1]
+    assert spread_at_once(8) == [1, 2, 3, 4]
+    assert spread_at_once(2, graph_group=True) == [1, 1, 2, 2]
+    assert spread(8, graph_group=True) == [1, 1, 1, 1]
+
+
+def test_ctx_group_keeps_queued_tasks_with_a_common_prefix_together() -> None:
+    def placed(**switches: bool) -> dict[str, set[int]]:
+        # Six tasks wait; then two engines come in one instant, so that the policy sees all of it at once.
+        d = Driver("parrot", switches)
+        session = d.open()
+        prefixes = {}
+        for i, prefix in enumerate("AABBAB"):
+            prefixes[fetched(d, session, text(prefix, 100), value("q", f"q{i}"), out("x"))] = prefix
+        d.send(*(ev.RegisterEngine(900 + i, described(f"e{i}", tokens_capacity=400)) for i in range(2)))
+        found: dict[str, set[int]] = {"A": set(), "B": set()}
+        for dispatch in d.dispatches:
+            found[prefixes[dispatch.output_var]].add(dispatch.engine_id)
+        return found
+
+    together = placed(ctx_group=True)
+    assert all(len(engines) == 1 for engines in together.values())
+    assert together["A"] != together["B"]
+    apart = placed()
+    assert any(len(engines) == 2 for engines in apart.values())
+
+
+def test_ctx_aware_follows_the_prefix_and_leaves_it_when_that_engine_is_full() -> None:
+    d = Driver("parrot", {"ctx_aware": True})
+    d.engine(tasks_capacity=2)
+    d.engine(tasks_capacity=2)
+    session = d.open()
+    fetched(d, session, text("system", 200), value("q", "0"), out("x"))
+    for i in range(2):
+        fetched(d, session, text("system", 200), value("q", f"{i + 1}"), out("x"))
+    assert engines_of(d) == [1, 1, 2]
+    plain = Driver("parrot")
+    plain.engine(tasks_capacity=2)
+    plain.engine(tasks_capacity=2)
+    session = plain.open()
+    for i in range(2):
+        fetched(plain, session, text("system", 200), value("q", f"{i}"), out("x"))
+    assert engines_of(plain) == [1, 2]
+
+
+def test_a_latency_bound_task_lowers_what_its_engine_may_hold() -> None:
+    def queued(capacity: int | None) -> int:
+        d = Driver("parrot", {"params": {"latency_capacity": capacity}})
+        d.engine()
+        session = d.open()
+        fetched(d, session, text("chat", 50), out("x"), criteria=Criteria.LATENCY)
+        for i in range(5):
+            fetched(d, session, text(f"bulk{i}", 50), out("x"), criteria=Criteria.THROUGHPUT)
+        return len(d.core.scheduler.queue)
+
+    assert queued(None) == 0
+    assert queued(200) == 3
+
+
+def test_throughput_work_avoids_engines_with_latency_bound_tasks() -> None:
+    d = Driver("parrot")
+    d.engine()
+    d.engine()
+    session = d.open()
+    fetched(d, session, text("chat", 10), out("x"), criteria=Criteria.LATENCY)
+    for i in range(3):
+        fetched(d, session, text(f"bulk{i}", 500), out("x"), criteria=Criteria.THROUGHPUT)
+    assert engines_of(d) == [1, 2, 2, 2]
+
+
+def test_nothing_overtakes_a_task_that_waits_for_room() -> None:
+    d = Driver("least_loaded")
+    d.engine(tokens_capacity=200)
+    session = d.open()
+    for i, tokens in enumerate((100, 150, 1)):
+        fetched(d, session, text(f"t{i}", tokens), out("x"))
+    assert len(d.dispatches) == 1
+    d.finish(d.dispatches[0])
+    assert [dispatch.chain[0].keys for dispatch in d.dispatches] == [("t1",), ("t2",)]
+
+
+class Raising:
+    name = "raising"
+    uses_prefix_groups = False
+
+    def order(self, task: Task) -> int:
+        return task.sequence
+
+    def place(self, queue: TaskQueue, cluster: Cluster, now: float) -> Iterator[Placement]:
+        raise RuntimeError("no idea")
+        yield
+
+
+class Overloading(Raising):
+    def place(self, queue: TaskQueue, cluster: Cluster, now: float) -> Iterator[Placement]:
+        for lane in queue.lanes():
+            for task in queue.in_order(lane):
+                yield Placement(task, cluster.engines(lane)[0])
+
+
+@pytest.mark.parametrize("policy", [Raising(), Overloading()])
+def test_a_policy_that_misbehaves_is_contained(policy: Raising) -> None:
+    d = Driver()
+    d.core.scheduler.policy = policy  # type: ignore[assignment]
+    d.engine(tasks_capacity=1)
+    d.engine(tasks_capacity=1)
+    session = d.open()
+    for i in range(4):
+        fetched(d, session, text(f"t{i}"), out("x"))
+    while d.dispatches:
+        assert len(d.dispatches) <= 2
+        d.finish(d.dispatches[0])
+    assert d.core.counts()["finished"] == 4
+    assert d.core.scheduler.policy_errors
+
+
+def test_policy_names_and_parameters_are_checked() -> None:
+    base = GlobalSchedulerConfig()
+    assert parse_policy("parrot:all", base).ctx_aware
+    some = parse_policy("parrot:app_fifo+ctx_aware", base)
+    assert (some.app_fifo, some.graph_group, some.ctx_group, some.ctx_aware) == (True, False, False, True)
+    for bad in ("nobody", "parrot:fast", "round_robin:all"):
+        with pytest.raises(ParrotError) as caught:
+            parse_policy(bad, base)
+        assert bad.split(":")[-1] in str(caught.value) or bad in str(caught.value)
+    for params in ({"nothing": 1}, {"latency_capacity": "many"}, {"latency_capacity": True}):
+        with pytest.raises(ParrotError):
+            build_policy(GlobalSchedulerConfig(params=params))
