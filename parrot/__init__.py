@@ -1,21 +1,18 @@
 """Parrot: serving LLM applications by their semantic variables, on real engines and in simulation.
 
-Importing this package loads nothing; `from parrot import P` loads the frontend.
+Importing this package loads nothing; `from parrot import P` loads the frontend (types: `__init__.pyi`).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from parrot.frontend import pfunc as P
+from importlib import import_module
+from typing import Any
 
 __all__ = ["P"]
 
 
 def __getattr__(name: str) -> Any:
-    if name != "P":
-        raise AttributeError(f"module 'parrot' has no attribute {name!r}")
-    import parrot.frontend.pfunc
-
-    return parrot.frontend.pfunc
+    """`P`, the frontend. Loaded by name, because servers import this package too and must not depend on it."""
+    if name == "P":
+        return import_module("parrot.frontend.pfunc")
+    raise AttributeError(f"module 'parrot' has no attribute {name!r}")

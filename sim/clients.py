@@ -1,8 +1,8 @@
 """What the client of a program does: a state machine from a program and a mode to requests, fed with their answers.
 
 It decides which request goes out when; it never sends one, waits or reads a clock: two shells do, SimPy's in
-`sim.cluster` and asyncio's over HTTP in `sim.backends`. A shell calls `start`, carries out the actions that it gets, and hands each of them
-back with its answer, which gives the next actions; `ended` says when there are no more.
+`sim.population` and asyncio's over HTTP in `sim.http_client`. A shell calls `start`, carries out the actions that it gets,
+and hands each of them back with its answer, which gives the next actions; `ended` says when there are no more.
 
 semantic: opens one session and submits what is known in the order of the file; a get goes out as soon as its edges allow
     and its variable has an id, and the session closes after the last one. When the core is far away (`preallocate`) and
@@ -19,116 +19,28 @@ from typing import Any, NamedTuple
 
 from parrot.protocol.api import Criteria
 from parrot.protocol.errors import ErrorInfo
+from sim.actions import (
+    Action,
+    Assign,
+    Close,
+    Complete,
+    Create,
+    Fetch,
+    Given,
+    Into,
+    Open,
+    Piece,
+    Reference,
+    Submit,
+    Value,
+    Wait,
+)
 from sim.workloads.program import Call, Get, Program, Read, Set, Text, Write
 
 
 class Mode(enum.StrEnum):
     SEMANTIC = "semantic"
     REQUEST = "request"
-
-
-class Value(NamedTuple):
-    """A text at the client: its key and tokens, and the text itself where there is one (over HTTP)."""
-
-    key: str
-    tokens: int
-    text: str | None = None
-
-
-# ---------------------------------------------------------------------------------------------- pieces of a prompt
-
-
-class Given(NamedTuple):
-    """A value that the client fills in."""
-
-    name: str
-    value: Value
-
-
-class Reference(NamedTuple):
-    """The content of a variable that the core knows."""
-
-    name: str
-    var_id: str
-
-
-class Into(NamedTuple):
-    """An output, into a preallocated variable or (`var_id` None) a new one. Lengths are tokens."""
-
-    name: str
-    key: str
-    output_length: int
-    max_gen_length: int
-    var_id: str | None = None
-
-
-Piece = Text | Given | Reference | Into
-
-
-# --------------------------------------------------------------------------------------- actions, and their answers
-
-
-class Open(NamedTuple):
-    """Open the session. Answer: None."""
-
-    tenant: str
-
-
-class Create(NamedTuple):
-    """Create a variable. Answer: its id."""
-
-    var: str
-
-
-class Assign(NamedTuple):
-    """Give the variable `var_id` a content. Answer: None."""
-
-    var_id: str
-    value: Value
-
-
-class Submit(NamedTuple):
-    """Submit call number `call` of the program. Answer: the ids of its outputs, in order."""
-
-    call: int
-    spec: Call
-    pieces: tuple[Piece, ...]
-
-
-class Fetch(NamedTuple):
-    """Wait for a variable's content. Answer: its Value."""
-
-    get: int
-    var_id: str
-    criteria: Criteria
-
-
-class Complete(NamedTuple):
-    """One request of the baseline: open a session, submit, get, close; one round trip in all. Answer: the Value.
-
-    `output`: which output of call number `call` it is."""
-
-    call: int
-    output: int
-    spec: Call
-    tenant: str
-    pieces: tuple[Piece, ...]
-    criteria: Criteria
-
-
-class Close(NamedTuple):
-    """Close the session. Answer: None."""
-
-
-class Wait(NamedTuple):
-    """Let `delay_s` pass. Answer: None. Then `then` is tried again, or the steps `nodes` lose one of their edges."""
-
-    delay_s: float
-    then: Any = None
-    nodes: tuple[int, ...] = ()
-
-
-Action = Open | Create | Assign | Submit | Fetch | Complete | Close | Wait
 
 
 class Outcome(NamedTuple):
@@ -242,9 +154,10 @@ class Player:
     def _begin(self, now: float) -> list[Action]:
         """Releases the steps that nothing holds back and starts the waits that count from the arrival."""
         actions: list[Action] = []
+        free = [count == 0 for count in self._blocked]  # as things stand now: a release may free others, and releases them
         for node, step in enumerate(self._steps):
             delays = [edge.delay_s for edge in step.after if edge.get is None]
-            if self._blocked[node] == 0:
+            if free[node]:
                 actions += self._release(node, now)
             elif delays:
                 late = max(self.started_s + max(delays) - now, 0.0)
@@ -308,6 +221,9 @@ class SemanticPlayer(Player):
         if preallocate and fed:
             self._to_create += [var for var in dict.fromkeys([*fed, *(get.var for get in program.gets)]) if var in producers]
         self._to_create = list(dict.fromkeys(self._to_create))
+        for var in self._to_create:
+            if var in producers:  # its call names the variable, so it needs the id
+                self._hold_until_id(self._first_call + producers[var], var)
         for number in range(self._first_call):
             self._hold_until_id(number, program.sets[number].var)
 
@@ -468,8 +384,7 @@ class RequestPlayer(Player):
             if type(segment) is Text:
                 if segment.tokens:
                     pieces.append(segment)
-            else:
-                assert type(segment) is not Text
+            elif not isinstance(segment, Text):
                 pieces.append(Given(f"{segment.var}_{place}", self._values[segment.var]))
         criteria = self._criteria.get(write.var, Criteria.LATENCY)
         return [Complete(number, output, call, self._tenant, tuple(pieces), criteria)]

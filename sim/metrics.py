@@ -17,7 +17,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import msgspec
 import numpy as np
@@ -226,19 +226,19 @@ class Recorder:
             counts["calls_failed"] += 1
         number, output = outputs.get(tasks[0].var_id, (-1, 0)) if tasks else (-1, 0)
         since = call.submitted_s if self._from_submission else tasks[0].ready_s if tasks else None
-        tokens = [0, 0, 0]
+        prompt_tokens = cached_tokens = output_tokens = 0
         for place, task in enumerate(tasks):
             self._task(serial, number, output + place, task)
-            tokens[0] += task.prompt_tokens
-            tokens[1] += task.cached_tokens
-            tokens[2] += task.output_tokens
+            prompt_tokens += task.prompt_tokens
+            cached_tokens += task.cached_tokens
+            output_tokens += task.output_tokens
         ttft_s = latency_s = normalized_s = None
         if since is not None and tasks[0].first_token_s is not None:
             ttft_s = tasks[0].first_token_s - since
             self.values["ttft_s"].append(ttft_s)
         if finished and since is not None:
             latency_s = (tasks[-1].finished_s or since) - since
-            normalized_s = latency_s / max(tokens[2], 1)
+            normalized_s = latency_s / max(output_tokens, 1)
             self.values["normalized_latency_s"].append(normalized_s)
         if self._tables:
             first = tasks[0] if tasks else None
@@ -253,7 +253,9 @@ class Recorder:
                     first.ready_s if first else None,
                     first.first_token_s if first else None,
                     tasks[-1].finished_s if finished and tasks else None,
-                    *tokens,
+                    prompt_tokens,
+                    cached_tokens,
+                    output_tokens,
                     ttft_s,
                     latency_s,
                     normalized_s,
@@ -302,15 +304,16 @@ class Recorder:
         """The summary; `run` gives the fields that say which run it was."""
         span_s = self.last_s
         tokens, programs = self.counts["output_tokens"], self.counts["finished"]
-        return Summary(
+        fields: dict[str, Any] = {
             **run,
             **self.counts,
-            simulated_s=span_s,
-            throughput_tokens_per_s=tokens / span_s if span_s > 0 else None,
-            throughput_programs_per_s=programs / span_s if span_s > 0 else None,
-            errors=dict(sorted(self.errors.items())),
             **{name: distribution(values) for name, values in self.values.items()},
-        )
+            "simulated_s": span_s,
+            "throughput_tokens_per_s": tokens / span_s if span_s > 0 else None,
+            "throughput_programs_per_s": programs / span_s if span_s > 0 else None,
+            "errors": dict(sorted(self.errors.items())),
+        }
+        return Summary(**fields)
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """The tables programs, gets, calls and tasks, in order of program, call and output."""
@@ -331,12 +334,12 @@ def distribution(values: Sequence[float] | array[float]) -> Distribution:
     return Distribution(float(numbers.mean()), p50, p90, p99)
 
 
-_TYPES = {"int": "int64", "float": "float64", "float | None": "float64", "str": "str", "str | None": "str"}
+_TYPES = {int: "int64", float: "float64", float | None: "float64", str: "string", str | None: "string"}
 
 
 def _table(kind: Any, rows: Sequence[Any]) -> pd.DataFrame:
     table = pd.DataFrame.from_records(rows, columns=kind._fields)
-    table = table.astype({name: _TYPES[kind.__annotations__[name]] for name in kind._fields})
+    table = table.astype({name: _TYPES[hint] for name, hint in get_type_hints(kind).items()})
     keys = [name for name in ("program", "call", "output") if name in kind._fields]
     return table.sort_values(keys, kind="stable", ignore_index=True)
 

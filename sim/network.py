@@ -90,5 +90,3 @@ def _samples_of(data: Any, path: str | Path) -> tuple[float, ...]:
         if isinstance(sample, bool) or not isinstance(sample, int | float) or sample < 0:
             raise ConfigurationError(f"{path}: round trip {sample!r} is not a number of milliseconds, 0 or more")
     return tuple(float(sample) for sample in data)
-
-

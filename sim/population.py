@@ -14,7 +14,7 @@ from parrot.protocol.api import CallAnswer, SamplingConfig
 from parrot.protocol.errors import ERRORS, ErrorInfo
 from parrot.serve import events
 from parrot.serve.config import ServeCoreConfig
-from sim.clients import (
+from sim.actions import (
     Action,
     Assign,
     Close,
@@ -23,16 +23,14 @@ from sim.clients import (
     Fetch,
     Given,
     Into,
-    Mode,
     Open,
     Piece,
-    Player,
     Reference,
     Submit,
     Value,
     Wait,
-    new_player,
 )
+from sim.clients import Mode, Player, new_player
 from sim.cluster import AUTH, Cluster, EngineModel, Observe, Timeline
 from sim.metrics import Recorder
 from sim.network import Network
@@ -62,7 +60,6 @@ class Population:
         self.cluster = cluster
         self.network = network
         self.recorder = recorder
-        self.finished = cluster.timeline.event()
         self.answered_s = 0.0  #: when an answer other than a refusal last came
         self._programs = programs
         self._mode = mode
@@ -81,8 +78,10 @@ class Population:
         del self._live[conversation.player.serial]
         if self._on_ended is not None:
             self._on_ended()
-        if self._next is None and not self._live:
-            self.finished.succeed()
+
+    def is_over(self) -> bool:
+        """Whether every program has arrived and ended."""
+        return self._next is None and not self._live
 
     def new_session_id(self) -> int:
         self._sessions += 1
@@ -113,8 +112,6 @@ class Population:
         self._next = next(self._programs, None)
         if self._next is not None:
             self.cluster.timeline.call_at(self._next.arrival_s, self._arrive)
-        elif not self._live:
-            self.finished.succeed()
 
     def _arrive(self) -> None:
         program = self._next
@@ -132,10 +129,7 @@ class Population:
         if not self._live:
             self.answered_s = timeline.now
         conversation = self._live[serial] = Conversation(self, player)
-        # The next one is fetched first: should this program end at once, the run must not.
-        self._next = next(self._programs, None)
-        if self._next is not None:
-            timeline.call_at(self._next.arrival_s, self._arrive)
+        self._await_next()
         conversation.perform(player.start(timeline.now))
 
 
@@ -149,7 +143,7 @@ class Conversation:
         self._population = population
         self._cluster = population.cluster
         self._session_id = 0
-        self._outputs: dict[str, tuple[int, int]] = {}
+        self._outputs: dict[int, dict[str, tuple[int, int]]] = {}
         self._over = False
 
     def perform(self, actions: Iterable[Action]) -> None:
@@ -171,7 +165,8 @@ class Conversation:
     def work(self) -> str:
         """What the core says of the session's tasks, for a message."""
         report = self._cluster.report(self._session_id) if self._session_id else None
-        states = [f"{task.state} (attempts: {task.attempts})" for call in (report and report.reports) or () for task in call.tasks]
+        calls = (report.reports or ()) if report is not None else ()
+        states = [f"{task.state} (attempts: {task.attempts})" for call in calls for task in call.tasks]
         return f"; its tasks are {', '.join(states[:5])}" if states else ""
 
     # ---------------------------------------------------------------------------------------------- the core's end
@@ -227,20 +222,24 @@ class Conversation:
             cache_prefix=call.cache_prefix,
         )
 
-    def submitted(self, session_id: int, call: int, output: int, pieces: Iterable[Piece], answer: CallAnswer) -> tuple[str, ...]:
+    def submitted(
+        self, session_id: int, call: int, output: int, pieces: Iterable[Piece], answer: CallAnswer
+    ) -> tuple[str, ...]:
         """The ids of the outputs; from now on the cluster knows what will be generated into them."""
         var_ids = tuple([item.var_id for item in answer.param_info if item.is_output])
         outputs = [piece for piece in pieces if type(piece) is Into]
+        known = self._outputs.setdefault(session_id, {})
         for place, (var_id, into) in enumerate(zip(var_ids, outputs, strict=True)):
-            self._outputs[var_id] = (call, output + place)
+            known[var_id] = (call, output + place)
             self._cluster.name_output(session_id, var_id, into.key)
         return var_ids
 
     def record(self, session_id: int) -> None:
         """Takes the session's report before it closes."""
         report = self._cluster.report(session_id)
+        outputs = self._outputs.pop(session_id, {})
         if report is not None:
-            self._population.recorder.session_ended(self.player.serial, report, self._outputs)
+            self._population.recorder.session_ended(self.player.serial, report, outputs)
 
     def _replied(self, action: Any, half_s: float, payload: Any, error: ErrorInfo | None) -> None:
         """The core has answered; the answer goes back."""
@@ -355,10 +354,6 @@ def simulate(
     cluster = Cluster(timeline, config, engines, engine_delay_s=engine_delay_s, jump=jump, observe=observe)
     recorder = Recorder(mode, tables)
     population = Population(cluster, iter(programs), mode, network, recorder, max_gen_length, on_ended)
-    try:
-        timeline.run(until=population.finished)
-    except RuntimeError as error:
-        if "No scheduled events left" not in str(error):
-            raise
-        raise StuckError(f"nothing more can happen, but {population.waiting()}") from None
+    if not timeline.run_until(population.is_over):
+        raise StuckError(f"nothing more can happen, but {population.waiting()}")
     return recorder

@@ -44,7 +44,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--workload", metavar="FILE|NAME|KIND:PATH", help="program JSONL, a generator (chain, map_reduce, chat), or azure:PATH"
     )
-    p.add_argument("--policy", metavar="A,B", help="round_robin, least_loaded, parrot, parrot:all, parrot:SWITCH+SWITCH (parrot)")
+    p.add_argument(
+        "--policy", metavar="A,B", help="round_robin, least_loaded, parrot, parrot:all, parrot:SWITCH+SWITCH (parrot)"
+    )
     p.add_argument("--client", choices=[m.value for m in Mode], help="semantic: submit, then get; request: a round trip a call")
     p.add_argument("--rtt-ms", metavar="N|FILE", help="round trip between client and core: milliseconds, or measured ones (0)")
     p.add_argument("--rate", metavar="R,R", help="programs a second; recorded gaps are scaled to it")

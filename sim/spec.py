@@ -88,6 +88,9 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     engine_delay_ms: float
 
 
+_SHARED = set(Run.__struct_fields__) & set(Specification.__struct_fields__) - {"settings"}
+
+
 def load_specification(path: str) -> Specification:
     """The specification in a JSON file. Raises ConfigurationError."""
     return load(path, Specification)
@@ -96,11 +99,7 @@ def load_specification(path: str) -> Specification:
 def runs_of(spec: Specification) -> list[Run]:
     """Every run of `spec`: policies outermost, then settings, rates, seeds, repeats. Raises ConfigurationError."""
     _check(spec)
-    shared = {
-        name: getattr(spec, name)
-        for name in ("workload", "core", "engines", "client", "rtt_ms", "profiles", "count", "max_gen_length")
-        + ("backend", "core_url", "jump", "engine_delay_ms")
-    }
+    shared = {name: getattr(spec, name) for name in Run.__struct_fields__ if name in _SHARED}
     runs = []
     keys = list(spec.settings)
     for policy, values, rate, seed, repeat in itertools.product(
@@ -257,7 +256,8 @@ def check_programs(programs: Iterator[Program], engines: Sequence[EngineModel], 
             where = f"{workload}: program {program.id!r}, call {number}"
             if room < 0:
                 have = ", ".join(sorted({engine.description.model for engine in engines}))
-                raise ConfigurationError(f"{where}: needs model {' or '.join(call.models)}, which no engine has (they have: {have})")
+                wanted = " or ".join(call.models)
+                raise ConfigurationError(f"{where}: needs model {wanted}, which no engine has (they have: {have})")
             needed = _prompt_tokens(call, lengths, where)
             if needed + 1 > room:
                 raise ConfigurationError(

@@ -32,8 +32,8 @@ class Context:
     def __init__(self, context_id: int, parent: Context | None, tokens: int) -> None:
         self.id = context_id
         self.parent = parent
-        self.start = parent.start + parent.tokens if parent is not None else 0
-        self.tokens = tokens
+        self.start: int = parent.end if parent is not None else 0
+        self.tokens: int = tokens
         self.computed = 0
         self.size = 0
         self.blocks = array("i")
@@ -84,6 +84,7 @@ class ContextTree:
         self.stored_tokens = 0  # room held by all
         self.retained_blocks = 0  # what evicting every context that is not in use would free
         self._index: dict[int, Context] = {}
+        self._nameless: dict[Context, None] = {}  # their id may name another by now
         self._evicted: list[int] = []
         self._oldest: list[tuple[int, int, Context]] = []  # heap of retained leaves; stale entries are passed over
         self._clock = 0
@@ -93,7 +94,8 @@ class ContextTree:
         return len(self._index)
 
     def __iter__(self) -> Iterator[Context]:
-        return iter(self._index.values())
+        yield from self._index.values()
+        yield from self._nameless
 
     def get(self, context_id: int) -> Context | None:
         return self._index.get(context_id)
@@ -115,6 +117,7 @@ class ContextTree:
         context.freed = True
         if self._index.get(context.id) is context:
             del self._index[context.id]
+            self._nameless[context] = None
 
     # ---------------------------------------------------------------------------------------------------- room
 
@@ -164,7 +167,8 @@ class ContextTree:
             context.copy_from = None
             if context.lender is not None:
                 self.pool.unshare(context.blocks[0])
-                context.lender.tail = context.lender = None
+                context.lender.tail = None
+                context.lender = None
                 del context.blocks[0]
         dropped = context.blocks[keep:]
         del context.blocks[keep:]
@@ -246,7 +250,7 @@ class ContextTree:
     def _remove(self, context: Context) -> None:
         """Takes a context that is counted nowhere any more out of the tree, and the freed ancestors that it kept alive."""
         while True:
-            if self._index.get(context.id) is context:
+            if self._nameless.pop(context, self) is self:
                 del self._index[context.id]
             self.pool.give(self.shrink(context, 0))
             parent, context.parent, context.stamp = context.parent, None, -1

@@ -140,6 +140,8 @@ async def start_emulated(
     profile = profile_of(config)
     if profile is None:
         raise ConfigurationError(f"engine {config.name!r} is emulated but has no latency_profile: name a file or a shipped one")
+    if config.iteration_log is not None:
+        log.warning("engine %r is emulated: it has no iterations of its own to log, so iteration_log is ignored", config.name)
     limits = limits_of(config)
     tokenizer = tokenizer_or_synthetic(config.tokenizer or "synthetic")
     loop = EmulatedLoop(
@@ -150,7 +152,7 @@ async def start_emulated(
     description = description_of(
         config, limits, tokenizer=tokenizer.name, bos_tokens=bos_tokens(tokenizer), latency_profile=profile
     )
-    return await _serve(config, description, loop, tokenizer, sockets, with_core)
+    return await serve(config, description, loop, tokenizer, sockets, with_core)
 
 
 def tokenizer_or_synthetic(name: str) -> Tokenizer:
@@ -178,6 +180,8 @@ async def start_builtin(
     from parrot.engine.builtin.runner import load_runner
 
     loaded = load_runner(config)
+    for note in loaded.notes:
+        log.warning("%s", note)
     limits = loaded.limits
     description = description_of(
         config,
@@ -197,7 +201,7 @@ async def start_builtin(
         memory=MemoryUse(loaded.model_bytes, loaded.cache_bytes),
         iteration_log=iteration_log,
     )
-    return await _serve(config, description, loop, loaded.tokenizer, sockets, with_core)
+    return await serve(config, description, loop, loaded.tokenizer, sockets, with_core)
 
 
 def prepare_builtin(config: BuiltinEngineConfig) -> BuiltinEngineConfig:
@@ -278,7 +282,7 @@ def _log_header(config: BuiltinEngineConfig, description: EngineDescription, lim
 # ------------------------------------------------------------------------------------------------------------ serving
 
 
-async def _serve(
+async def serve(
     config: EngineConfig,
     description: EngineDescription,
     loop: EngineLoop,
@@ -286,6 +290,7 @@ async def _serve(
     sockets: Sequence[socket.socket] | None,
     with_core: bool,
 ) -> RunningEngine:
+    """The server of an engine whose `loop` runs, on `sockets` (None: those that the configuration says), and its link."""
     if sockets is None:
         sockets = bind(config.host, config.port)
     port = int(sockets[0].getsockname()[1])

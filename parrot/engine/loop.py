@@ -106,29 +106,29 @@ class BuiltinLoop:
         return time.monotonic() - self._started
 
     def submit(self, job: Job) -> None:
-        try:
-            self._runner.add_task(job.task, job.link_ids, job.sampling or SamplingConfig(), job.forced_ids)
-        except ParrotError as error:
-            job.fail(error.code, str(error))
-            return
         now = self.now()
         try:
             self._core.submit(job.task, now)
         except Refused as refusal:
-            self._runner.drop_task(job.key)
             job.refuse(refusal.code, refusal.message)
             return
-        for link in job.task.links:
-            self._leaving_contexts.pop(link.context_id, None)
+        try:
+            self._runner.add_task(job.task, job.link_ids, job.sampling or SamplingConfig(), job.forced_ids)
+        except ParrotError as error:
+            self._core.abort(job.key)
+            job.fail(error.code, str(error))
+            return
+        for context_id in _contexts_of(job):
+            self._leaving_contexts.pop(context_id, None)
         self._jobs[job.key] = job
         if self._log is not None:
             self._log.task(now, job.label, now - job.arrived, job.prompt_tokens, job.task.max_gen_length)
         self._wake.set()
 
     def abort(self, key: Hashable) -> None:
-        if self._jobs.pop(key, None) is not None:
+        if key in self._jobs:
             self._core.abort(key)
-            self._leave(tasks=(key,))
+            self._lose(key)
             self._wake.set()
 
     def free_contexts(self, ids: Iterable[int]) -> int:
@@ -172,6 +172,7 @@ class BuiltinLoop:
             at = self.now()
             batch = self._core.next_batch(at)
             self._note_evicted(self._core.take_evicted())
+            self._refuse_failed()
             if batch is None:
                 return
             self._last_number = batch.number
@@ -203,7 +204,7 @@ class BuiltinLoop:
         self._last_completed = batch.number
         error = issued.result.exception()
         if error is not None:
-            self._fail(batch, error, now)
+            self._fail(batch, error)
             self._note_iteration(issued, 0.0, failed=True)
             return
         results, run_s = issued.result.result()
@@ -241,21 +242,23 @@ class BuiltinLoop:
 
     # ------------------------------------------------------------------------------------------------------ failures
 
-    def _fail(self, batch: Batch, error: BaseException, now: float) -> None:
-        """The iteration computed nothing that can be relied on: its tasks end, the contexts that it touched go."""
+    def _fail(self, batch: Batch, error: BaseException) -> None:
+        """The iteration computed nothing that can be relied on, nor does one that was issued after it: its tasks end."""
         log.error("iteration %d failed: %s", batch.number, error, exc_info=error)
-        touched = {row.context_id for row in batch.rows}
-        rows = {row.key for row in batch.rows}
-        touched.update(link.context_id for key in rows if key in self._jobs for link in self._jobs[key].task.links)
-        message = f"an iteration that the task relied on failed: {type(error).__name__}: {error}"
-        for key, job in list(self._jobs.items()):
-            if key in rows or not touched.isdisjoint(link.context_id for link in job.task.links):
-                self.abort(key)
-                job.fail("engine_failed", message, True)
-        self._core.complete(batch, {}, now)
-        self._core.free_contexts(sorted(touched))
-        self._note_evicted((*sorted(touched), *self._core.take_evicted()))
+        message = f"the iteration that the task was in failed: {type(error).__name__}: {error}"
+        for key in self._core.fail(batch):
+            job = self._lose(key)
+            if job is not None:
+                job.fail("engine_failed", message, retryable=True)
+        self._note_evicted(self._core.take_evicted())
         self._let_go()
+
+    def _refuse_failed(self) -> None:
+        """Tasks that waited and cannot run any more."""
+        for key, refusal in self._core.take_failed():
+            job = self._lose(key)
+            if job is not None:
+                job.refuse(refusal.code, refusal.message)
 
     def _give_up_all(self) -> None:
         for key, job in list(self._jobs.items()):
@@ -271,6 +274,14 @@ class BuiltinLoop:
         if ids:
             self._leave(contexts=ids)
             self.on_evicted(ids)
+
+    def _lose(self, key: Hashable) -> Job | None:
+        """A task that did not finish is gone from the core, and with it those of its contexts that nobody else holds."""
+        job = self._jobs.pop(key, None)
+        if job is not None:
+            gone = [i for i in _contexts_of(job) if self._core.contexts.get(i) is None]
+            self._leave(tasks=(key,), contexts=gone)
+        return job
 
     def _leave(self, tasks: Iterable[Hashable] = (), contexts: Iterable[int] = ()) -> None:
         self._leaving_tasks.update((key, self._last_number) for key in tasks)
@@ -291,6 +302,19 @@ class BuiltinLoop:
             self._runner.drop_contexts(contexts)
 
 
+def _contexts_of(job: Job) -> list[int]:
+    ids = [link.context_id for link in job.task.links]
+    return ids if job.task.generate_context_id is None else [*ids, job.task.generate_context_id]
+
+
 def runtime_info(core: EngineCore, memory: MemoryUse, recent_s: Sequence[float]) -> RuntimeInfo:
-    """What a core's counters say."""
-    raise NotImplementedError
+    """What a core's counters say, with the mean of its last iterations' seconds."""
+    return RuntimeInfo(
+        num_cached_tokens=core.cached_tokens,
+        num_max_blocks=core.limits.num_blocks,
+        num_running_jobs=core.num_running_tasks,
+        num_total_jobs=core.num_total_tasks,
+        cache_mem=memory.cache,
+        model_mem=memory.model,
+        recent_average_latency=sum(recent_s) / len(recent_s) if recent_s else 0.0,
+    )

@@ -6,7 +6,7 @@ Checks what comes in and says whose contexts are whose; what runs when is the lo
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import TypeVar
 
 import msgspec
@@ -15,7 +15,7 @@ from parrot.engine.batches import EngineTask, Link
 from parrot.engine.context_ids import ContextIds
 from parrot.engine.jobs import Job
 from parrot.engine.loop import EngineLoop
-from parrot.protocol.engine import AbortRequest, FillSpec, TaskId, TaskRequest
+from parrot.protocol.engine import AbortRequest, FillSpec, TaskRequest
 from parrot.protocol.errors import ParrotError
 from parrot.tokenizer import Tokenizer
 
@@ -25,8 +25,6 @@ T = TypeVar("T")
 
 _TASK = msgspec.json.Decoder(TaskRequest)
 
-Key = tuple[int, TaskId, int]
-
 
 class Tasks:
     """The attempts that run here, and the epoch of the core that they belong to."""
@@ -35,7 +33,7 @@ class Tasks:
         self._loop = loop
         self._tokenizer = tokenizer
         self._ids = context_ids
-        self._running: dict[Key, Job] = {}
+        self._running: dict[Hashable, Job] = {}
         self._held: set[int] = set()  # internal ids that the core may still name
         self.epoch: int | None = None  #: None: of the first task or registration that comes
 
@@ -61,7 +59,7 @@ class Tasks:
         except ParrotError as error:
             job.fail(error.code, str(error))
             return
-        self._running[job.key] = job  # type: ignore[index]
+        self._running[job.key] = job
         self._held.update(link.context_id for link in job.task.links)
         if job.task.generate_context_id is not None:
             self._held.add(job.task.generate_context_id)
@@ -72,7 +70,7 @@ class Tasks:
         ids = [self._token_ids(fill, head=place == 0) for place, fill in enumerate(request.chain)]
         # A link without tokens (an empty input) needs no context of its own.
         links = tuple(Link(self._ids.of_core(f.context_id), len(i)) for f, i in zip(request.chain, ids, strict=True) if i)
-        key: Key = (request.epoch, request.task, request.attempt)
+        key = (request.epoch, request.task, request.attempt)
         task = EngineTask(
             key=key,
             links=links,
@@ -95,8 +93,8 @@ class Tasks:
 
     def done(self, job: Job) -> None:
         """The client has got the job's last event, or has gone away: what still runs is aborted."""
-        if self._running.get(job.key) is job:  # type: ignore[call-overload]
-            del self._running[job.key]  # type: ignore[arg-type]
+        if self._running.get(job.key) is job:
+            del self._running[job.key]
             if not job.ended:
                 self._loop.abort(job.key)
 

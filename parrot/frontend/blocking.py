@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 
 from parrot.frontend.wire import CONNECT_TIMEOUT_S, Answer, LostConnection, Request
 
+DRAIN_S = 0.2
+
 
 class Reply:
     """An answer whose head has come. Read the body or its lines, then leave the `with` block."""
@@ -26,26 +28,40 @@ class Reply:
         self._connection = connection
         self._response = response
         self.status = response.status
+        self._whole = False
 
     def answer(self) -> Answer:
         """The whole answer. Raises LostConnection."""
         try:
-            return Answer(self.status, self._response.read(), self._response.headers.get("Retry-After"))
+            body = self._response.read()
+            self._whole = True
+            return Answer(self.status, body, self._response.headers.get("Retry-After"))
         except (OSError, http.client.HTTPException) as error:
             raise LostConnection(_reason(error)) from error
 
     def lines(self) -> Iterator[bytes]:
         """The body's lines as they come. Raises LostConnection."""
         try:
-            yield from self._response
+            while line := self._response.readline():
+                yield line
+            self._whole = True
         except (OSError, http.client.HTTPException) as error:
             raise LostConnection(_reason(error)) from error
+
+    def drain(self) -> None:
+        """After the last line: takes in the end of the body, if it comes soon, so that the connection can be kept."""
+        try:
+            _ready(self._connection).settimeout(DRAIN_S)
+            self._whole = not self._response.read()
+        except (OSError, http.client.HTTPException):
+            self._whole = False
 
     def __enter__(self) -> Reply:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        clean = kind is None and self._response.isclosed() and not self._response.will_close
+        clean = kind is None and self._whole and not self._response.will_close
+        self._response.close()
         self._pool.give_back(self._connection, clean)
 
 

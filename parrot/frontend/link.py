@@ -29,6 +29,7 @@ class Link:
         self._retry = retry or RetryPolicy()
         self._blocking = BlockingTransport(self.address)
         self._by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncTransport] = weakref.WeakKeyDictionary()
+        self._closing: set[asyncio.Task[None]] = set()
         weakref.finalize(self, self._blocking.close)
 
     def send(self, request: Request) -> bytes:
@@ -71,6 +72,7 @@ class Link:
                         for line in reply.lines():
                             event = read_line(line)
                             if event.done:
+                                reply.drain()
                                 return
                             if event.delta:
                                 had += len(event.delta)
@@ -104,11 +106,20 @@ class Link:
             await asyncio.sleep(wait)
 
     def close(self) -> None:
-        """Closes the idle blocking connections; the link stays usable."""
+        """Closes the idle blocking connections, and the running loop's at its next turn; the link stays usable."""
         self._blocking.close()
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return
+        if loop in self._by_loop:
+            closing = loop.create_task(self.aclose())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
 
     async def aclose(self) -> None:
-        """Closes the running loop's connections; the link stays usable."""
+        """Closes the idle blocking connections and the running loop's; the link stays usable."""
+        self._blocking.close()
         transport = self._by_loop.pop(asyncio.get_running_loop(), None)
         if transport is not None:
             await transport.close()

@@ -8,6 +8,7 @@ What runs where is the scheduler's affair (`scheduler.py`); this file is the fro
 from __future__ import annotations
 
 import heapq
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -59,6 +60,8 @@ class ServeCore:
         self._sequence = 0
         self._deduction = Deduction(self._activated)
         self._now = 0.0
+        self._due_at = math.inf  # a time before which nothing is due
+        self._least_span_s = min(config.session_life_span, config.constant_prefix_var_timeout, Scheduler.least_span_s(config))
         self.scheduler = Scheduler(config, epoch, self._effects, self._task_finished, self._task_failed)
         self._handlers: dict[type, Callable[[Any, float], None]] = {
             ev.OpenSession: self._open_session,
@@ -99,9 +102,16 @@ class ServeCore:
             except ParrotError as error:
                 # Raised before anything was changed: the refusal is the whole effect.
                 self._effects.append(Reply(event.request, None, error.info))  # type: ignore[union-attr]
-        self._due(now)
-        self.scheduler.place(now)
-        self.scheduler.flush_freed()
+        scheduler = self.scheduler
+        if now >= self._due_at:
+            self._due(now)
+            self._due_at = self.next_deadline() or math.inf
+        if scheduler.changed:
+            scheduler.place(now)
+        if scheduler.freed:
+            scheduler.flush_freed()
+        # Nothing that came up in this instant is due before the shortest span there is (gets see to themselves).
+        self._due_at = min(self._due_at, now + self._least_span_s)
         effects = self._effects[:]
         self._effects.clear()
         return effects
@@ -353,6 +363,7 @@ class ServeCore:
         self._gets[event.request] = PendingGet(session, variable, deadline)
         if deadline is not None:
             heapq.heappush(self._timeouts, (deadline, event.request))
+            self._due_at = min(self._due_at, deadline)
         if variable.getters is None:
             variable.getters = []
         variable.getters.append(event.request)

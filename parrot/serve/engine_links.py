@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Coroutine
 from typing import Any
 
-import aiohttp
 import msgspec
 
 from parrot.protocol.engine import AbortRequest, EngineDescription, FreeContextRequest, RegisterAnswer, TaskId
 from parrot.protocol.errors import ParrotError
 from parrot.serve.effects import Abort, Dispatch, FreeContexts, Reply
+from parrot.serve.engine_http import EngineHttp
 from parrot.serve.events import ContextsEvicted, EngineLost, RegisterEngine, TaskFailed
 from parrot.serve.shell import Shell
 from parrot.serve.streams import OutputStreams
@@ -25,15 +26,15 @@ from parrot.serve.tokenization import Tokenization
 
 _log = logging.getLogger(__name__)
 
-_JSON = {"Content-Type": "application/json"}
-_CONNECT_S = 5.0
-_SHORT = aiohttp.ClientTimeout(total=5.0)
+#: Contexts that are freed within this time travel together; an engine that needs room sooner evicts them itself.
+_FREE_WINDOW_S = 0.01
+_ASK_S = 5.0
 
 
 class EngineLink:
     """One live engine."""
 
-    __slots__ = ("description", "engine_id", "epoch", "freed", "instance", "last_heard_s", "running", "suspected", "url")
+    __slots__ = ("description", "engine_id", "epoch", "freed", "http", "instance", "last_heard_s", "ping", "running")
 
     def __init__(self, engine_id: int, epoch: int, description: EngineDescription, instance: str, now: float) -> None:
         self.engine_id = engine_id
@@ -41,23 +42,19 @@ class EngineLink:
         self.description = description
         self.instance = instance
         self.last_heard_s = now
-        host = f"[{description.host}]" if ":" in description.host else description.host
-        self.url = f"http://{host}:{description.port}"
+        self.http = EngineHttp(description.host, description.port)
         self.running: dict[tuple[TaskId, int], asyncio.Task[None]] = {}
-        self.freed: list[int] = []  #: contexts to free at the end of this turn
-        self.suspected = False  #: a ping is under way
+        self.freed: list[int] = []  #: contexts to free in the next request
+        self.ping: asyncio.Task[None] | None = None
 
 
 class EngineLinks:
     """All live engines. `attach` gives it the shell before the first use."""
 
-    def __init__(
-        self, texts: Texts, tokenization: Tokenization, streams: OutputStreams, http: aiohttp.ClientSession, heartbeat_s: float
-    ) -> None:
+    def __init__(self, texts: Texts, tokenization: Tokenization, streams: OutputStreams, heartbeat_s: float) -> None:
         self._texts = texts
         self._tokenization = tokenization
         self._streams = streams
-        self._http = http
         self._heartbeat_s = heartbeat_s
         self._shell: Shell
         self._loop = asyncio.get_running_loop()
@@ -115,7 +112,7 @@ class EngineLinks:
             )
         for link in list(self._links.values()):
             if (link.description.host, link.description.port) == (description.host, description.port):
-                self._lose(link, f"engine {description.engine_name!r} registered at its address {link.url}")
+                self._lose(link, f"engine {description.engine_name!r} registered at its address {link.http.url}")
         lengths = {} if name in self._measured else self._texts.lengths(name)
 
         def on_reply(reply: Reply) -> None:
@@ -131,7 +128,9 @@ class EngineLinks:
     def _add(self, answer: RegisterAnswer, description: EngineDescription, instance: str) -> None:
         link = EngineLink(answer.engine_id, answer.epoch, description, instance, self._shell.now())
         self._links[answer.engine_id] = link
-        _log.info("engine %d %r registered: %s, model %s", link.engine_id, description.engine_name, link.url, description.model)
+        _log.info(
+            "engine %d %r registered: %s, model %s", link.engine_id, description.engine_name, link.http.url, description.model
+        )
         if self._watch is None:
             self._watch_heartbeats()
 
@@ -167,6 +166,7 @@ class EngineLinks:
         _log.warning("engine %d %r is lost: %s", link.engine_id, link.description.engine_name, reason)
         for task in list(link.running.values()):
             task.cancel()
+        link.http.close()
         self._shell.post(EngineLost(link.engine_id, reason))
 
     # ---------------------------------------------------------------------------------------------------- effects
@@ -190,24 +190,26 @@ class EngineLinks:
             _log.exception("task %s could not be put together", effect.task)
             self._fail(effect, "the task could not be put together; the server's log has the details", "internal")
             return
+        reason = "it closed the connection before the task ended"
         try:
-            async with self._http.post(link.url + "/task", data=body, headers=_JSON) as response:
-                if response.status == 200:
-                    async for chunk in response.content.iter_any():
+            exchange = await link.http.post("/task", body)
+            try:
+                if exchange.status == 200:
+                    while chunk := await exchange.read():
                         await stream.feed(chunk)
                 else:
-                    stream.refused(response.status, await response.read())
-        except (aiohttp.ClientError, OSError, TimeoutError, msgspec.MsgspecError) as error:
-            if not stream.ended:
-                stream.broken(f"{type(error).__name__}: {error}")
+                    stream.refused(exchange.status, await exchange.read_all())
+            finally:
+                exchange.close()
+        except (OSError, msgspec.MsgspecError) as error:
+            reason = f"{type(error).__name__}: {error}"
         except Exception as error:
             _log.exception("task %s: its stream could not be taken in", effect.task)
-            if not stream.ended:
-                stream.broken(f"{type(error).__name__}: {error}")
+            reason = f"{type(error).__name__}: {error}"
         if not stream.ended:
-            stream.broken("it closed the connection before the task ended")
-        if stream.is_broken:
-            self._suspect(link)
+            # Asked first: a dead engine must not use up the attempts of its tasks. If it is lost, this ends here.
+            await self._ping(link)
+            stream.broken(reason)
 
     def _fail(self, effect: Dispatch, message: str, code: str = "engine_failed") -> None:
         self._shell.post(TaskFailed(effect.epoch, effect.task, effect.attempt, code, message, code == "engine_failed"))
@@ -223,12 +225,12 @@ class EngineLinks:
         self._tell(link, "/abort", AbortRequest(effect.epoch, effect.task, effect.attempt))
 
     def free_contexts(self, effect: FreeContexts) -> None:
-        """Tells the engine, with all others of this turn in one request."""
+        """Tells the engine, with all others of the next moments in one request."""
         link = self._links.get(effect.engine_id)
         if link is None:
             return
         if not link.freed:
-            self._loop.call_soon(self._send_freed, link)
+            self._loop.call_later(_FREE_WINDOW_S, self._send_freed, link)
         link.freed.extend(effect.context_ids)
 
     def session_ended(self, session_id: int) -> None:
@@ -248,47 +250,40 @@ class EngineLinks:
 
         async def send() -> None:
             try:
-                async with self._http.post(
-                    link.url + path, data=msgspec.json.encode(message), headers=_JSON, timeout=_SHORT
-                ) as response:
-                    await response.read()
-            except (aiohttp.ClientError, OSError, TimeoutError) as error:
-                _log.info("%s%s failed: %s", link.url, path, error)
+                await link.http.ask(path, msgspec.json.encode(message), _ASK_S)
+            except OSError as error:
+                _log.info("%s%s failed: %r", link.http.url, path, error)
 
         self._start(send())
 
-    def _suspect(self, link: EngineLink) -> None:
-        """A stream broke: pings the engine, once for all that broke together."""
-        if link.suspected or self._links.get(link.engine_id) is not link:
-            return
-        link.suspected = True
+    async def _ping(self, link: EngineLink) -> None:
+        """A stream broke: asks the engine whether it is there, once for all that broke together; else it is lost."""
+        if link.ping is None or link.ping.done():
+            link.ping = self._start(self._try_ping(link))
+        await asyncio.shield(link.ping)
 
-        async def ping() -> None:
-            problem = None
-            try:
-                async with self._http.post(link.url + "/ping", data=b"{}", headers=_JSON, timeout=_SHORT) as response:
-                    await response.read()
-                    if response.status != 200:
-                        problem = f"its ping answered {response.status}"
-            except (aiohttp.ClientError, OSError, TimeoutError) as error:
-                problem = f"its ping failed: {type(error).__name__}: {error}"
-            link.suspected = False
-            if problem is not None:
-                self._lose(link, problem)
+    async def _try_ping(self, link: EngineLink) -> None:
+        try:
+            status, _ = await link.http.ask("/ping", b"{}", _ASK_S)
+            problem = None if status == 200 else f"its ping answered {status}"
+        except OSError as error:
+            problem = f"its ping failed: {type(error).__name__}: {error}"
+        if problem is not None:
+            self._lose(link, problem)
 
-        self._start(ping())
-
-    def _start(self, work: Any) -> None:
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self._loop.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        return task
 
     async def close(self) -> None:
         """Aborts all running tasks by closing their streams, and waits until nothing is left."""
         if self._watch is not None:
             self._watch.cancel()
             self._watch = None
-        running = [task for link in self._links.values() for task in link.running.values()]
+        links = list(self._links.values())
+        running = [task for link in links for task in link.running.values()]
         self._links.clear()
         for task in running:
             task.cancel()
@@ -296,3 +291,5 @@ class EngineLinks:
         for task in late:
             task.cancel()
         await asyncio.gather(*running, *self._background, return_exceptions=True)
+        for link in links:
+            link.http.close()

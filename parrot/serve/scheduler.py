@@ -53,13 +53,18 @@ class Scheduler:
         self.policy_errors: list[str] = []  # for the shell to log; the core goes on
         self.decisions = 0
         self._fallback = LeastLoaded({}, None)  # type: ignore[arg-type]
-        self._changed = False
+        self.changed = False  # whether the policy has anything new to act on
         self._sequence = 0
         self._stranded: OrderedDict[Task, float] = OrderedDict()  # no engine of their lane is live -> deadline
         self._reopen: OrderedDict[int, float] = OrderedDict()  # engine id -> when it may be asked again
-        self._freed: dict[int, list[int]] = {}
+        self.freed: dict[int, list[int]] = {}  # engine id -> contexts to be freed with this instant
 
     # ------------------------------------------------------------------------------------------- tasks in and out
+
+    @staticmethod
+    def least_span_s(config: ServeCoreConfig) -> float:
+        """No deadline of a scheduler is set closer than this."""
+        return min(REOPEN_S, config.global_scheduler.engine_wait_timeout)
 
     @property
     def queue_full(self) -> bool:
@@ -84,7 +89,7 @@ class Scheduler:
             task.ready_s = now
             task.move("enqueue")
         self.queue.add(task)
-        self._changed = True
+        self.changed = True
         if not call.lane.engines:
             self._stranded[task] = now + self._config.engine_wait_timeout
         else:
@@ -127,11 +132,9 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------- placement
 
     def place(self, now: float) -> None:
-        """Asks the policy, if anything that it could act on has changed. A policy that raises or answers nonsense is
+        """Asks the policy; to be called when `changed`. A policy that raises or answers nonsense is
         contained: the rest of this round is placed by `least_loaded`."""
-        if not self._changed:
-            return
-        self._changed = False
+        self.changed = False
         if not len(self.queue) or not self.engines.live:
             return
         started = False
@@ -210,8 +213,9 @@ class Scheduler:
         for depth, (node, link) in enumerate(zip(task.path, task.links, strict=True)):
             context = node.contexts.get(engine.id) if node.contexts else None
             if context is None:
-                tokens = sum(length_of(content.lengths, tokenizer) for content in link.contents)
-                tokens += engine.description.bos_tokens if depth == 0 else 0
+                tokens = engine.description.bos_tokens if depth == 0 else 0
+                for content in link.contents:
+                    tokens += length_of(content.lengths, tokenizer)
                 owner = None if node.domain != task.call.session.domain else self._owner(task)
                 context = Context(engine.new_context_id(), engine, node, tokens, owner)
                 engine.contexts[context.id] = context
@@ -241,7 +245,7 @@ class Scheduler:
                 for task in self.queue.in_order(lane):
                     self._stranded.pop(task, None)
                     self._refuse_if_too_large(task, now)
-        self._changed = True
+        self.changed = True
         return engine
 
     def lose(self, engine_id: int, reason: str, now: float) -> None:
@@ -251,7 +255,7 @@ class Scheduler:
             return
         lanes = self.engines.lose(engine)
         self._reopen.pop(engine_id, None)
-        self._freed.pop(engine_id, None)
+        self.freed.pop(engine_id, None)
         tasks = list(engine.tasks)
         for task in tasks:
             self._release(task, now)
@@ -262,7 +266,7 @@ class Scheduler:
             self._again(task, "engine_failed", f"engine {engine.name!r} was lost: {reason}", now)
         for lane in lanes:
             self._without(lane, now)
-        self._changed = True
+        self.changed = True
 
     def _without(self, lane: Lane, now: float) -> None:
         """A lane has lost an engine: tasks that only it could take fail, or begin to wait for another."""
@@ -321,7 +325,7 @@ class Scheduler:
         task.move("finish")
         task.finished_s = now
         self._forget(task)
-        self._changed = self._changed or len(self.queue) > 0
+        self.changed = self.changed or len(self.queue) > 0
         self._finished(task, event.content, now)
 
     def fail(self, task: Task, event: TaskFailed, now: float) -> None:
@@ -365,7 +369,7 @@ class Scheduler:
                 continue
             for gone in self.prefixes.drop(context):
                 if gone.id not in context_ids:
-                    self._freed.setdefault(engine_id, []).append(gone.id)
+                    self.freed.setdefault(engine_id, []).append(gone.id)
 
     def _again(self, task: Task, code: str, message: str, now: float) -> None:
         """Queued again for another attempt, or failed when all are used up."""
@@ -397,7 +401,7 @@ class Scheduler:
         engine.latency_tasks -= task.counted_latency
         self.engines.load_changed(engine, more_room=True)
         if len(self.queue):
-            self._changed = True
+            self.changed = True
         for context in reversed(contexts):
             if context.state == "gone":
                 continue
@@ -408,7 +412,7 @@ class Scheduler:
     def _free(self, context: Context) -> None:
         """Drops a context and tells its engine."""
         for gone in self.prefixes.drop(context):
-            self._freed.setdefault(gone.engine.id, []).append(gone.id)
+            self.freed.setdefault(gone.engine.id, []).append(gone.id)
 
     def free_session(self, contexts: list[Context]) -> None:
         """The session that owned these has ended."""
@@ -418,11 +422,10 @@ class Scheduler:
 
     def flush_freed(self) -> None:
         """One effect an engine for all that was freed in this instant."""
-        if self._freed:
-            for engine_id, ids in self._freed.items():
-                if engine_id in self.engines.live:
-                    self._effects.append(FreeContexts(engine_id, tuple(ids)))
-            self._freed.clear()
+        for engine_id, ids in self.freed.items():
+            if engine_id in self.engines.live:
+                self._effects.append(FreeContexts(engine_id, tuple(ids)))
+        self.freed.clear()
 
     # ------------------------------------------------------------------------------------------- time
 
@@ -449,7 +452,7 @@ class Scheduler:
             engine = self.engines.live.get(engine_id)
             if engine is not None:
                 self.engines.load_changed(engine, more_room=True)
-                self._changed = True
+                self.changed = True
 
     def restart(self, epoch: int, now: float) -> None:
         """The core lives again: no engine is known, what was in flight is queued again at no cost of attempts."""

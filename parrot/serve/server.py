@@ -12,7 +12,6 @@ import socket
 from collections.abc import Awaitable, Callable
 from urllib.parse import unquote
 
-import aiohttp
 from aiohttp import web
 
 from parrot.configuration import ConfigurationError
@@ -52,16 +51,10 @@ class Server:
         self._config = config
         self.core = ServeCore(config, epoch=epoch)
         self._recorder = Recorder(config.record_path, config, epoch) if config.record_path else None
-        self._http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60.0, ttl_dns_cache=300),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=5.0),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,
-        )
         texts = Texts()
         streams = OutputStreams()
         self._tokenization = Tokenization(texts, load)
-        self.links = EngineLinks(texts, self._tokenization, streams, self._http, config.engine_heartbeat_timeout)
+        self.links = EngineLinks(texts, self._tokenization, streams, config.engine_heartbeat_timeout)
         self.shell = Shell(self.core, self.links, self._recorder)
         self.links.attach(self.shell)
         credentials = Credentials(config.engine_secret)
@@ -100,7 +93,6 @@ class Server:
         await self.links.close()
         if self._runner is not None:
             await self._runner.cleanup()
-        await self._http.close()
         self._tokenization.close()
         if self._recorder is not None:
             self._recorder.close()
@@ -124,7 +116,7 @@ class Server:
         """The handler of a path, the path's variable part, and the raw query."""
         path, _, query = target.partition("?")
         tail = ""
-        methods = self._routes.get(path)
+        methods = self._routes.get(path) if path[-1:] != "/" else None
         if methods is None:
             head, _, tail = path.rpartition("/")
             methods = self._routes.get(head + "/") if tail else None

@@ -64,7 +64,6 @@ class TaskStream:
         self._rest = b""
         self._has_token = False
         self.ended = False
-        self.is_broken = False
 
     # -------------------------------------------------------------------------------------------------- the request
 
@@ -109,7 +108,6 @@ class TaskStream:
 
     def broken(self, reason: str) -> None:
         """The stream ended, and the task had not."""
-        self.is_broken = True
         message = f"the stream from engine {self._engine.engine_name!r} broke: {reason}"
         self._end(TaskFailed(*self._attempt, "engine_failed", message, True))
 

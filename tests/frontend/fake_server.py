@@ -266,6 +266,7 @@ class FakeServer:
                 return answer
             await answer.write(msgspec.json.encode({"delta": delta}) + b"\n")
         await answer.write(b'{"done":true}\n')
+        await asyncio.sleep(0.02)  # the end of the body may come in a packet of its own
         with contextlib.suppress(ConnectionError):  # the client may leave after the last line
             await answer.write_eof()
         return answer

@@ -86,7 +86,9 @@ async def test_every_call_needs_the_session_s_own_auth() -> None:
             assert (status, answer["error"]["code"]) == (401, "unauthorized"), path
             status, answer = await c.client.send(method, path, {**body, "session_auth": other["session_auth"]})
             assert (status, answer["error"]["code"]) == (403, "forbidden"), path
-        assert (await c.client.send("GET", f"/v1/session/{mine['session_id']}", {"session_auth": mine["session_auth"]}))[0] == 200
+        assert (await c.client.send("GET", f"/v1/session/{mine['session_id']}", {"session_auth": mine["session_auth"]}))[
+            0
+        ] == 200
 
 
 async def test_arguments_of_get_and_delete_may_be_in_the_query() -> None:
@@ -117,9 +119,7 @@ async def test_variables_are_made_set_once_listed_and_read() -> None:
         assert (status, answer["error"]["code"]) == (409, "conflict")
         assert await c.client.get(session, made["var_id"]) == (200, {"content": "zebras äöü"})
         _, listed = await c.client.send("GET", "/v1/semantic_var", session)
-        assert listed == {
-            "vars": [{"var_id": made["var_id"], "var_name": "topic", "state": "ready", "content": "zebras äöü"}]
-        }
+        assert listed == {"vars": [{"var_id": made["var_id"], "var_name": "topic", "state": "ready", "content": "zebras äöü"}]}
 
 
 async def test_a_get_waits_for_a_value_and_its_timeout_cancels_nothing() -> None:

@@ -188,6 +188,7 @@ async def test_a_failed_producer_fails_its_consumers_with_its_reason() -> None:
 
 async def test_an_exception_inside_the_core_is_answered_internal_and_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     async with cluster() as c:
+
         def explode(*_: Any) -> None:
             raise RuntimeError("secret detail")
 

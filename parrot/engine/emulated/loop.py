@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
 from parrot.engine.emulated.engine import EmulatedEngine, EmulatedEvent
@@ -30,7 +31,8 @@ class EmulatedLoop:
         self._loop = asyncio.get_running_loop()
         self._started = time.monotonic()
         self._jobs: dict[Hashable, Job] = {}
-        self._shown: dict[Hashable, int] = {}  # tokens of the output so far, for tasks that stream
+        self._speaking: set[Hashable] = set()  # tasks that have begun to stream their output
+        self._recent_s: deque[float] = deque(maxlen=64)  # seconds a token, of tasks that finished
         self._pump_soon: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
@@ -44,12 +46,12 @@ class EmulatedLoop:
         self._jobs[job.key] = job
         task, sampling = job.task, job.sampling
         output_tokens = 0 if sampling is None else sampling.output_length or sampling.max_gen_length
-        self._engine.submit(task, output_tokens, self.now(), stream=self._stream_interval_s is not None)
+        self._engine.submit(task, output_tokens, self.now())
         self._schedule()
 
     def abort(self, key: Hashable) -> None:
         if self._jobs.pop(key, None) is not None:
-            self._shown.pop(key, None)
+            self._speaking.discard(key)
             self._engine.abort(key, self.now())
             self._schedule()
 
@@ -59,7 +61,7 @@ class EmulatedLoop:
         return freed
 
     def runtime_info(self) -> RuntimeInfo:
-        return runtime_info(self._engine.core, MemoryUse(), self._engine.recent_iterations_s)
+        return runtime_info(self._engine.core, MemoryUse(), self._recent_s)
 
     async def close(self, reason: str) -> None:
         self._closed = True
@@ -79,16 +81,20 @@ class EmulatedLoop:
 
     def _pump(self) -> None:
         self._pump_soon = None
-        events = self._engine.advance(self.now())
+        now = self.now()
+        events = self._engine.advance(now)
         if events:
             ended = {e.key for e in events if e.kind == "finished"}
             for event in events:
                 self._tell(event, event.key in ended)
+        if self._stream_interval_s is not None:
+            for key in self._speaking:
+                self._show(self._jobs[key], self._engine.generated(key, now))
         self._sleep()
 
     def _sleep(self) -> None:
         edge = self._engine.next_edge()
-        if edge is not None and self._stream_interval_s is not None and self._shown:
+        if edge is not None and self._stream_interval_s is not None and self._speaking:
             edge = min(edge, self.now() + self._stream_interval_s)
         if self._timer is not None:
             if edge is not None and edge == self._timer_at:
@@ -116,22 +122,21 @@ class EmulatedLoop:
             case "started":
                 job.start(event.cached_tokens)
             case "first_token" if not ends_now:  # else the whole output is one event
-                self._shown[event.key] = job.task.forced_tokens + 1
-                self._show(job)
-            case "progressed" if not ends_now:
-                self._shown[event.key] = self._shown.get(event.key, job.task.forced_tokens) + event.tokens
-                self._show(job)
+                self._speaking.add(event.key)
+                self._show(job, job.task.forced_tokens + 1)
             case "finished":
                 ids, text = self._said(job, event.output_tokens)
+                if event.output_tokens > 1:
+                    self._recent_s.append(event.decode_s / (event.output_tokens - 1))
                 job.finish_timed(ids, text, "length", event.decode_s, event.max_gap_s)
             case "rejected" | "failed":
                 job.refuse(event.code, event.message)
         if job.ended:
             del self._jobs[event.key]
-            self._shown.pop(event.key, None)
+            self._speaking.discard(event.key)
 
-    def _show(self, job: Job) -> None:
-        job.show(*self._said(job, self._shown[job.key]))
+    def _show(self, job: Job, n_tokens: int) -> None:
+        job.show(*self._said(job, n_tokens))
 
     def _said(self, job: Job, n_tokens: int) -> tuple[tuple[int, ...], str]:
         """The first tokens of the job's output. Another attempt at the same task says the same."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from parrot.frontend.link import Link
 from parrot.frontend.pfunc import environment
+from parrot.frontend.pfunc.conversation import Conversation
 from parrot.frontend.pfunc.function import Call, Function, SemanticFunction
 from parrot.frontend.pfunc.parameters import Parameter
 from parrot.frontend.pfunc.variable import Variable
@@ -67,11 +68,13 @@ class VirtualMachine:
         func_body: str,
         params: Sequence[Parameter],
         try_register: bool = True,
+        *,
+        conversation_template: Conversation | None = None,
         **metadata: Any,
     ) -> SemanticFunction:
         """A semantic function from a template and its parameters; a name is made up where none is given."""
         name = func_name or f"anonymous_{next(self._names)}"
-        function = SemanticFunction(name, params, func_body, **metadata)
+        function = SemanticFunction(name, params, func_body, conversation_template=conversation_template, **metadata)
         if try_register:
             self.register_function(function)
         return function
@@ -117,7 +120,11 @@ class VirtualMachine:
 
     async def aregister_session(self) -> None:
         self._check_no_session()
-        self._session = await Session.aopen(self._link, self._api_key)
+        try:
+            self._session = await Session.aopen(self._link, self._api_key)
+        except BaseException:
+            await self._link.aclose()
+            raise
 
     def unregister_session(self) -> None:
         """Closes the session; the core cancels its running work."""
@@ -132,7 +139,6 @@ class VirtualMachine:
         try:
             await session.aclose()
         finally:
-            self._link.close()
             await self._link.aclose()
 
     def report(self) -> SessionReport:
@@ -192,11 +198,13 @@ class VirtualMachine:
         The time is the program's, without the opening and closing of its session. What it raises is raised here.
         """
         if inspect.iscoroutine(program):
-            _run_loop(self._run_coroutine(program, timeit))
+            _check_no_loop(program)
+            asyncio.run(self._run_coroutine(program, timeit))
         elif not callable(program):
             raise TypeError(f"a program is a function or a coroutine, not {type(program).__name__}")
         elif inspect.iscoroutinefunction(program):
-            _run_loop(self._run_coroutine(program(*args), timeit))
+            _check_no_loop()
+            asyncio.run(self._run_coroutine(program(*args), timeit))
         else:
             with self.running_scope(timeit):
                 program(*args)
@@ -284,13 +292,13 @@ class RunningScope:
         _log.warning("the session could not be closed: %s", failure)
 
 
-def _run_loop(program: Coroutine[Any, Any, Any]) -> None:
+def _check_no_loop(program: Coroutine[Any, Any, Any] | None = None) -> None:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        asyncio.run(program)
         return
-    program.close()
+    if program is not None:
+        program.close()
     raise RuntimeError(
         "run starts an event loop and one runs already: use `async with vm.running_scope()` and await the program"
     )

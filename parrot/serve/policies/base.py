@@ -79,9 +79,11 @@ def prompt_tokens(task: Task, engine: Engine) -> int:
         task.tokens = {}
     found = task.tokens.get(tokenizer)
     if found is None:
-        found = task.tokens[tokenizer] = sum(
-            length_of(content.lengths, tokenizer) for link in task.links or () for content in link.contents
-        )
+        found = 0
+        for link in task.links or ():
+            for content in link.contents:
+                found += length_of(content.lengths, tokenizer)
+        task.tokens[tokenizer] = found
     return found + engine.description.bos_tokens
 
 

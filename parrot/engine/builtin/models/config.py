@@ -21,7 +21,7 @@ _SHAPES = Path(__file__).parent / "shapes"
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 4096},
-    "qwen2": {"attention_bias": True},
+    "qwen2": {"attention_bias": True, "use_sliding_window": False},
 }
 _ROPE_TYPES = ("default", "linear", "llama3")
 

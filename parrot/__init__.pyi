@@ -1,0 +1,3 @@
+from parrot.frontend import pfunc as P
+
+__all__ = ["P"]

@@ -1,0 +1,115 @@
+"""What a program's client can do, as data: the requests of `sim.clients`, and the pieces of the prompts in them.
+
+Each action says in its first line what is asked for and which answer its player wants. Nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from parrot.protocol.api import Criteria
+from sim.workloads.program import Call, Text
+
+
+class Value(NamedTuple):
+    """A text at the client: its key and tokens, and the text itself where there is one (over HTTP)."""
+
+    key: str
+    tokens: int
+    text: str | None = None
+
+
+# ---------------------------------------------------------------------------------------------- pieces of a prompt
+
+
+class Given(NamedTuple):
+    """A value that the client fills in."""
+
+    name: str
+    value: Value
+
+
+class Reference(NamedTuple):
+    """The content of a variable that the core knows."""
+
+    name: str
+    var_id: str
+
+
+class Into(NamedTuple):
+    """An output, into a preallocated variable or (`var_id` None) a new one. Lengths are tokens."""
+
+    name: str
+    key: str
+    output_length: int
+    max_gen_length: int
+    var_id: str | None = None
+
+
+Piece = Text | Given | Reference | Into
+
+
+# --------------------------------------------------------------------------------------- actions, and their answers
+
+
+class Open(NamedTuple):
+    """Open the session. Answer: None."""
+
+    tenant: str
+
+
+class Create(NamedTuple):
+    """Create a variable. Answer: its id."""
+
+    var: str
+
+
+class Assign(NamedTuple):
+    """Give the variable `var_id` a content. Answer: None."""
+
+    var_id: str
+    value: Value
+
+
+class Submit(NamedTuple):
+    """Submit call number `call` of the program. Answer: the ids of its outputs, in order."""
+
+    call: int
+    spec: Call
+    pieces: tuple[Piece, ...]
+
+
+class Fetch(NamedTuple):
+    """Wait for a variable's content. Answer: its Value."""
+
+    get: int
+    var_id: str
+    criteria: Criteria
+
+
+class Complete(NamedTuple):
+    """One request of the baseline: open a session, submit, get, close; one round trip in all. Answer: the Value.
+
+    `output`: which output of call number `call` it is."""
+
+    call: int
+    output: int
+    spec: Call
+    tenant: str
+    pieces: tuple[Piece, ...]
+    criteria: Criteria
+
+
+class Close(NamedTuple):
+    """Close the session. Answer: None."""
+
+
+class Wait(NamedTuple):
+    """Let `delay_s` pass. Answer: None. Then `then` is tried again, or the steps `nodes` lose one of their edges."""
+
+    delay_s: float
+    then: Any = None
+    nodes: tuple[int, ...] = ()
+
+
+Action = Open | Create | Assign | Submit | Fetch | Complete | Close | Wait

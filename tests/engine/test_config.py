@@ -1,0 +1,180 @@
+"""Engine configuration files: what is accepted, what is refused and how, and what follows from a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from parrot.configuration import ConfigurationError, read_json
+from parrot.engine.config import (
+    BuiltinEngineConfig,
+    EmulatedEngineConfig,
+    OpenAIEngineConfig,
+    as_emulated,
+    description_of,
+    limits_of,
+    load_engine_config,
+    parse_engine_config,
+    profile_of,
+    secret_of,
+)
+from parrot.engine.profiles import find_profile, profile_for, shipped_profiles
+
+SEED = Path(__file__).parent / "seed"
+SAMPLES = Path(__file__).parents[2] / "sample_configs" / "engine"
+
+
+def write(path: Path, **keys: object) -> Path:
+    path.write_text(json.dumps({"model": "m", **keys}))
+    return path
+
+
+@pytest.mark.parametrize("name", ["builtin", "openai"])
+def test_the_launch_document_s_files_are_accepted_whole_comments_included(name: str) -> None:
+    config = load_engine_config(SEED / f"{name}.json")
+    assert config.engine_type == name
+    assert config.port == 9001
+
+
+def test_the_builtin_file_means_what_it_says() -> None:
+    config = load_engine_config(SEED / "builtin.json")
+    assert isinstance(config, BuiltinEngineConfig)
+    limits = limits_of(config)
+    assert limits.num_blocks * limits.block_size == 8000  # blocks of one token, whatever the pages are
+    assert limits.max_num_batched_tokens == 2560
+    assert limits.pipeline_depth == 1  # a GPU's
+    description = description_of(config, limits)
+    assert description.tokens_capacity == 8000  # min(KV capacity, max_total_tokens)
+    assert description.tasks_capacity == 256
+    assert description.tokenizer == "hf-internal-testing/llama-tokenizer"
+    assert not description.accepts_output_length
+
+
+@pytest.mark.parametrize("path", sorted(SAMPLES.glob("*.json")), ids=lambda p: p.stem)
+def test_every_sample_is_accepted(path: Path) -> None:
+    named = read_json(path).get("latency_profile")
+    if named is not None and named not in shipped_profiles():
+        pytest.skip(f"profile {named} is not shipped yet")
+    load_engine_config(path)
+
+
+@pytest.mark.parametrize("path", [SEED / "builtin.json", SEED / "openai.json", SAMPLES / "emulated-zero.json"], ids=str)
+def test_a_configuration_written_as_json_loads_to_itself(path: Path, tmp_path: Path) -> None:
+    config = load_engine_config(path)
+    copy = tmp_path / "copy.json"
+    copy.write_bytes(msgspec.json.encode(config))
+    assert load_engine_config(copy) == config
+
+
+def test_overrides_stand_above_the_file_and_make_missing_sections(tmp_path: Path) -> None:
+    path = write(tmp_path / "e.json", port=1)
+    config = load_engine_config(path, {"port": 2, "instance.device": "cpu", "engine_name": "n"})
+    assert (config.port, config.device, config.name) == (2, "cpu", "n")
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"moddel": "x"}, ["'moddel'", "model"]),
+        ({"instance": {"num_blocks": 3}}, ["'instance.num_blocks'", "num_kv_cache_blocks"]),
+        ({"scheduler": {"max_batch": 3}}, ["'scheduler.max_batch'", "max_batch_size"]),
+        ({"instance": {"num_kv_cache_blocks": "many"}}, ["instance.num_kv_cache_blocks", "'many'", "int"]),
+        ({"port": 70000}, ["port", "70000", "65535"]),
+        ({"engine_type": "magic"}, ["engine_type", "'magic'", "builtin", "openai", "emulated"]),
+        ({"fill_chunk_size": 0}, ["fill_chunk_size", "0", "-1"]),
+        ({"instance": {"device": "tpu"}}, ["instance.device", "'tpu'"]),
+        ({"instance": {"attn_func": "quick"}}, ["instance.attn_func", "'quick'"]),
+        ({"engine_type": "emulated", "instance": {"device": "cpu"}}, ["'instance.device'", "num_kv_cache_blocks"]),
+        ({"engine_type": "openai", "instance": {"device": "cpu"}}, ["'instance.device'", "api_key"]),
+        ({"latency_profile": "nowhere"}, ["'nowhere'", "zero"]),
+        ({"instance": 3}, ["instance", "3", "object"]),
+    ],
+)
+def test_a_wrong_key_is_refused_with_its_name_and_what_is_expected(
+    tmp_path: Path, keys: dict[str, object], said: list[str]
+) -> None:
+    path = write(tmp_path / "e.json", **keys)
+    with pytest.raises(ConfigurationError) as refused:
+        load_engine_config(path)
+    message = str(refused.value)
+    assert "\n" not in message
+    for part in said if "latency_profile" in keys else [str(path), *said]:
+        assert part in message
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"engine_name": "no model"}'])
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "e.json"
+    path.write_text(text)
+    with pytest.raises(ConfigurationError, match=r"e\.json"):
+        load_engine_config(path)
+
+
+def test_an_override_of_a_section_that_is_no_object_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="instance"):
+        load_engine_config(write(tmp_path / "e.json", instance=3), {"instance.device": "cpu"})
+
+
+def test_a_missing_file_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="no-such-file"):
+        load_engine_config("no-such-file.json")
+
+
+def test_a_profile_file_is_found_beside_the_configuration(tmp_path: Path) -> None:
+    profile = msgspec.structs.replace(find_profile("zero"), name="mine", pair_s=1.0)
+    (tmp_path / "p.json").write_bytes(msgspec.json.encode(profile))
+    config = load_engine_config(write(tmp_path / "e.json", engine_type="emulated", latency_profile="p.json"))
+    assert profile_of(config) == profile
+
+
+def test_shipped_profiles_are_found_by_name_and_by_model_and_device() -> None:
+    assert find_profile("zero").name == "zero"
+    for name in shipped_profiles():
+        profile = find_profile(name)
+        found = profile_for(profile.model, profile.device)
+        assert found is not None
+        assert found.model == profile.model
+    assert profile_for("no such model", "cpu") is None
+
+
+@pytest.mark.parametrize("capacity", [1, 5, 16, 17, 8000])
+def test_the_cache_never_holds_more_than_the_file_says(tmp_path: Path, capacity: int) -> None:
+    path = write(tmp_path / "e.json", engine_type="emulated", instance={"num_kv_cache_blocks": capacity})
+    limits = limits_of(load_engine_config(path))
+    assert 0 < limits.num_blocks * limits.block_size <= capacity
+    assert capacity - limits.num_blocks * limits.block_size < limits.block_size
+
+
+def test_the_shorter_of_the_file_s_and_the_model_s_length_counts(tmp_path: Path) -> None:
+    config = load_engine_config(write(tmp_path / "e.json", instance={"max_seq_len": 100, "device": "cpu"}))
+    assert limits_of(config).max_seq_len == 100
+    assert limits_of(config, max_seq_len=50).max_seq_len == 50
+    assert limits_of(config, max_seq_len=500).max_seq_len == 100
+
+
+def test_an_emulated_twin_has_the_same_limits_and_capacities() -> None:
+    config = load_engine_config(SEED / "builtin.json")
+    twin = as_emulated(config, "zero")
+    assert isinstance(twin, EmulatedEngineConfig)
+    assert limits_of(twin) == limits_of(config)
+    ours, theirs = description_of(twin), description_of(config)
+    assert ours.tokens_capacity == theirs.tokens_capacity
+    assert ours.accepts_output_length
+    assert ours.tokenizer == "synthetic"
+    assert parse_engine_config(msgspec.to_builtins(twin), "twin") == twin
+
+
+def test_the_secret_may_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_engine_config(write(tmp_path / "e.json", serve_core={"engine_secret": "env:PARROT_TEST_SECRET"}))
+    monkeypatch.delenv("PARROT_TEST_SECRET", raising=False)
+    with pytest.raises(ConfigurationError, match="PARROT_TEST_SECRET"):
+        secret_of(config)
+    monkeypatch.setenv("PARROT_TEST_SECRET", "s")
+    assert secret_of(config) == "s"
+
+
+def test_openai_files_are_checked_even_though_no_such_engine_starts_yet() -> None:
+    assert isinstance(load_engine_config(SAMPLES / "openai-example-config.json"), OpenAIEngineConfig)

@@ -1,0 +1,204 @@
+"""The command: what it prints and writes, that it repeats to the byte, and what it refuses before anything runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from sim.run import main
+from sim.workloads.program import Call, Get, Program, Read, Text, Write, write_programs
+from tests.sim.clusters import write_files
+from tests.sim.programs import chain, chat, map_reduce, one_call
+
+PRINTED = ("policy", "rate", "seed", "programs", "calls", "finished", "failed", "simulated_s", "throughput_tokens_per_s")
+DISTRIBUTIONS = ("ttft_s", "tpot_s", "jct_s", "normalized_latency_s")
+
+
+@pytest.fixture
+def flags(tmp_path: Path) -> list[str]:
+    """Flags of a small run: a core, two engines and a file of programs."""
+    core, engine = write_files(tmp_path)
+    some: list[Program] = []
+    for number in range(5):
+        at = {"name": f"p{number}", "arrival_s": number * 1.5}
+        some.append(
+            (one_call, lambda **k: chain(3, **k), lambda **k: map_reduce(4, **k), lambda **k: chat(2, **k))[number % 4](**at)
+        )
+    workload = tmp_path / "programs.jsonl"
+    write_programs(workload, some)
+    return ["--core", core, "--engines", f"{engine}:2", "--workload", str(workload)]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "timing.json"
+    }
+
+
+def test_one_json_object_a_run_and_everything_else_elsewhere(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main([*flags, "--policy", "parrot:all,round_robin", "--rate", "0.5,1", "--seed", "1,2", "--out", str(out)]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["policy"], line["rate"], line["seed"]) for line in lines] == [
+        (policy, rate, seed) for policy in ("parrot:all", "round_robin") for rate in (0.5, 1.0) for seed in (1, 2)
+    ]
+    for line in lines:
+        assert set(PRINTED) <= set(line)
+        assert (line["programs"], line["finished"], line["failed"]) == (5, 5, 0)
+        assert all(set(line[name]) == {"mean", "p50", "p90", "p99"} for name in DISTRIBUTIONS)
+    timing = json.loads((out / "timing.json").read_text())
+    assert timing["wall_s"] > 0
+    assert [(r["policy"], r["rate"], r["seed"]) for r in timing["runs"]] == [(x["policy"], x["rate"], x["seed"]) for x in lines]
+    programs = pd.read_parquet(out / "round_robin_rate1_seed2" / "programs.parquet")
+    assert programs["jct_s"].mean() == pytest.approx(lines[-1]["jct_s"]["mean"])
+
+
+def test_the_same_seed_writes_the_same_bytes_however_many_workers(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed, written = [], []
+    for number, workers in enumerate(("1", "2", "1")):
+        out = tmp_path / f"out{number}"
+        sweep = ["--policy", "parrot,least_loaded", "--rtt-ms", "40", "--workers", workers, "--out", str(out)]
+        assert main([*flags, *sweep]) == 0
+        printed.append(capsys.readouterr().out)
+        written.append(files_of(out))
+    assert printed[0] == printed[1] == printed[2]
+    assert written[0] == written[1] == written[2]
+    assert len(written[0]) == 2 * 4 + 1
+
+
+def test_stepping_prints_what_jumping_prints(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = []
+    for way in ("--jump", "--step"):
+        assert main([*flags, way, "--out", str(tmp_path / "out")]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+
+
+def test_a_specification_file_says_what_the_flags_say(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    core, engine, workload = flags[1], flags[3].rpartition(":")[0], flags[5]
+    spec = {
+        "core": core,
+        "engines": [{"file": engine, "count": 2}],
+        "workload": workload,
+        "policies": ["round_robin"],
+        "client": "request",
+        "settings": {"global_scheduler.max_queue_size": [32]},
+    }
+    file = tmp_path / "spec.json"
+    file.write_text(json.dumps(spec))
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["--spec", str(file), *out]) == 0
+    from_file = capsys.readouterr().out
+    same = [*flags, "--policy", "round_robin", "--client", "request", "--set", "global_scheduler.max_queue_size=32", *out]
+    assert main(same) == 0
+    assert capsys.readouterr().out == from_file
+
+
+def test_settings_reach_the_core_and_the_engines_and_lists_of_them_are_swept(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    swept = ["--set", "engine.scheduler.max_batch_size=1,8", "--rate", "50", "--no-tables", "--out", str(tmp_path / "out")]
+    assert main([*flags, *swept]) == 0
+    narrow, wide = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert narrow["settings"] == {"engine.scheduler.max_batch_size": 1}
+    assert narrow["jct_s"]["mean"] > wide["jct_s"]["mean"]
+
+
+REFUSALS = {
+    "unknown policy": (["--policy", "fastest"], "fastest"),
+    "unknown switch": (["--policy", "parrot:speed"], "speed"),
+    "rate of zero": (["--rate", "0"], "rate 0"),
+    "negative rate": (["--rate", "-1"], "rate -1"),
+    "rate that is no number": (["--rate", "fast"], "fast"),
+    "no programs": (["--count", "0"], "count 0"),
+    "no such workload": (["--workload", "nothing.jsonl"], "nothing.jsonl"),
+    "no such core file": (["--core", "nowhere.json"], "nowhere.json"),
+    "no such engine file": (["--engines", "nowhere.json"], "nowhere.json"),
+    "no engine of a file": (["--engines", "nowhere.json:0"], "count 0"),
+    "unknown key of the core": (["--set", "global_scheduler.speed=1"], "speed"),
+    "unknown key of the engines": (["--set", "engine.speed=1"], "speed"),
+    "setting that is none": (["--set", "speed"], "KEY=VALUE"),
+    "no such profile": (["--profile", "nothing.json"], "nothing.json"),
+    "round trips that are none": (["--rtt-ms", "nothing.json"], "nothing.json"),
+    "the same run twice": (["--policy", "parrot,parrot"], "twice"),
+    "running cluster in simulation": (["--core-url", "http://localhost:1"], "core_url"),
+}
+
+
+@pytest.mark.parametrize("wrong", list(REFUSALS))
+def test_what_cannot_run_is_refused_in_one_line_before_anything_is_printed(
+    wrong: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, named = REFUSALS[wrong]
+    assert main([*flags, *given, "--out", str(tmp_path / "out")]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert named in captured.err
+
+
+def refused(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], *given: str) -> str:
+    assert main([*flags, *given, "--out", str(tmp_path / "out")]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+def test_a_malformed_line_of_a_workload_is_named(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open(flags[5], "a") as file:
+        file.write('{"id": "x"}\n')
+    assert "programs.jsonl:6" in refused(flags, tmp_path, capsys)
+
+
+def test_an_engine_with_no_profile_is_refused(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, engine = write_files(tmp_path, latency_profile=None)
+    assert "no latency profile of 'test/model'" in refused([*flags[:3], engine, *flags[4:]], tmp_path, capsys)
+
+
+def test_a_profile_of_another_model_is_refused(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, engine = write_files(tmp_path, model="other/model")
+    told = refused([*flags[:3], engine, *flags[4:]], tmp_path, capsys, "--profile", str(tmp_path / "profile.json"))
+    assert "other/model" in told
+    assert "test/model" in told
+
+
+def test_a_model_that_no_engine_has_is_refused(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program = one_call("p")
+    call = type(program.calls[0])(program.calls[0].segments, models=("rare/model",))
+    write_programs(flags[5], [Program("p", 0.0, (call,), program.gets)])
+    told = refused(flags, tmp_path, capsys)
+    assert "rare/model" in told
+    assert "test/model" in told
+
+
+def test_an_engine_too_small_for_one_prompt_is_refused(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_programs(flags[5], [one_call("p", prompt=4096, output=1)])
+    assert "4096" in refused(flags, tmp_path, capsys)
+
+
+def test_a_call_that_reads_its_own_output_too_early_is_refused(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = Call((Text("a", 3), Read("v"), Write("v", 3)))
+    write_programs(flags[5], [Program("p", 0.0, (call,), (Get("g", "v"),))])
+    assert "'v'" in refused(flags, tmp_path, capsys)
+
+
+def test_an_unwritable_output_is_refused(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    assert main([*flags, "--out", str(file / "below")]) == 1
+    assert "cannot be written" in capsys.readouterr().err
