@@ -268,8 +268,15 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=5.0, help="how long each number is measured (default: %(default)s)")
     parser.add_argument("--profile", help="write a cProfile of the core to this file (the numbers are slower then)")
     arguments = parser.parse_args()
-    with cluster(arguments.profile) as running:
-        asyncio.run(measure(running, [int(n) for n in arguments.clients.split(",")], arguments.seconds))
+    try:
+        import uvloop
+    except ImportError:
+        factory = None
+    else:
+        factory = uvloop.new_event_loop
+    clients = [int(n) for n in arguments.clients.split(",")]
+    with cluster(arguments.profile) as running, asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(measure(running, clients, arguments.seconds))
     return 0
 
 

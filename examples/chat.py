@@ -10,18 +10,17 @@ from __future__ import annotations
 from parrot import P
 
 SYSTEM = (
-    "You are the guide of a small museum of the sea. You talk with visitors who know little about boats, tides and fish. "
-    "You are patient and cheerful, you use short sentences and everyday words, and you explain one thing at a time. "
-    "You never invent dates or names. When a question has nothing to do with the sea, you say so kindly, and you bring the "
-    "talk back to the collection. Each of your answers has two sentences at most."
+    "You are a friendly guide in a museum of the sea. Visitors ask you about boats, tides and fish. "
+    "Answer in one or two short sentences, in everyday words. "
+    "Explain one thing at a time, and never invent dates or names."
 )
 QUESTIONS = (
-    "Why does the sea go up and down every day?",
-    "Could people use that to make a machine move?",
-    "What would happen to such a machine in a storm?",
+    "Why does the sea rise and fall every day?",
+    "How can a mill use the tides to grind grain?",
+    "What would a storm do to such a mill?",
     "Thank you. What should I look at next?",
 )
-SAMPLING = P.SamplingConfig(temperature=0.0, max_gen_length=40)
+SAMPLING = P.SamplingConfig(temperature=0.4, top_p=0.9, seed=7, max_gen_length=40)
 
 
 def turn_function(vm: P.VirtualMachine, turn: int) -> P.SemanticFunction:

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from parrot import P
 
-SHORT = P.SamplingConfig(temperature=0.0, max_gen_length=40)
-ASSISTANT = P.chatml_template.with_system("You are a friendly assistant. Answer in one sentence.")
+SHORT = P.SamplingConfig(temperature=0.4, top_p=0.9, seed=7, max_gen_length=40)
+ASSISTANT = P.chatml_template.with_system("You are a friendly assistant who answers in one or two sentences.")
 
 
 @P.semantic_function(conversation_template=ASSISTANT)
 def describe(animal: P.Input, description: P.Output(SHORT), reason: P.Output(SHORT)):
-    """What does {{animal}} look like? {{description}} Why do people like it? {{reason}}"""
+    """Describe the feathers and the beak of {{animal}}. {{description}} Why do people like to look at it? {{reason}}"""
 
 
 @P.semantic_function(conversation_template=ASSISTANT)
 def name(animal: P.Input, description: P.Input, pet_name: P.Output(SHORT)):
-    """Suggest a name for {{animal}} of which somebody says: {{description}} {{pet_name}}"""
+    """Somebody describes {{animal}}: "{{description}}" Suggest a name for it. {{pet_name}}"""
 
 
 def main(vm: P.VirtualMachine) -> dict[str, str]:

@@ -52,6 +52,7 @@ class Outcome:
 class _Running:
     application: str
     url: str
+    size: int | None
     outcome: Outcome | None = None
     error: BaseException | None = None
     thread: threading.Thread = field(init=False)
@@ -63,19 +64,19 @@ class _Running:
 
     def _run(self) -> None:
         try:
-            self.outcome = run_application(self.application, self.url)
+            self.outcome = run_application(self.application, self.url, self.size)
         except BaseException as error:
             self.error = error
 
 
-def run_together(url: str, check: Callable[[], None]) -> list[Outcome]:
+def run_together(url: str, check: Callable[[], None], size: int | None = None) -> list[Outcome]:
     """Runs all applications at once, each in a session of its own; `check` is called all the while and may raise.
 
-    Raises ProgramError when one fails.
+    size: how many chunks or turns each of them has (None: all). Raises ProgramError when one fails.
     """
     running = []
     for application in APPLICATIONS:
-        running.append(_Running(application, url))
+        running.append(_Running(application, url, size))
         time.sleep(STAGGER_S)
     while any(one.thread.is_alive() for one in running) and not any(one.error for one in running):
         check()
@@ -87,13 +88,13 @@ def run_together(url: str, check: Callable[[], None]) -> list[Outcome]:
     return [one.outcome for one in running if one.outcome is not None]
 
 
-def run_application(application: str, url: str) -> Outcome:
-    """Runs examples/APPLICATION.py once."""
+def run_application(application: str, url: str, size: int | None = None) -> Outcome:
+    """Runs examples/APPLICATION.py once, with `size` chunks or turns."""
     module = importlib.import_module(f"examples.{application}")
     machine = P.VirtualMachine(url)
     began_s = time.perf_counter()
     with machine.running_scope():
-        texts = module.main(machine)
+        texts: dict[str, str] = module.main(machine, size) if size is not None else module.main(machine)
         ended_s = time.perf_counter()
         report = machine.report()
         jct_s = machine.jct_s
@@ -109,6 +110,6 @@ def run_application(application: str, url: str) -> Outcome:
         jct_s=jct_s,
         ttft_s=float(np.mean(measured.values["ttft_s"])),
         tpot_s=float(np.mean(measured.values["tpot_s"])),
-        texts=texts if isinstance(texts, dict) else {"text": str(texts)},
+        texts=texts,
         reports=report.reports or (),
     )

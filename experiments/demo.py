@@ -147,7 +147,7 @@ def real_runs() -> list[list[Outcome]]:
     with running(OUT / "output", commands) as processes, console.status("engines are loading the model") as status:
         wait_for_engines(url, ENGINES, processes, START_S)
         status.update("warming up")
-        run_together(url, processes.check)  # first allocations, first touch of every weight: measured by nobody
+        run_together(url, processes.check, size=1)  # first allocations, first touch of every weight: measured by nobody
         rounds = []
         for number in range(1, RUNS + 1):
             status.update(f"run {number} of {RUNS}: {', '.join(APPLICATIONS)}, together")

@@ -227,7 +227,7 @@ class HttpClient:
 
 def render(pieces: Sequence[Piece], sampling: Callable[[Into], SamplingConfig]) -> tuple[str, list[dict[str, Any]]]:
     """Pieces as a template and its parameters. Constants in a row stay apart (all but the first become values), because
-    a boundary of segments is where contexts can be shared."""
+    a boundary of segments is where contexts can be shared; for the same reason nothing is put between them."""
     parts: list[str] = []
     parameters: dict[str, dict[str, Any]] = {}
     places: dict[str, str] = {}
@@ -250,7 +250,7 @@ def render(pieces: Sequence[Piece], sampling: Callable[[Into], SamplingConfig]) 
             value = piece.value if type(piece) is Given else piece
             parameters[name] = {"name": name, "value": text_of(value)}  # type: ignore[arg-type]
         parts.append("{{" + name + "}}")
-    return " ".join(parts), list(parameters.values())
+    return "".join(parts), list(parameters.values())
 
 
 def text_of(piece: Text | Value) -> str:

@@ -29,6 +29,9 @@ Device = Annotated[str, Meta(pattern=r"^(cpu|cuda(:[0-9]+)?)$")]
 #: Tokens of one page of the KV cache: the engine's own affair, whatever `block_size` the file counts its blocks in.
 PAGE_TOKENS = 16
 
+#: Published dimensions of the models that sample configurations name.
+SHAPES = Path(__file__).parent / "builtin" / "models" / "shapes"
+
 #: `xformers…` are the names of old files; each of them stands for xformers' kernels.
 AttentionName = Literal[
     "torch_sdpa",
@@ -242,7 +245,8 @@ def as_emulated(config: EngineConfig, latency_profile: str, tokenizer: str = "sy
     old = config.instance
     instance = EmulatedInstance()
     if not isinstance(old, OpenAIInstance):
-        instance = EmulatedInstance(old.num_kv_cache_blocks, old.block_size, old.max_seq_len, old.attn_func)
+        longest = limits_of(config).max_seq_len
+        instance = EmulatedInstance(old.num_kv_cache_blocks, old.block_size, longest, old.attn_func)
     fields = {name: getattr(config, name) for name in config.__struct_fields__}
     fields |= {
         "engine_type": "emulated",
@@ -275,13 +279,15 @@ def kv_tokens_of(config: EngineConfig) -> int | None:
 def limits_of(config: EngineConfig, *, max_seq_len: int | None = None, kv_tokens: int | None = None) -> EngineLimits:
     """The limits of an engine with this file.
 
-    `max_seq_len`: the model's own, in tokens; the file's may be lower. `kv_tokens`: the capacity when the file leaves it
+    `max_seq_len`: the model's own, in tokens (None: what its shipped shape says); the file's may be lower. `kv_tokens`: the capacity when the file leaves it
     out (`max_total_tokens` when this is None too, as in simulation, where there is no memory to measure).
     """
     scheduler = config.scheduler
     capacity = kv_tokens_of(config) or kv_tokens or scheduler.max_total_tokens
     page = min(PAGE_TOKENS, capacity)
     asked = None if isinstance(config.instance, OpenAIInstance) else config.instance.max_seq_len
+    if max_seq_len is None:
+        max_seq_len = _published_max_seq_len(config)
     longest = min((n for n in (asked, max_seq_len) if n is not None), default=capacity)
     return EngineLimits(
         num_blocks=capacity // page,
@@ -294,6 +300,16 @@ def limits_of(config: EngineConfig, *, max_seq_len: int | None = None, kv_tokens
         fill_chunk_size=config.fill_chunk_size,
         pipeline_depth=pipeline_depth_of(config),
     )
+
+
+def _published_max_seq_len(config: EngineConfig) -> int | None:
+    """The longest sequence of a model whose shape is shipped, as a builtin engine would find it; None for others."""
+    if not isinstance(config.instance, BuiltinInstance):
+        return None
+    shape = SHAPES / f"{config.model.replace('/', '--')}.json"
+    published = read_json(shape) if shape.is_file() else {}
+    longest = (published | config.instance.model_config).get("max_position_embeddings")
+    return longest if isinstance(longest, int) else None
 
 
 def description_of(

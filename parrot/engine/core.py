@@ -433,8 +433,9 @@ class EngineCore:
 
     def _candidates(self, number: int, budget: int, fills: list[tuple[_Task, Row]]) -> Iterator[_Task]:
         """Tasks that may fill, first come first; admits waiting ones as it comes to them."""
+        rows = len(self._decoding)
         yield from list(self._filling)
-        while self._waiting:
+        while self._waiting and rows + len(fills) < self._running_most:
             if self._stuck or len(self._filling) + len(self._decoding) >= self._running_most:
                 self._stuck = True
                 return

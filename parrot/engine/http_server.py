@@ -94,6 +94,8 @@ def _check(config: EngineConfig, args: argparse.Namespace) -> None:
 
 
 async def _serve(config: EngineConfig, count: int, with_core: bool) -> int:
+    # Loading a model keeps the event loop busy: until it is loaded, Ctrl-C is an exception as anywhere else.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     engines: list[RunningEngine] = []

@@ -96,6 +96,7 @@ class BuiltinLoop:
         self._last_number = self._last_completed = -1
         self._last_edge = 0.0
         self._recent_s: deque[float] = deque(maxlen=64)
+        self._closed = False
         self._wake = asyncio.Event()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="runner")
         self._task = asyncio.create_task(self._drive(), name="engine loop")
@@ -106,6 +107,9 @@ class BuiltinLoop:
         return time.monotonic() - self._started
 
     def submit(self, job: Job) -> None:
+        if self._closed:
+            job.fail("unavailable", "the engine is shutting down")
+            return
         now = self.now()
         try:
             self._core.submit(job.task, now)
@@ -142,6 +146,7 @@ class BuiltinLoop:
         return runtime_info(self._core, self._memory, self._recent_s)
 
     async def close(self, reason: str) -> None:
+        self._closed = True
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         for job in self._jobs.values():
@@ -163,8 +168,8 @@ class BuiltinLoop:
                     self._complete(self._issued.popleft())
                 self._issue()
             except Exception:
-                log.exception("the engine's scheduler failed; all its tasks are given up")
-                self._give_up_all()
+                log.exception("the engine's scheduler failed; all its tasks are given up, and a fresh one takes its place")
+                self._begin_anew()
             await self._wake.wait()
 
     def _issue(self) -> None:
@@ -260,13 +265,18 @@ class BuiltinLoop:
             if job is not None:
                 job.refuse(refusal.code, refusal.message)
 
-    def _give_up_all(self) -> None:
-        for key, job in list(self._jobs.items()):
+    def _begin_anew(self) -> None:
+        """The core has broken a promise of its own: nothing that it says can be relied on. Its tasks end, a fresh one
+        takes its place. The worker computes what it has begun first, so that no page is written late."""
+        for job in self._jobs.values():
             job.fail("engine_failed", "the engine's scheduler failed; its log says how", True)
-            try:
-                self.abort(key)
-            except Exception:
-                log.exception("task %s cannot be aborted", job.label)
+        old, self._core = self._core, EngineCore(self._core.limits)
+        tasks, contexts = tuple(self._jobs), tuple(context.id for context in old.contexts)
+        self._jobs.clear()
+        self._issued.clear()
+        self._leave(tasks=tasks)
+        self._note_evicted(contexts)
+        self._last_number = self._last_completed = -1
 
     # --------------------------------------------------------------------------------------- what the runner forgets
 

@@ -100,8 +100,8 @@ class ApiRoutes:
         event = OpenSession(self._shell.number(), session_id, auth, tenant, key)
 
         def on_reply(reply: Reply) -> None:
-            if reply.error is None:
-                self._texts.open(reply.payload)
+            if reply.payload == event.session_id:  # not the answer of an earlier request, whose session may be over
+                self._texts.open(event.session_id)
 
         session_id = await self._shell.ask(event, on_reply)
         return answer(SessionAnswer(session_id, self._credentials.auth(session_id)))

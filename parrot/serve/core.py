@@ -7,7 +7,6 @@ What runs where is the scheduler's affair (`scheduler.py`); this file is the fro
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from parrot.serve.config import ServeCoreConfig
 from parrot.serve.effects import AnyEffect, Reply, SessionEnded
 from parrot.serve.engines import Engine
 from parrot.serve.events import AnyEvent, Content
+from parrot.serve.gets import PendingGet, PendingGets
 from parrot.serve.graph import Call, Deduction, Task, depends_on, tasks_of, tighter
 from parrot.serve.reports import call_answer, input_failed, session_report
 from parrot.serve.scheduler import Scheduler
@@ -37,14 +37,6 @@ _EMPTY: dict[str, Any] = {}
 _TaskEvent = TypeVar("_TaskEvent", ev.TaskStarted, ev.FirstToken, ev.TaskFinished, ev.TaskFailed, ev.TaskRejected)
 
 
-class PendingGet(msgspec.Struct, eq=False, gc=False):
-    """A get that waits: for which variable of which session, until when."""
-
-    session: Session
-    variable: Variable
-    deadline: float | None
-
-
 class ServeCore:
     """The state machine. `config` is validated already; `epoch` counts the core's lives."""
 
@@ -54,8 +46,7 @@ class ServeCore:
         self._sessions: dict[int, Session] = {}
         self._ended: OrderedDict[int, str] = OrderedDict()
         self._idle = IdleSessions(config.session_life_span)
-        self._gets: dict[int, PendingGet] = {}
-        self._timeouts: list[tuple[float, int]] = []
+        self._gets = PendingGets()
         self._opened: OrderedDict[str, tuple[int, float]] = OrderedDict()  # Idempotency-Key -> (session id, until)
         self._sequence = 0
         self._deduction = Deduction(self._activated)
@@ -118,13 +109,7 @@ class ServeCore:
 
     def next_deadline(self) -> float | None:
         """When `Tick` is wanted at the latest, in seconds of the same clock; None: not before the next event."""
-        while self._timeouts and self._timeouts[0][1] not in self._gets:
-            heapq.heappop(self._timeouts)
-        deadlines = (
-            self._timeouts[0][0] if self._timeouts else None,
-            self._idle.next_deadline(),
-            self.scheduler.next_deadline(),
-        )
+        deadlines = (self._gets.next_deadline(), self._idle.next_deadline(), self.scheduler.next_deadline())
         return min((d for d in deadlines if d is not None), default=None)
 
     @property
@@ -228,8 +213,7 @@ class ServeCore:
         if session.waiting_gets:
             error = ErrorInfo(f"session_{session.state}", f"session {session.id} is {session.state}")
             for variable in session.variables.values():
-                for request in variable.getters or ():
-                    del self._gets[request]
+                for request in self._gets.settle(session, variable):
                     self._effects.append(Reply(request, None, error))
         if session.unfinished:
             for call in session.calls:
@@ -315,12 +299,8 @@ class ServeCore:
         """The variable has its content: whoever waited for it goes on."""
         content = variable.content
         assert content is not None
-        if variable.getters:
-            for request in variable.getters:
-                del self._gets[request]
-                self._effects.append(Reply(request, content.key))
-            session.waiting_gets -= len(variable.getters)
-            variable.getters = None
+        for request in self._gets.settle(session, variable):
+            self._effects.append(Reply(request, content.key))
         if variable.consumers:
             for task in variable.consumers:
                 task.missing -= 1
@@ -332,12 +312,8 @@ class ServeCore:
     def _became_failed(self, session: Session, variable: Variable, error: ErrorInfo, now: float) -> None:
         """The variable will never have a content: its getters are told why, its consumers fail too."""
         variable.error = error
-        if variable.getters:
-            for request in variable.getters:
-                del self._gets[request]
-                self._effects.append(Reply(request, None, error))
-            session.waiting_gets -= len(variable.getters)
-            variable.getters = None
+        for request in self._gets.settle(session, variable):
+            self._effects.append(Reply(request, None, error))
         consumers, variable.consumers = variable.consumers or [], None
         derived = input_failed(variable, error)
         for task in consumers:
@@ -360,14 +336,9 @@ class ServeCore:
             self._effects.append(Reply(event.request, None, variable.error))
             return
         deadline = None if event.timeout is None else now + event.timeout
-        self._gets[event.request] = PendingGet(session, variable, deadline)
+        self._gets.add(event.request, session, variable, deadline)
         if deadline is not None:
-            heapq.heappush(self._timeouts, (deadline, event.request))
             self._due_at = min(self._due_at, deadline)
-        if variable.getters is None:
-            variable.getters = []
-        variable.getters.append(event.request)
-        session.waiting_gets += 1
         self._idle.touch(session, now)
         variable.criteria = tighter(variable.criteria, event.criteria or Criteria.THROUGHPUT)
         if variable.producer is not None:
@@ -377,11 +348,8 @@ class ServeCore:
         self._drop_get(event.request, now)
 
     def _drop_get(self, request: int, now: float) -> PendingGet | None:
-        pending = self._gets.pop(request, None)
+        pending = self._gets.drop(request)
         if pending is not None:
-            assert pending.variable.getters is not None
-            pending.variable.getters.remove(request)
-            pending.session.waiting_gets -= 1
             self._idle.touch(pending.session, now)
         return pending
 
@@ -577,8 +545,7 @@ class ServeCore:
 
     def _due(self, now: float) -> None:
         """Everything whose deadline has come: gets that time out, sessions that expire, what the scheduler waits for."""
-        while self._timeouts and self._timeouts[0][0] <= now:
-            _, request = heapq.heappop(self._timeouts)
+        for request in self._gets.due(now):
             pending = self._drop_get(request, now)
             if pending is not None:
                 message = f"variable {pending.variable.id!r} was not ready in time"

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import gc
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -57,6 +58,12 @@ def _configuration(flags: argparse.Namespace) -> ServeCoreConfig:
         if not 0 <= flags.port <= 65535:
             raise ConfigurationError(f"--port {flags.port} is no port; expected 0 to 65535")
         config = msgspec.structs.replace(config, port=flags.port)
+    secret = config.engine_secret
+    if secret is not None and secret.startswith("env:"):
+        name = secret.removeprefix("env:")
+        if name not in os.environ:
+            raise ConfigurationError(f"{flags.config_path}: engine_secret is {secret!r}, but the environment has no {name}")
+        config = msgspec.structs.replace(config, engine_secret=os.environ[name])
     return config
 
 
@@ -98,9 +105,10 @@ async def _serve(config: ServeCoreConfig) -> int:
     server = Server(config)
     try:
         addresses = await server.start()
-        # What stands now stays: the collector need not look at it again.
+        # What stands now stays, and nearly all garbage goes by reference counts: the collector may look seldom.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(20_000, 20, 50)
         shown = ", ".join(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}" for host, port in addresses)
         print(f"ServeCore listens on {shown}", file=sys.stderr, flush=True)
         await stopped.wait()

@@ -114,6 +114,8 @@ class Server:
 
     def _route(self, method: str, target: str) -> tuple[Handler, str, str]:
         """The handler of a path, the path's variable part, and the raw query."""
+        if not target.isascii():
+            raise ParrotError("bad_request", "the path has characters that are not percent-encoded")
         path, _, query = target.partition("?")
         tail = ""
         methods = self._routes.get(path) if path[-1:] != "/" else None
@@ -121,7 +123,7 @@ class Server:
             head, _, tail = path.rpartition("/")
             methods = self._routes.get(head + "/") if tail else None
         if methods is None:
-            raise ParrotError("not_found", f"there is no path {path!r}", path=path)
+            raise ParrotError("not_found", f"there is no path {path!r}")
         handler = methods.get(method)
         if handler is None:
             allowed = ", ".join(methods)

@@ -218,7 +218,10 @@ class Shell:
 
     def _write(self, now: float, events: Sequence[AnyEvent]) -> None:
         assert self._record is not None
-        self._record.write(now, events)
+        try:
+            self._record.write(now, events)
+        except Exception:
+            _log.exception("an instant of %d events could not be recorded", len(events))
         if self._record_timer is None:
             self._record_timer = self._loop.call_later(_RECORD_FLUSH_S, self._flush_record)
 

@@ -17,7 +17,7 @@ from parrot.protocol.errors import ErrorBody, ErrorInfo, ParrotError
 
 T = TypeVar("T")
 
-JSON = "application/json"
+_JSON = {"Content-Type": "application/json"}
 NDJSON = "application/x-ndjson"
 _ENCODER = msgspec.json.Encoder()
 _DECODERS: dict[Any, msgspec.json.Decoder[Any]] = {}
@@ -26,7 +26,7 @@ _MAX_KEY_LENGTH = 256
 
 def answer(payload: Any, status: int = 200) -> web.Response:
     """`payload` as a JSON answer."""
-    return web.Response(body=_ENCODER.encode(payload), status=status, content_type=JSON)
+    return web.Response(body=_ENCODER.encode(payload), status=status, headers=_JSON)
 
 
 def refusal(error: ErrorInfo) -> web.Response:
@@ -85,10 +85,11 @@ def arguments(query: str, body: bytes, kind: type[T], **path: Any) -> T:
 
 
 def idempotency_key(request: web.BaseRequest) -> str | None:
-    """The header's value. Raises `bad_request` for an empty or overlong one."""
+    """The header's value. Raises `bad_request` for one that is empty, overlong or not ASCII."""
     key = request.headers.get("Idempotency-Key")
-    if key is not None and not 0 < len(key) <= _MAX_KEY_LENGTH:
-        raise ParrotError("bad_request", f"Idempotency-Key has {len(key)} characters; 1 to {_MAX_KEY_LENGTH} are accepted")
+    if key is not None and not (0 < len(key) <= _MAX_KEY_LENGTH and key.isascii()):
+        message = f"Idempotency-Key has {len(key)} characters; 1 to {_MAX_KEY_LENGTH} of ASCII are accepted"
+        raise ParrotError("bad_request", message)
     return key
 
 

@@ -223,9 +223,10 @@ class _Reader:
         return Recorded(sorted(programs, key=lambda p: p.arrival_s), skipped)
 
     def _program(self, session_id: int, session: _Session, arrival_s: float) -> Program:
-        calls, gets = [], []
+        sets, calls, gets = list(session.sets), [], []
         for index, call in enumerate(session.calls):
             event = call.event
+            sets += self._given(call)
             calls.append(
                 Call(
                     segments=tuple(self._segments(session_id, index, call)),
@@ -244,7 +245,7 @@ class _Reader:
             arrival_s=arrival_s,
             calls=tuple(calls),
             gets=tuple(gets),
-            sets=tuple(session.sets),
+            sets=tuple(sets),
             tenant=session.tenant,
             application=calls[0].name if calls else "",
         )
@@ -264,10 +265,17 @@ class _Reader:
                 limit = max(tokens, segment.sampling.max_gen_length)
                 yield Write(variable, max(1, tokens), max_gen_length=limit, key=self.keys.get(task))
                 outputs += 1
-            elif segment.value is not None:
-                yield Text(segment.value.key, self._length(segment.value))
             else:
                 yield Read(variable)
+
+    def _given(self, call: _Call) -> Iterator[Set]:
+        """The values that came with the call: variables of the core, which later calls may read."""
+        inputs = [segment for segment in call.event.segments if not isinstance(segment, ev.Constant)]
+        seen: set[str] = set()
+        for segment, place in zip(inputs, call.answer.param_info, strict=True):
+            if isinstance(segment, ev.Input) and segment.value is not None and place.var_id not in seen:
+                seen.add(place.var_id)
+                yield Set(place.var_id, segment.value.key, self._length(segment.value), call.after)
 
 
 def _why_not(session: _Session) -> str | None:

@@ -45,6 +45,7 @@ def test_the_builtin_file_means_what_it_says() -> None:
     limits = limits_of(config)
     assert limits.num_blocks * limits.block_size == 8000  # blocks of one token, whatever the pages are
     assert limits.max_num_batched_tokens == 2560
+    assert limits.max_seq_len == 2048  # the model's
     assert limits.pipeline_depth == 1  # a GPU's
     description = description_of(config, limits)
     assert description.tokens_capacity == 8000  # min(KV capacity, max_total_tokens)

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from parrot.engine.core import EngineCore
 from parrot.engine.iteration_log import IterationLog
 from parrot.latency import BatchShape
 from parrot.protocol.engine import AbortRequest, Failed, Finished, Rejected, Started, TaskId, Tokens
@@ -111,6 +112,22 @@ async def test_a_failing_iteration_fails_its_tasks_and_the_engine_goes_on() -> N
         assert "out of luck" in failed.message
         again = last(await engine.run(task(0, [(1, 32)], 2, attempt=2)), Finished)
         assert again.cached_tokens == 0  # nothing of the failed iteration is taken for computed
+        await until(lambda: not engine.runner.tasks)
+
+
+async def test_a_broken_scheduler_is_replaced_and_the_engine_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with fake_engine() as engine:
+        await engine.run(task(0, [(1, 32)], 2))
+
+        def broken(self: EngineCore, *_: Any) -> None:
+            monkeypatch.undo()
+            raise AssertionError("a bug")
+
+        monkeypatch.setattr(EngineCore, "complete", broken)
+        failed = last(await engine.run(task(1, [(1, 32)], 4)), Failed)
+        assert failed.retryable
+        assert 1 in failed.evicted or 1 in (await engine.run(task(2, [(5, 3)], 6)))[0].evicted
+        assert last(await engine.run(task(1, [(1, 32)], 4, attempt=2)), Finished).cached_tokens == 0
         await until(lambda: not engine.runner.tasks)
 
 

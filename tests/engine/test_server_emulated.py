@@ -117,7 +117,7 @@ async def test_shared_contexts_evictions_and_frees_are_the_engine_core_s(tmp_pat
         assert last(await engine.run(request(1, prompt=32, output=1)), Finished).cached_tokens == 32
         assert (await engine.post("/free_context", {"context_ids": [1000, 1001, 10, 11, 1], "epoch": 0}))[1]["context_len"] > 32
         assert last(await engine.run(request(2, prompt=32, output=1)), Finished).cached_tokens == 0
-        other = task(3, [(77, 60)], 78, output_length=1)
+        other = task(3, [(77, 59)], 78, output_length=1)
         events = [*(await engine.run(other)), *(await engine.run(task(4, [(79, 4)], 80, output_length=1)))]
         assert 1 in [i for e in events for i in e.evicted]
 
@@ -133,9 +133,7 @@ async def test_the_primitives_work_on_an_emulated_engine_too(tmp_path: Path) -> 
 async def test_many_engines_share_one_event_loop(tmp_path: Path) -> None:
     config = parse_engine_config({"model": "m", "engine_type": "emulated", "latency_profile": "zero"}, tmp_path / "e.json")
     assert isinstance(config, EmulatedEngineConfig)
-    engines = [
-        await start_emulated(config, "127.0.0.1", 0, engine_name=f"e{n}", with_core=False) for n in range(40)
-    ]
+    engines = [await start_emulated(config, "127.0.0.1", 0, engine_name=f"e{n}", with_core=False) for n in range(40)]
     try:
         assert len({engine.port for engine in engines}) == 40
         assert [engine.description.engine_name for engine in engines] == [f"e{n}" for n in range(40)]

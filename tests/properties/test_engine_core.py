@@ -177,8 +177,6 @@ class EngineCoreMachine(RuleBasedStateMachine):
     @rule()
     def fail(self) -> None:
         lost = self.core.fail(self.issued.popleft())
-        for block in self.device.slots.values():  # nothing that was in flight can be relied on
-            del block
         for key in lost:
             del self.tasks[key]
         self.gone += len(lost)
@@ -224,8 +222,6 @@ class EngineCoreMachine(RuleBasedStateMachine):
             if not self.core.has_work:
                 break
             self.issue()
-            if self.issued and len(self.issued) > self.core.limits.pipeline_depth or self.core.next_batch is None:
-                pass
             if self.issued:
                 for row in self.issued[0].rows:
                     self.known[row.key] += row.samples and row.key in self.tasks

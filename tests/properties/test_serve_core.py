@@ -6,6 +6,7 @@ move that is added there is exercised here; so is every event that comes too lat
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import msgspec
@@ -416,6 +417,6 @@ class ServeCoreMachine(RuleBasedStateMachine):
 
 
 ServeCoreMachine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=int(os.environ.get("PARROT_EXAMPLES", "100")), stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestServeCore = ServeCoreMachine.TestCase

@@ -59,6 +59,22 @@ async def test_a_call_that_does_not_fit_together_is_refused_whole(call: dict[str
         await _still_works(c)
 
 
+async def test_an_output_has_one_producer_and_is_not_set_from_outside() -> None:
+    async with cluster() as c:
+        session = await c.client.session()
+        var_id = (await c.client.send("POST", "/v1/semantic_var", session))[1]["var_id"]
+        call = {**session, "template": "a {{x}}", "parameters": [{**OUTPUT, "var_id": var_id}]}
+        status, answer = await c.client.send("POST", "/v1/semantic_call", call)
+        assert (status, answer["param_info"][0]["var_id"]) == (200, var_id)
+        status, answer = await c.client.send("POST", "/v1/semantic_call", call)
+        assert (status, answer["error"]["code"]) == (409, "conflict")
+        status, answer = await c.client.send("POST", f"/v1/semantic_var/{var_id}", {**session, "content": "mine"})
+        assert (status, answer["error"]["code"]) == (409, "conflict")
+        assert var_id in answer["error"]["message"]
+        await c.engine()
+        assert await c.client.get(session, var_id) == (200, {"content": "fine thanks"})
+
+
 async def test_the_place_in_the_template_is_told() -> None:
     async with cluster() as c:
         session = await c.client.session()
@@ -114,11 +130,23 @@ async def test_a_body_over_the_limit_is_413_whether_its_length_is_told_or_not() 
         await _still_works(c)
 
 
-@pytest.mark.parametrize("key", ["", "k" * 300])
-async def test_an_idempotency_key_has_a_sane_length(key: str) -> None:
+@pytest.mark.parametrize("key", ["", "k" * 300, "ä"])
+async def test_an_idempotency_key_has_a_sane_form(key: str) -> None:
     async with cluster() as c:
         status, answer = await c.client.send("POST", "/v1/session", {}, headers={"Idempotency-Key": key})
         assert (status, answer["error"]["code"]) == (400, "bad_request")
+
+
+@pytest.mark.parametrize("line", [b"GET /v1/semantic_var/\xff\xfe?session_id=1 HTTP/1.1", b"nonsense"])
+async def test_bytes_that_are_no_clean_request_are_400(line: bytes) -> None:
+    async with cluster() as c:
+        host, port = c.client.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(line + b"\r\nHost: x\r\n\r\n")
+        answer = await reader.readline()
+        writer.close()
+        assert answer.split()[1:2] == [b"400"]
+        await _still_works(c)
 
 
 async def test_an_expired_session_is_410() -> None:

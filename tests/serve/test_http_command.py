@@ -42,6 +42,7 @@ def test_the_sample_configurations_are_accepted(path: Path) -> None:
         ('{"port": 0, "record_path": "/proc/nowhere/record.jsonl"}', "record_path"),
         ('{"host": "no.such.host.invalid"}', "no.such.host.invalid"),
         ("{", "core.json"),
+        ('{"engine_secret": "env:NO_SUCH_VARIABLE_HERE"}', "NO_SUCH_VARIABLE_HERE"),
     ],
 )
 def test_a_configuration_that_cannot_be_used_is_one_line(

@@ -136,14 +136,14 @@ def test_a_step_after_several_gets_follows_all_of_them(cluster: Cluster, path: P
     assert program.calls[2].after == (After("get0", 0.5), After("get1", 0.5))
 
 
-def test_values_and_variables_set_from_outside_are_texts_and_sets(cluster: Cluster, path: Path) -> None:
+def test_variables_set_from_outside_and_values_given_with_a_call_are_sets(cluster: Cluster, path: Path) -> None:
     cluster.open(1.0, 1)
     number = cluster.next()
     cluster.at(1.0, ev.CreateVariable(number, 1, "hash", "doc"))
     var = cluster.replies[number].payload
     var = var if isinstance(var, str) else msgspec.to_builtins(var)["var_id"]
     cluster.at(1.25, ev.SetVariable(cluster.next(), 1, "hash", var, content("document", 200)))
-    (*_, out) = cluster.call(
+    (_, given, out) = cluster.call(
         1.25,
         1,
         text("read", 4),
@@ -153,9 +153,14 @@ def test_values_and_variables_set_from_outside_are_texts_and_sets(cluster: Clust
     )
     cluster.get(1.25, 1, out)
     cluster.finish(2.0, 3)
+    (_, last) = cluster.call(2.0, 1, text("again", 4), ev.Input("v", var_id=given), ev.Output("o", SAMPLING))
+    cluster.get(2.0, 1, last)
+    cluster.finish(3.0, 6)
     (program,) = programs(cluster, path)
-    assert program.sets == (Set(var, "document", 200, (After(None, 0.25),)),)
-    assert program.calls[0].segments == (Text("read", 4), Read(var), Text("given", 8), Write(out, 3, 64, "out3"))
+    after = (After(None, 0.25),)
+    assert program.sets == (Set(var, "document", 200, after), Set(given, "given", 8, after))
+    assert program.calls[0].segments == (Text("read", 4), Read(var), Read(given), Write(out, 3, 64, "out3"))
+    assert program.calls[1].segments == (Text("again", 4), Read(given), Write(last, 6, 64, "out6"))
 
 
 def test_sessions_are_programs_in_order_of_arrival_and_scale_to_a_rate(cluster: Cluster, path: Path) -> None:

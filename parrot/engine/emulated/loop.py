@@ -43,6 +43,9 @@ class EmulatedLoop:
 
     def submit(self, job: Job) -> None:
         """The output is `output_length` tokens, or all of `max_gen_length` when that is not given."""
+        if self._closed:
+            job.fail("unavailable", "the engine is shutting down")
+            return
         self._jobs[job.key] = job
         task, sampling = job.task, job.sampling
         output_tokens = 0 if sampling is None else sampling.output_length or sampling.max_gen_length
