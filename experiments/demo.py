@@ -43,7 +43,7 @@ LOADS = (0.5, 1.0, 2.0)  #: arrival rates of the sweep, as multiples of the rate
 SWEEP_PROGRAMS = 90
 LEAST_BOUND = 0.25  #: the simulation may always be off by this part of the real job completion time
 
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 
 
 class DemoError(Exception):
@@ -82,7 +82,6 @@ def demo() -> None:
 
     _step("A real cluster: a core and two builtin CPU engines")
     rounds = real_runs()
-    outcomes = [outcome for one in rounds for outcome in one]
     _show_texts(rounds[-1])
     _show_real(rounds)
 
@@ -90,13 +89,13 @@ def demo() -> None:
     profile = calibrate()
 
     _step("The same programs in simulation")
-    programs = convert(outcomes)
+    programs = convert(rounds)
     replayed = simulate("replay", OUT / "programs.jsonl", ("parrot",), ())
     comparison = compare(rounds, programs, replayed)
     _show_comparison(comparison)
 
     _step("Policies compared at three arrival rates, in simulation")
-    rate = len(APPLICATIONS) / statistics.fmean(max(o.ended_s for o in one) - min(o.began_s for o in one) for one in rounds)
+    rate = len(APPLICATIONS) / statistics.fmean(span_s(one) for one in rounds)
     rates = tuple(float(f"{load * rate:.2g}") for load in LOADS)
     write_programs(OUT / "mix.jsonl", mix(programs, SWEEP_PROGRAMS))
     swept = simulate("sweep", OUT / "mix.jsonl", POLICIES, rates)
@@ -140,7 +139,9 @@ def real_runs() -> list[list[Outcome]]:
     config.write_bytes(msgspec.json.encode({**read_json(CORE_CONFIG), "record_path": str(OUT / "record.jsonl")}))
     commands = [("core", core_command(config, ports[0], OUT))]
     for index, port in enumerate(ports[1:]):
-        name, log, core = f"engine-{index}", OUT / f"iterations{index}.jsonl", cores[index % len(cores)]
+        # the name that sim.run gives to the engine of this number, so that both sides of the report speak of the same
+        name = f"{read_json(ENGINE_CONFIG)['engine_name']}-{index}"
+        log, core = OUT / f"iterations{index}.jsonl", cores[index % len(cores)]
         commands.append((name, engine_command(ENGINE_CONFIG, name, port, ports[0], OUT, log=log, core=core)))
     for _, command in commands:
         console.print("[dim]$ python3 -m " + " ".join(command) + "[/]", soft_wrap=True)
@@ -168,16 +169,30 @@ def calibrate() -> LatencyProfile:
     return profile
 
 
-def convert(outcomes: Sequence[Outcome]) -> list[Program]:
-    """The record of the cluster as programs, named after their applications."""
-    names = {f"session-{outcome.session_id}": outcome.application for outcome in outcomes}
+def convert(rounds: Sequence[Sequence[Outcome]]) -> list[Program]:
+    """The record of the cluster as programs, named after their applications; the warm-up's are none of them.
+
+    A round began when the one before had ended. A simulated round that takes longer must not run into the next one, so each
+    round comes a round's mean time later than it did.
+    """
+    names = {f"session-{o.session_id}": (o.application, number) for number, one in enumerate(rounds, 1) for o in one}
+    pause_s = statistics.fmean(span_s(one) for one in rounds)
     recorded = read_record(OUT / "record.jsonl")
-    found = [msgspec.structs.replace(p, application=names.get(p.id, "warm-up")) for p in recorded.programs]
+    found = []
+    for program in recorded.programs:
+        application, number = names.get(program.id, ("warm-up", 0))
+        arrival_s = program.arrival_s + number * pause_s
+        found.append(msgspec.structs.replace(program, application=application, arrival_s=arrival_s))
     missing = set(names) - {program.id for program in found}
     if missing:
         raise DemoError(f"the record lacks {len(missing)} of the programs that ran: {'; '.join(recorded.skipped) or missing}")
     write_programs(OUT / "programs.jsonl", found)
     return [program for program in found if program.id in names]
+
+
+def span_s(outcomes: Sequence[Outcome]) -> float:
+    """From the first start of a round to its last end."""
+    return max(o.ended_s for o in outcomes) - min(o.began_s for o in outcomes)
 
 
 def simulate(

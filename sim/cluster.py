@@ -1,9 +1,9 @@
 """The SimPy shell: a cluster in virtual time around one ServeCore, with simulated engines.
 
 It carries events to the core and effects to engines and clients, as the asyncio shell does over HTTP; it decides nothing
-about scheduling. All events of an instant go to one `handle` call: the first of them schedules a flush that comes after
-everything else of that instant. Nothing here waits in a process: SimPy events carry callbacks, and an idle client, engine
-or core costs nothing.
+about scheduling. All events of an instant go to one `handle` call: the first of them schedules a flush that comes after the
+rest. (Clients' come before the engines' edges of the same instant, because what arrives at an edge comes before it; the
+edges' own events go together.) Nothing here waits in a process: an idle client, engine or core costs nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from sim.engines import SimEngine
 
 AUTH = "simulated"
 NORMAL = 1
-FLUSH = 2  #: SimPy priority: after everything else of the instant (urgent 0, normal 1)
+FLUSH = 2  #: SimPy priority: after all clients of the instant (urgent 0, normal 1), before the engines' edges (3)
+FLUSH_EDGES = 3.5  #: after all engines' edges, before those at which nothing happens (4, only when stepping)
 
 OnReply = Callable[[Any, ErrorInfo | None], None]
 Observe = Callable[[str, Any], None]  #: engine name, what the engine shows of each iteration or run of iterations
@@ -48,7 +49,7 @@ class Timeline(simpy.Environment):
     They arrive exactly (now + (t − now) may not be t) and cost a third of an event.
     """
 
-    def call_at(self, time_s: float, callback: Callable[[], object], priority: int = NORMAL) -> None:
+    def call_at(self, time_s: float, callback: Callable[[], object], priority: float = NORMAL) -> None:
         """Calls `callback` at `time_s`, or now when that has passed."""
         now = self._now
         heappush(self._queue, (time_s if time_s > now else now, priority, next(self._eid), callback))  # type: ignore[misc]
@@ -73,6 +74,9 @@ class Timeline(simpy.Environment):
                 self._now, _, _, callback = heappop(queue)
                 callback()
         return True
+
+
+_Key = tuple[TaskId, int]  #: a task and the number of the attempt: the engine's key of it
 
 
 class _Attempt(NamedTuple):
@@ -107,7 +111,7 @@ class Cluster:
         self._timer_s = float("inf")
         self._lengths: dict[int, dict[str, int]] = {}
         self._output_keys: dict[int, dict[str, str]] = {}
-        self._attempts: dict[tuple[TaskId, int], _Attempt] = {}
+        self._attempts: dict[_Key, _Attempt] = {}
         self._carry: dict[type, Callable[[Any], None]] = {
             effects.Reply: self._reply,
             effects.Dispatch: self._dispatch,
@@ -127,12 +131,12 @@ class Cluster:
         self._waiting[self._requests] = on_reply
         return self._requests
 
-    def post(self, event: events.AnyEvent) -> None:
-        """Hands the core an event of this instant."""
+    def post(self, event: events.AnyEvent, priority: float = FLUSH) -> None:
+        """Hands the core an event of this instant, with the others of it."""
         self._pending.append(event)
         if not self._flushing:
             self._flushing = True
-            self.timeline.call_at(self.timeline.now, self._flush, FLUSH)
+            self.timeline.call_at(self.timeline.now, self._flush, priority)
 
     def content(self, key: str, tokens: int) -> events.Content:
         """A text of `tokens` tokens under every tokenizer of the cluster."""
@@ -242,37 +246,35 @@ class Cluster:
         """An engine's events in the core's terms. Those of an attempt that was given up go no further."""
         for event in emulated:
             if event.evicted:
-                self.post(events.ContextsEvicted(engine_id, event.evicted))
-            attempt = self._attempts.get(event.key)  # type: ignore[call-overload]
+                self.post(events.ContextsEvicted(engine_id, event.evicted), FLUSH_EDGES)
+            key: _Key = event.key  # type: ignore[assignment]
+            attempt = self._attempts.get(key)
             if attempt is not None:
-                self._tell(event, attempt)
+                self.post(self._told(event, key, attempt), FLUSH_EDGES)
 
-    def _tell(self, event: EmulatedEvent, attempt: _Attempt) -> None:
-        task, number = event.key  # type: ignore[misc]
+    def _told(self, event: EmulatedEvent, key: _Key, attempt: _Attempt) -> events.AnyEvent:
+        task, number = key
         kind, epoch = event.kind, attempt.epoch
         if kind == "finished":
-            del self._attempts[event.key]  # type: ignore[arg-type]
-            key = self._output_keys[task.session_id][attempt.output_var]
-            self.post(
-                events.TaskFinished(
-                    epoch,
-                    task,
-                    number,
-                    self.content(key, event.output_tokens),
-                    event.output_tokens,
-                    event.prompt_tokens,
-                    event.cached_tokens,
-                    event.decode_s,
-                    event.max_gap_s,
-                )
+            del self._attempts[key]
+            content_key = self._output_keys[task.session_id][attempt.output_var]
+            return events.TaskFinished(
+                epoch,
+                task,
+                number,
+                self.content(content_key, event.output_tokens),
+                event.output_tokens,
+                event.prompt_tokens,
+                event.cached_tokens,
+                event.decode_s,
+                event.max_gap_s,
             )
-        elif kind == "first_token":
-            self.post(events.FirstToken(epoch, task, number))
-        elif kind == "started":
-            self.post(events.TaskStarted(epoch, task, number, event.cached_tokens))
-        elif kind == "rejected":
-            del self._attempts[event.key]  # type: ignore[arg-type]
-            self.post(events.TaskRejected(epoch, task, number, event.message))
-        elif kind == "failed":
-            del self._attempts[event.key]  # type: ignore[arg-type]
-            self.post(events.TaskFailed(epoch, task, number, event.code, event.message, ERRORS[event.code].retryable))
+        if kind == "first_token":
+            return events.FirstToken(epoch, task, number)
+        if kind == "started":
+            return events.TaskStarted(epoch, task, number, event.cached_tokens)
+        del self._attempts[key]
+        if kind == "rejected":
+            return events.TaskRejected(epoch, task, number, event.message)
+        assert kind == "failed", f"an emulated engine tells {kind!r} to nobody who asked for it"
+        return events.TaskFailed(epoch, task, number, event.code, event.message, ERRORS[event.code].retryable)

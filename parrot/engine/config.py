@@ -279,8 +279,9 @@ def kv_tokens_of(config: EngineConfig) -> int | None:
 def limits_of(config: EngineConfig, *, max_seq_len: int | None = None, kv_tokens: int | None = None) -> EngineLimits:
     """The limits of an engine with this file.
 
-    `max_seq_len`: the model's own, in tokens (None: what its shipped shape says); the file's may be lower. `kv_tokens`: the capacity when the file leaves it
-    out (`max_total_tokens` when this is None too, as in simulation, where there is no memory to measure).
+    `max_seq_len`: the model's own, in tokens (None: what its shipped shape says); the file's may be lower. `kv_tokens`:
+    the capacity when the file leaves it out (`max_total_tokens` when this is None too, as in simulation, where there is
+    no memory to measure).
     """
     scheduler = config.scheduler
     capacity = kv_tokens_of(config) or kv_tokens or scheduler.max_total_tokens

@@ -448,10 +448,11 @@ class EngineCore:
                 continue
             if fills and self._chunk(task.target - need.start, budget - sum(r.stop - r.start for _, r in fills), False) == 0:
                 return
-            if not self._has_room(need):
-                self._stuck = True
-                return
-            if need.blocks > self.contexts.available - need.reclaimed:  # alone, and what it would share is split by copies
+            if fills or self._filling or self._decoding or self._in_flight:
+                if not self._has_room(need):
+                    self._stuck = True
+                    return
+            elif need.blocks > self.contexts.available - need.reclaimed:  # what it would share is split by copies
                 self._evict_all()
                 continue
             self._admit(task, need)
@@ -556,15 +557,12 @@ class EngineCore:
         return _Need(found, gen, blocks, reclaimed, tokens, min(end if start is None else start, task.target - 1))
 
     def _has_room(self, need: _Need) -> bool:
-        running = len(self._filling) + len(self._decoding)
-        contexts = self.contexts
-        if running or self._in_flight:
-            spare = running + 1  # one more token of each, so that what is admitted is not preempted at once
-            return (
-                need.blocks + spare <= contexts.available - need.reclaimed
-                and contexts.held_tokens + need.tokens + spare <= self.limits.max_total_tokens
-            )
-        return True
+        """Room for a task beside others: for one more token of each too, so that nothing is admitted to be preempted at once."""
+        spare = len(self._filling) + len(self._decoding) + 1
+        return (
+            need.blocks + spare <= self.contexts.available - need.reclaimed
+            and self.contexts.held_tokens + need.tokens + spare <= self.limits.max_total_tokens
+        )
 
     def _admit(self, task: _Task, need: _Need) -> None:
         contexts = self.contexts

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -109,6 +110,7 @@ async def _serve(config: EngineConfig, count: int, with_core: bool) -> int:
             await _start_emulated(config, sockets, with_core, engines)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
+        gc.freeze()  # what was made up to here stays: a collection need not look at it again
         for engine in engines:
             d = engine.description
             print(f"engine {d.engine_name} serves {d.model} at {engine.url}", flush=True)

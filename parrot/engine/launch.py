@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 #: How long running responses get to write their last event when an engine stops.
 STOP_S = 2.0
 BACKLOG = 1024
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass
@@ -322,6 +323,8 @@ async def serve(
 def _reachable(host: str, core_host: str) -> str:
     """The address under which the core reaches an engine that listens on `host`."""
     if host not in ("0.0.0.0", "::", ""):
+        if host in LOOPBACK and core_host not in LOOPBACK:
+            log.warning("this engine listens on %s, where the core at %s cannot reach it; use --host 0.0.0.0", host, core_host)
         return host
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:

@@ -18,7 +18,7 @@ from parrot.serve.texts import Ids, Piece, Texts, content_key, generated_key, pa
 SYNTHETIC = "synthetic"
 #: Characters that are tokenized on the event loop: at some 0.5 µs each, about a millisecond.
 INLINE_CHARACTERS = 2_000
-INLINE_CHARACTERS_SYNTHETIC = 20_000
+INLINE_CHARACTERS_SYNTHETIC = 8_000
 
 
 class Tokenizer(Protocol):

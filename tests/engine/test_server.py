@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +236,7 @@ async def test_the_iteration_log_has_a_line_for_every_iteration_and_task(tmp_pat
         assert 0 <= line["run_s"] <= line["duration_s"] + 1e-6
         assert len(line["tasks"]) == line["decode_rows"] + line["prefill_rows"]
     starts = [(line["t"], line["t"] + line["duration_s"]) for line in iterations]
-    assert all(before[1] <= after[0] + 2e-6 for before, after in zip(starts, starts[1:], strict=False))
+    assert all(before[1] <= after[0] + 2e-6 for before, after in itertools.pairwise(starts))
 
 
 async def test_bad_requests_are_refused_by_name_and_leave_the_rest_running() -> None:

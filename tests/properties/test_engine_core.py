@@ -36,6 +36,7 @@ class Device:
         self.core = core
         self.size = core.limits.block_size
         self.slots: dict[int, list[tuple[int, int] | None]] = {}
+        self.new: dict[int, list[tuple[int, int]]] = {}  # batch -> slots that it changed
 
     def execute(self, batch: Batch) -> None:
         for source, target in batch.copies:
@@ -51,7 +52,15 @@ class Device:
             for position in range(row.start, row.stop):
                 block, slot = divmod(position, self.size)
                 assert written.setdefault((table[block], slot), label[position]) == label[position], "two rows, one slot"
-                self._block(table[block])[slot] = label[position]
+        self.new[batch.number] = [place for place, label in written.items() if self._block(place[0])[place[1]] != label]
+        for (block, slot), label in written.items():
+            self._block(block)[slot] = label
+
+    def lose(self, first: int) -> None:
+        """The batches from this number on computed nothing."""
+        for number in [number for number in self.new if number >= first]:
+            for block, slot in self.new.pop(number):
+                self._block(block)[slot] = None
 
     def _block(self, number: int) -> list[tuple[int, int] | None]:
         return self.slots.setdefault(number, [None] * self.size)
@@ -94,7 +103,9 @@ def check_batch(core: EngineCore, batch: Batch) -> None:
     assert shape.prefill_tokens == tokens - len(decodes)
     assert shape.prefill_pairs == sum(position + 1 for row in fills for position in range(row.start, row.stop))
     assert shape.decode_kv == sum(row.stop for row in decodes)
-    read = {(s.context_id, i) for row in decodes for s in core.spans(row.context_id) for i in range(s.start, min(s.stop, row.stop))}
+    read = {
+        (s.context_id, i) for row in decodes for s in core.spans(row.context_id) for i in range(s.start, min(s.stop, row.stop))
+    }
     assert shape.decode_kv_unique == len(read)
 
 
@@ -176,7 +187,9 @@ class EngineCoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.issued)
     @rule()
     def fail(self) -> None:
-        lost = self.core.fail(self.issued.popleft())
+        batch = self.issued.popleft()
+        lost = self.core.fail(batch)
+        self.device.lose(batch.number)
         for key in lost:
             del self.tasks[key]
         self.gone += len(lost)

@@ -108,8 +108,8 @@ def test_a_specification_file_says_what_the_flags_say(
 def test_settings_reach_the_core_and_the_engines_and_lists_of_them_are_swept(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    swept = ["--set", "engine.scheduler.max_batch_size=1,8", "--rate", "50", "--no-tables", "--out", str(tmp_path / "out")]
-    assert main([*flags, *swept]) == 0
+    swept = ["--set", "engine.scheduler.max_batch_size=1,8", "--max-gen-length", "32", "--no-tables"]
+    assert main([*flags, *swept, "--rate", "50", "--out", str(tmp_path / "out")]) == 0
     narrow, wide = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert narrow["settings"] == {"engine.scheduler.max_batch_size": 1}
     assert narrow["jct_s"]["mean"] > wide["jct_s"]["mean"]

@@ -92,8 +92,10 @@ class BuiltinRunner:
         end = self._contexts.get(task.parent_context_id) if task.parent_context_id is not None else None
         for link, ids in zip(task.links, link_ids, strict=True):
             known = self._contexts.get(link.context_id)
-            end = known or ContextTokens(end, list(ids))
-            self._contexts[link.context_id] = end
+            if known is None or known.parent is not end or known.ids != list(ids):
+                # Unknown, or what an attempt left here that was given up while it generated.
+                known = self._contexts[link.context_id] = ContextTokens(end, list(ids))
+            end = known
         if task.generate_context_id is None:
             if end is None:
                 raise ParrotError("bad_request", "a task that only fills must have a chain to fill")
