@@ -12,6 +12,7 @@ import argparse
 import gc
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -106,8 +107,8 @@ def main() -> None:
     same = 0
     for _ in range(args.trials):
         for size in (1, args.batch):
-            ours, mine = measure(lambda n=size: generate_here(loaded.runner, loaded.limits, prompts[:n], args.new_tokens))
-            theirs, other = measure(lambda n=size: generate_there(model, prompts[:n], args.new_tokens))
+            ours, mine = measure(partial(generate_here, loaded.runner, loaded.limits, prompts[:size], args.new_tokens))
+            theirs, other = measure(partial(generate_there, model, prompts[:size], args.new_tokens))
             rates.setdefault(("builtin", size), []).append(ours)
             rates.setdefault(("transformers", size), []).append(theirs)
             same = sum(a == b for a, b in zip(mine, other, strict=True))
@@ -116,8 +117,8 @@ def main() -> None:
 
 
 def table(rates: dict[tuple[str, int], Rate], batch: int) -> None:
-    lone = "1"
-    print(f"\n{'generated tokens/s':<22}{'batch ' + lone:>12}{f'batch {batch}':>12}{'ratio':>8}{'cpu 1':>12}{f'cpu {batch}':>12}{'ratio':>8}")
+    heads = ("batch 1", f"batch {batch}", "ratio", "cpu 1", f"cpu {batch}", "ratio")
+    print(f"\n{'generated tokens/s':<22}" + "".join(f"{h:>{8 if h == 'ratio' else 12}}" for h in heads))
     for name in ("builtin", "transformers"):
         one, many = rates[name, 1], rates[name, batch]
         print(

@@ -165,8 +165,9 @@ def import_transformers() -> Any:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
-        import transformers
+        import transformers as module
     except ImportError as error:
         raise ConfigurationError(f"models and their tokenizers need transformers ({error}): {_INSTALL}") from None
+    transformers: Any = module
     transformers.utils.logging.disable_progress_bar()
     return transformers

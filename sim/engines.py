@@ -2,19 +2,21 @@
 engine costs nothing.
 
 Within an instant, what clients and the core do (up to the cluster's flush) comes before the engines' edges, so that what
-arrives at an edge comes before it; edges at which nothing can change, which only stepping knows, come last of all.
+arrives at an edge comes before it. Engines with an edge at the same instant go in the order in which they were made;
+edges at which nothing can change, which only stepping knows, come last of all.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Iterable
 from typing import Protocol
 
 from parrot.engine.batches import EngineTask
 from parrot.engine.emulated.engine import EmulatedEngine, EmulatedEvent
 
-EDGE = 3  #: SimPy priority of an engine's edges: behind the cluster's flush (2)
-QUIET_EDGE = 4
+EDGE = 3  #: SimPy priority of the first engine's edges, behind the cluster's flush (2); each engine has one of its own
+QUIET_EDGE = 1 << 60
 
 
 class Clock(Protocol):
@@ -29,10 +31,13 @@ class Clock(Protocol):
 class SimEngine:
     """Drives one engine; `deliver` gets its events in order, all of one edge together."""
 
+    _ranks = itertools.count()  # only their order matters
+
     def __init__(self, clock: Clock, engine: EmulatedEngine, deliver: Callable[[list[EmulatedEvent]], None]) -> None:
         self.engine = engine
         self._clock = clock
         self._deliver = deliver
+        self._priority = EDGE + next(SimEngine._ranks)
         self._planned: tuple[float, int] | None = None  # the call that counts; those planned before it are stale
 
     def submit(self, task: EngineTask, output_tokens: int) -> None:
@@ -55,7 +60,7 @@ class SimEngine:
         if edge is None:
             self._planned = None
             return
-        call = (max(edge, self._clock.now), QUIET_EDGE if self.engine.quiet else EDGE)
+        call = (max(edge, self._clock.now), QUIET_EDGE if self.engine.quiet else self._priority)
         if call != self._planned:
             self._planned = call
             self._clock.call_at(call[0], lambda: self._edge(call), call[1])

@@ -121,21 +121,12 @@ class ContextTree:
 
     # ---------------------------------------------------------------------------------------------------- room
 
-    def growth(self, context: Context, size: int) -> int:
-        """Blocks that `grow` would take, if what precedes the context has its room by then."""
-        last = -(-(context.start + size) // self.pool.block_size)
-        if size <= context.size:
+    def growth(self, context: Context) -> int:
+        """Blocks that `grow` would take for the tokens of a context that has lost or never had the room for its last ones."""
+        if context.tokens <= context.size:
             return 0
-        if context.blocks:
-            return last - context.start // self.pool.block_size - len(context.blocks)
-        return last - -(-context.start // self.pool.block_size) + self.must_copy(context)
-
-    def must_copy(self, context: Context) -> bool:
-        """Whether its first block, when it gets one, must be a copy of its predecessor's last."""
-        if context.start % self.pool.block_size == 0:
-            return False
-        before = context.predecessor()
-        return before is not None and before.tail is not None
+        block_size = self.pool.block_size
+        return -(-context.end // block_size) - context.start // block_size - len(context.blocks)
 
     def grow(self, context: Context, size: int) -> None:
         """Makes room in a context in use for `size` tokens; evicts what it must. Raises IndexError when nothing is left
@@ -156,6 +147,20 @@ class ContextTree:
         if more := -(-(context.start + size) // self.pool.block_size) - first - len(context.blocks):
             context.blocks.extend(self._take(more))
         self._resize(context, size)
+
+    def extend(self, contexts: Iterable[Context], tokens: int) -> None:
+        """`grow` for many contexts in use, each by `tokens`: most find the room in their last block."""
+        block_size = self.pool.block_size
+        within = 0
+        for context in contexts:
+            used = (context.start + context.size) % block_size
+            if used and context.size and used + tokens <= block_size:
+                context.size += tokens
+                within += tokens
+            else:
+                self.grow(context, context.size + tokens)
+        self.stored_tokens += within
+        self.held_tokens += within
 
     def shrink(self, context: Context, size: int) -> array[int]:
         """Gives up the room beyond `size` tokens; the blocks that this frees are the caller's to give back. Never called
@@ -185,6 +190,39 @@ class ContextTree:
         while self.pool.free < count and self.evict_one():
             pass
         return self.pool.take(count)
+
+    def next_blocks(self, gens: list[Context]) -> int:
+        """Blocks that one more token of each of `gens` needs."""
+        block_size, blocks = self.pool.block_size, 0
+        claimed: set[Context] = set()
+        for gen in gens:
+            if gen.blocks or gen.start % block_size == 0:
+                blocks += (gen.start + gen.size) % block_size == 0
+                continue
+            before = gen.predecessor()
+            assert before is not None, "a context that starts inside a block has a predecessor"
+            blocks += before.tail is not None or before in claimed
+            claimed.add(before)
+        return blocks
+
+    def steps_with_room(self, gens: list[Context], most: int) -> int:
+        """The most iterations, up to `most`, for which all of `gens` can grow without a preemption."""
+        block_size, available = self.pool.block_size, self.available
+        if len(gens) * -(-most // block_size) <= available:
+            return most
+        used = [(gen.start + gen.size - 1) % block_size + 1 for gen in gens]  # of each one's last block
+
+        def blocks(steps: int) -> int:
+            return sum((n + steps - 1) // block_size for n in used)
+
+        low, high = 0, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            if blocks(middle) <= available:
+                low = middle
+            else:
+                high = middle - 1
+        return low
 
     # ---------------------------------------------------------------------------------------------------- uses
 

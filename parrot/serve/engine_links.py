@@ -134,10 +134,11 @@ class EngineLinks:
         if self._watch is None:
             self._watch_heartbeats()
 
-    def heartbeat(self, engine_id: int, evicted: tuple[int, ...]) -> None:
+    def heartbeat(self, engine_id: int, evicted: tuple[int, ...], instance: str = "") -> None:
         """The engine is alive. Raises `not_found` for one that is not registered (any more)."""
         link = self._links.get(engine_id)
-        if link is None:
+        if link is None or (instance and link.instance and instance != link.instance):
+            # The id may belong to another process by now: a core that was restarted counts from one again.
             raise ParrotError("not_found", f"engine {engine_id} is not registered; register again", engine_id=engine_id)
         link.last_heard_s = self._shell.now()
         if evicted:
@@ -166,7 +167,7 @@ class EngineLinks:
         _log.warning("engine %d %r is lost: %s", link.engine_id, link.description.engine_name, reason)
         for task in list(link.running.values()):
             task.cancel()
-        link.http.close()
+        self._start(link.http.close())
         self._shell.post(EngineLost(link.engine_id, reason))
 
     # ---------------------------------------------------------------------------------------------------- effects
@@ -292,4 +293,4 @@ class EngineLinks:
             task.cancel()
         await asyncio.gather(*running, *self._background, return_exceptions=True)
         for link in links:
-            link.http.close()
+            await link.http.close()

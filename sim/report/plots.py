@@ -41,11 +41,11 @@ def real_against_simulated(table: pd.DataFrame) -> Figure:
         axes.text(
             positions[index] + 0.2, top + 0.02 * highest, f"{simulated / mean - 1:+.1%}", ha="center", va="bottom", fontsize=9
         )
-    axes.set_ylim(0, 1.15 * highest)
+    axes.set_ylim(0, 1.3 * highest)  # room for the numbers and the legend
     axes.set_xticks(positions, [str(name) for name in table["application"]])
     axes.set_ylabel("job completion time (s)")
     axes.set_title("Job completion time, real and simulated")
-    _legend(axes)
+    axes.legend(frameon=False, fontsize=9, ncols=3, loc="upper left")
     return figure
 
 

@@ -127,7 +127,8 @@ def check(program: Program) -> None:
     for get in program.gets:
         if get.var not in producers:
             raise ValueError(f"get {get.id!r} wants variable {get.var!r}, which nobody writes")
-    for step in (*program.sets, *program.calls, *program.gets):
+    steps: list[Set | Call | Get] = [*program.sets, *program.calls, *program.gets]
+    for step in steps:
         for edge in step.after:
             if edge.get is not None and edge.get not in gets:
                 raise ValueError(f"an `after` names get {edge.get!r}, which does not exist")
@@ -163,7 +164,8 @@ def _check_acyclic(program: Program, producers: dict[str, int]) -> None:
             if edge.get is not None:
                 yield ("get", edge.get)
 
-    roots = [("get", get.id) for get in program.gets] + [("call", i) for i in range(len(program.calls))]
+    roots: list[tuple[str, object]] = [("get", get.id) for get in program.gets]
+    roots += [("call", index) for index in range(len(program.calls))]
     for root in roots:
         if state.get(root):
             continue

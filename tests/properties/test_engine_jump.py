@@ -28,9 +28,10 @@ SECONDS = st.sampled_from([0.0, 0.125, 0.25, 0.1, 0.3, 1 / 3, 0.017])
 
 
 def model(fixed: float, graph: float, slope: float, pair: float, kv: float, overhead: float, shared: bool) -> LatencyModel:
+    costs = (FixedCost(2, fixed), FixedCost(99, 2 * fixed), FixedCost(2, graph, True))
     profile = LatencyProfile(
-        name="test", model="m", device="d", attn_func="a", fixed=(FixedCost(2, fixed), FixedCost(99, 2 * fixed), FixedCost(2, graph, True)),
-        hinges=(Hinge(0, slope),), pair_s=pair / 64, kv_s=kv / 8, shared_kv_once=shared, task_overhead_s=overhead,
+        name="test", model="m", device="d", attn_func="a", fixed=costs, hinges=(Hinge(0, slope),), pair_s=pair / 64,
+        kv_s=kv / 8, shared_kv_once=shared, task_overhead_s=overhead,
     )  # fmt: skip
     return LatencyModel(profile)
 

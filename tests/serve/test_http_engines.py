@@ -103,6 +103,14 @@ async def test_heartbeats_keep_an_engine() -> None:
         assert len(c.server.core.engines) == 1
 
 
+async def test_a_heartbeat_of_another_process_under_the_same_id_is_told_to_register() -> None:
+    async with cluster() as c:
+        engine = await c.engine("one")
+        beat = {"engine_id": engine.engine_id, "engine_name": "one", "instance": "one"}
+        assert (await c.client.send("POST", "/engine_heartbeat", beat))[0] == 200
+        assert (await c.client.send("POST", "/engine_heartbeat", {**beat, "instance": "another"}))[0] == 404
+
+
 async def test_a_broken_stream_is_pinged_and_tried_again() -> None:
     async with cluster() as c:
         engine = await c.engine()

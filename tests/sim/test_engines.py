@@ -43,7 +43,7 @@ class Relay:
         self.engines[engine].submit(task, output_tokens)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from([0.0, 0.25, 0.5, 0.6, 3.0]), st.integers(0, 1), st.integers(1, 6)), max_size=6),
     st.integers(0, 1),

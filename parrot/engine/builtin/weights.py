@@ -67,9 +67,7 @@ def load_decoder(config: ModelConfig, source: Source, dtype: torch.dtype, device
 
     embedding = joined(config.hidden_size, [("model.embed_tokens", config.vocab_size)], False)
     head = embedding if config.tied_embeddings else joined(config.hidden_size, [("lm_head", config.vocab_size)], False)
-    decoder = Decoder(
-        config, embedding.weight, [layer(i) for i in range(config.num_layers)], vector("model.norm.weight"), head
-    )
+    decoder = Decoder(config, embedding.weight, [layer(i) for i in range(config.num_layers)], vector("model.norm.weight"), head)
     _pack(decoder, dtype, device)
     return decoder
 
@@ -102,7 +100,7 @@ class Checkpoint:
         from safetensors import SafetensorError, safe_open
 
         try:
-            opened = safe_open(str(file), framework="pt")
+            opened: Any = safe_open(str(file), framework="pt")
             keys = list(opened.keys())
         except (SafetensorError, OSError) as error:
             raise ConfigurationError(f"model {self._name!r}: {file} cannot be read: {error}") from error
@@ -191,4 +189,3 @@ class DummyWeights:
             flat[first : first + n].copy_(self._pool[self._at : self._at + n])
             first += n
             self._at = (self._at + n) % self._POOL
-

@@ -165,7 +165,7 @@ class EmulatedEngine:
     def quiet(self) -> bool:
         """The next edge is one that jumping passes over: nothing can change there. A shell that steps serves it after
         everything else of its instant."""
-        if not self._busy or self._k >= self._last or self._events:
+        if self._jump or not self._busy or self._k >= self._last or self._events:
             return False
         edge = self._edge(self._k)
         return (self._wake is None or self._wake > edge) and (not self._arriving or self._arriving[0][0] > edge)
@@ -287,8 +287,7 @@ class EmulatedEngine:
         batch = self.core.in_flight[0]
         self._note(batch, count)
         self.core.advance(batch, count)
-        for row in batch.rows:
-            self._sampled(self._jobs[row.key], count)
+        self._sampled([self._jobs[row.key] for row in batch.rows], count)
         self._k += count
 
     def _complete(self, at: float) -> None:
@@ -298,20 +297,19 @@ class EmulatedEngine:
         batch = self.core.in_flight[0]
         self._note(batch, 1)
         ended: dict[Hashable, int] = {}
-        for row in batch.rows:
-            job = self._jobs.get(row.key)
-            if job is not None and row.samples:
-                self._sampled(job, 1)
-                if job.generated >= job.output:
-                    job.generated = ended[row.key] = job.output
+        jobs = self._jobs
+        sampled = {row.key: jobs[row.key] for row in batch.rows if row.samples and row.key in jobs}
+        self._sampled(sampled.values(), 1)
+        for key, job in sampled.items():
+            if job.generated >= job.output:
+                ended[key] = job.output
         progress = self.core.complete(batch, ended, at)
         for key in progress.first_tokens:
             if key in self._jobs:
                 self._tell(EmulatedEvent("first_token", key, at))
-        for row in batch.rows:
-            job = self._jobs.get(row.key)
-            if job is not None and job.stream and row.samples:
-                self._tell(EmulatedEvent("progressed", row.key, at, tokens=1))
+        for key, job in sampled.items():
+            if job.stream:
+                self._tell(EmulatedEvent("progressed", key, at, tokens=1))
         for key in progress.finished:
             self._finish(key, at)
         self._busy = False
@@ -320,17 +318,20 @@ class EmulatedEngine:
             self._start(self.core.in_flight[0], at)
         self._issue(at)
 
-    def _sampled(self, job: _Job, count: int) -> None:
-        """The job got a token at the end of each of `count` iterations, the first of them the one under way."""
-        last = self._k + count - 1
-        if job.first_at is None:
-            job.first_at = self._edge(self._k)
-        elif self._k == 1:
-            job.max_gap_s = max(job.max_gap_s, self._edge(1) - job.last_at)
-        if last > 1:
-            job.max_gap_s = max(job.max_gap_s, self._run.first_s + self._run.growth_s * (last - 1))
-        job.last_at = self._edge(last)
-        job.generated += count
+    def _sampled(self, jobs: Iterable[_Job], count: int) -> None:
+        """Each job got a token at the end of each of `count` iterations, the first of them the one under way."""
+        begins, last = self._k == 1, self._k + count - 1
+        first_edge, last_edge = self._edge(self._k), self._edge(last)
+        longest_s = self._run.first_s + self._run.growth_s * (last - 1) if last > 1 else 0.0
+        for job in jobs:
+            if job.first_at is None:
+                job.first_at = first_edge
+            elif begins and first_edge - job.last_at > job.max_gap_s:
+                job.max_gap_s = first_edge - job.last_at
+            if longest_s > job.max_gap_s:
+                job.max_gap_s = longest_s
+            job.last_at = last_edge
+            job.generated += count
 
     def _finish(self, key: Hashable, at: float) -> None:
         job = self._jobs.pop(key)

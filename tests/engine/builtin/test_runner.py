@@ -229,9 +229,7 @@ def test_dummy_weights_give_outputs_of_exactly_the_length_asked_for(monkeypatch:
     assert alone(other, [5, 6, 7]) != alone(loaded, [5, 6, 7])
 
 
-def test_the_seed_draws_the_same_output_again_and_another_seed_another(
-    loaded: LoadedRunner, prompts: list[list[int]]
-) -> None:
+def test_the_seed_draws_the_same_output_again_and_another_seed_another(loaded: LoadedRunner, prompts: list[list[int]]) -> None:
     outputs = {seed: alone(loaded, prompts[0], SamplingConfig(seed=seed, max_gen_length=12)) for seed in (1, 2, 3)}
     assert len(set(outputs.values())) == 3
     _alone.clear()

@@ -105,7 +105,8 @@ class SdpaAttention:
             part.transpose(0, 1).unsqueeze(1).expand(-1, self._group, -1, -1)
             for part in (seen[:, : self._kv_heads], seen[:, self._kv_heads :])
         )
-        query = queries[plan.first : plan.last].unflatten(1, (self._kv_heads, self._group)).permute(1, 2, 0, 3)
+        grouped = queries[plan.first : plan.last].view(-1, self._kv_heads, self._group, self._head_dim)
+        query = grouped.permute(1, 2, 0, 3)
         causal = plan.pages is None
         found = functional.scaled_dot_product_attention(query, keys, values, attn_mask=plan.mask, is_causal=causal)
         return found.permute(2, 0, 1, 3).flatten(1, 2)

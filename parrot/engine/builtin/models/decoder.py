@@ -96,7 +96,8 @@ class Rope:
 
 def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotates heads [tokens, heads, head_dim] in place; the first half of a head is paired with the second."""
-    swapped = heads.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    tokens, count, dim = heads.shape
+    swapped = heads.view(tokens, count, 2, dim // 2).flip(-2).view(tokens, count, dim)
     heads.mul_(cos).addcmul_(swapped, sin)
 
 

@@ -1,0 +1,113 @@
+"""A task inside EngineCore, and how far its fill goes in a batch. It decides nothing about who runs."""
+
+from __future__ import annotations
+
+from array import array
+from enum import Enum
+
+from parrot.engine.batches import Batch, EngineTask, Link, Row
+from parrot.engine.contexts import Context
+
+
+class State(Enum):
+    WAITING = "waiting"
+    FILLING = "filling"
+    DECODING = "decoding"
+    DRAINING = "draining"  # its last row is issued and not complete
+    ENDED = "ended"  # its contexts are let go when no batch in flight touches them
+
+
+class Task:
+    """A task from its submission until its contexts are let go."""
+
+    __slots__ = (
+        "admitted", "arrival", "chain", "cursor", "first_token", "forced", "gen", "given", "in_flight", "key", "known",
+        "limbo", "links", "max_gen", "output_id", "prompt", "state",
+    )  # fmt: skip
+
+    def __init__(self, spec: EngineTask, links: tuple[Link, ...], given: int, prompt: int, arrival: int) -> None:
+        self.key = spec.key
+        self.links = links
+        self.given = given  # leading links that the engine must hold: it was never told their tokens
+        self.prompt = prompt
+        self.output_id = spec.generate_context_id
+        self.max_gen = spec.max_gen_length
+        self.forced = spec.forced_tokens if spec.generate_context_id is not None else 0
+        self.known = self.forced  # tokens of the output whose values are known
+        self.arrival = arrival
+        self.state = State.WAITING
+        self.admitted = False
+        self.first_token = False
+        self.in_flight = 0  # batches that have a row of it
+        self.chain: list[Context] = []
+        self.gen: Context | None = None
+        self.cursor = 0  # contexts of the chain before it are computed
+        self.limbo: array[int] = array("i")  # blocks given up that a batch in flight may still write
+
+    @property
+    def target(self) -> int:
+        """Tokens to compute before the next one can be sampled."""
+        return self.prompt + self.forced
+
+
+def ready_tokens(task: Task, number: int) -> int:
+    """Tokens of a fill that can be computed in this batch; 0 while another task computes what comes before them."""
+    chain = task.chain
+    while task.cursor < len(chain):
+        context = chain[task.cursor]
+        if context.computed < context.tokens:
+            break
+        if context.filled_in == number:
+            return 0
+        task.cursor += 1
+    else:
+        return 1  # all is there: the last token once more, for what follows it
+    if context.filler is not None and context.filler is not task:
+        return 0
+    ready = context.tokens - context.computed
+    for later in chain[task.cursor + 1 :]:
+        if later.copy_from is not None:  # what it copies must be complete in an earlier batch
+            break
+        ready += later.tokens
+    return ready
+
+
+def fill_row(task: Task, chunk: int, number: int, copies: list[tuple[int, int]]) -> Row:
+    """Computes the next `chunk` tokens of a fill in batch `number`; copies that must precede them go to `copies`."""
+    chain = task.chain
+    if task.cursor == len(chain):
+        deepest = next(context for context in reversed(chain) if context.tokens)
+        start = task.target - 1
+    else:
+        start, left = chain[task.cursor].start + chain[task.cursor].computed, chunk
+        while left:
+            context = chain[task.cursor]
+            if context.copy_from is not None:
+                copies.append((context.copy_from, context.blocks[0]))
+                context.copy_from = None
+            count = min(left, context.tokens - context.computed)
+            if count:
+                deepest, left = context, left - count
+                context.computed += count
+                context.filled_in = number
+            if context.computed < context.tokens:
+                context.filler = task
+                break
+            context.filler = None
+            task.cursor += 1
+    stop = start + chunk
+    return Row(task.key, deepest.id, start, stop, stop == task.target and task.gen is not None, False)
+
+
+def shifted(batch: Batch, k: int) -> Batch:
+    """The batch that follows an all-decode one after `k` iterations of the same tasks."""
+    shape = batch.shape
+    more = k * shape.decode_rows
+    return batch._replace(
+        number=batch.number + k,
+        rows=tuple([row._replace(start=row.start + k, stop=row.stop + k) for row in batch.rows]),
+        copies=(),
+        admitted=(),
+        preempted=(),
+        shape=shape._replace(decode_kv=shape.decode_kv + more, decode_kv_unique=shape.decode_kv_unique + more),
+    )
