@@ -132,17 +132,6 @@ class DecodeRun(NamedTuple):
         """Seconds from the start of the run to the end of its k-th iteration (k ≥ 0)."""
         return k * self.first_s + self.growth_s * (k * (k - 1) // 2)
 
-    def edge_at_or_after(self, elapsed: float, most: int) -> int:
-        """The least k ≤ `most` with at(k) ≥ elapsed; `most` when there is none."""
-        low, high = 0, most
-        while low < high:
-            middle = (low + high) // 2
-            if self.at(middle) >= elapsed:
-                high = middle
-            else:
-                low = middle + 1
-        return low
-
 
 def seen_ranges(shapes: list[BatchShape]) -> dict[str, tuple[float, float]]:
     """For `LatencyProfile.seen`: the least and most of each feature in `shapes`."""

@@ -18,10 +18,8 @@ import msgspec
 from parrot.configuration import ConfigurationError
 from parrot.engine.config import description_of
 from parrot.latency import LatencyProfile
-from parrot.protocol.api import SamplingConfig
-from sim.actions import Into
 from sim.clients import new_player
-from sim.http_client import Api, HttpClient, Refusal, bounded_length, exact_length
+from sim.http_client import MODEL, TOLD, Api, HttpClient, Refusal, Style
 from sim.metrics import Recorder
 from sim.network import open_network
 from sim.processes import local_cluster
@@ -42,22 +40,22 @@ def run_on_cluster(run: Run, tables: bool, watch: Callable[[], None] | None) -> 
         raise ConfigurationError(f"workload {run.workload!r} has no programs")
     recorder = Recorder(run.client, tables)
     if run.core_url is not None:
-        sampling = bounded_length if run.backend == "real" else exact_length
-        _run_interruptibly(_play_on_running(run, run.core_url, programs, recorder, sampling, watch))
+        style = MODEL if run.backend == "real" else TOLD
+        _run_interruptibly(_play_on_running(run, run.core_url, programs, recorder, style, watch))
         return recorder, 0
     configs = engine_configs_of(run)
     profiles: list[LatencyProfile | None] = [None] * len(configs)
-    sampling = bounded_length
+    style = MODEL
     if run.backend == "emulated":
         profiles = [profile for _, profile in profiles_of(run, configs)]
         for _ in check_programs(iter(programs), engine_models_of(run), run.workload):
             pass
     if run.backend == "emulated" or all(description_of(c).accepts_output_length for c in configs):
-        sampling = exact_length
+        style = TOLD
 
     async def whole() -> None:
         async with local_cluster(core_config_of(run), list(zip(configs, profiles, strict=True))) as (url, processes):
-            playing = asyncio.ensure_future(_play_all(run, url, programs, recorder, sampling, watch))
+            playing = asyncio.ensure_future(_play_all(run, url, programs, recorder, style, watch))
             try:
                 while not playing.done():
                     await asyncio.wait([playing], timeout=0.5)
@@ -86,7 +84,7 @@ async def _play_on_running(
     url: str,
     programs: Sequence[Program],
     recorder: Recorder,
-    sampling: Callable[[Into], SamplingConfig],
+    style: Style,
     watch: Callable[[], None] | None,
 ) -> None:
     """On a cluster that is not ours: its engines are known by their models alone."""
@@ -102,7 +100,7 @@ async def _play_on_running(
                 wanted = " or ".join(call.models) or "any model"
                 have = ", ".join(sorted(models)) or "no engine"
                 raise ConfigurationError(f"program {program.id!r} needs {wanted}; the cluster at {url} has {have}")
-    await _play_all(run, url, programs, recorder, sampling, watch)
+    await _play_all(run, url, programs, recorder, style, watch)
 
 
 async def _play_all(
@@ -110,7 +108,7 @@ async def _play_all(
     url: str,
     programs: Sequence[Program],
     recorder: Recorder,
-    sampling: Callable[[Into], SamplingConfig],
+    style: Style,
     watch: Callable[[], None] | None,
 ) -> None:
     """Starts each program when it arrives and waits for the last."""
@@ -126,7 +124,7 @@ async def _play_all(
             player = new_player(
                 program, run.client, serial=serial, max_gen_length=run.max_gen_length, preallocate=not network.is_local
             )
-            await HttpClient(api, player, network, recorder, sampling, zero_s).play()
+            await HttpClient(api, player, network, recorder, style, zero_s).play()
             recorder.program_ended(player)
             if watch is not None:
                 watch()

@@ -296,6 +296,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--hold-out", type=float, default=HOLD_OUT, help="part of each run's end that is not fitted (%(default)s)"
     )
+    parser.add_argument("--note", default="", help="what a reader of the profile should know too, e.g. the processor's name")
     parser.add_argument("--shared-kv-once", action="store_true", help="the attention reads a shared prefix once for all rows")
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.hold_out < 1:
@@ -308,6 +309,8 @@ def main(argv: list[str] | None = None) -> int:
             hold_out=arguments.hold_out,
             shared_kv_once=arguments.shared_kv_once,
         )
+        if arguments.note:
+            profile = msgspec.structs.replace(profile, notes=f"{profile.notes} {arguments.note}")
         write_profile(profile, arguments.out)
     except CalibrationError as error:
         print(error, file=sys.stderr)

@@ -15,8 +15,8 @@ from typing import Protocol
 from parrot.engine.batches import EngineTask
 from parrot.engine.emulated.engine import EmulatedEngine, EmulatedEvent
 
-EDGE = 3  #: SimPy priority of the first engine's edges, behind the cluster's flush (2); each engine has one of its own
-QUIET_EDGE = 1 << 60
+EDGE = 3.0  #: SimPy priority of edges, behind the cluster's flush (2); each engine has its own between this and 3.5
+QUIET_EDGE = 4.0
 
 
 class Clock(Protocol):
@@ -25,7 +25,7 @@ class Clock(Protocol):
     @property
     def now(self) -> float: ...
 
-    def call_at(self, time_s: float, callback: Callable[[], None], priority: int = 1) -> None: ...
+    def call_at(self, time_s: float, callback: Callable[[], object], priority: float = 1) -> None: ...
 
 
 class SimEngine:
@@ -37,8 +37,8 @@ class SimEngine:
         self.engine = engine
         self._clock = clock
         self._deliver = deliver
-        self._priority = EDGE + next(SimEngine._ranks)
-        self._planned: tuple[float, int] | None = None  # the call that counts; those planned before it are stale
+        self._priority = EDGE + next(SimEngine._ranks) * 2.0**-40
+        self._planned: tuple[float, float] | None = None  # the call that counts; those planned before it are stale
 
     def submit(self, task: EngineTask, output_tokens: int) -> None:
         """Hands the engine a task and the tokens that it would generate. Whether it is taken is told by an event."""
@@ -65,7 +65,7 @@ class SimEngine:
             self._planned = call
             self._clock.call_at(call[0], lambda: self._edge(call), call[1])
 
-    def _edge(self, call: tuple[float, int]) -> None:
+    def _edge(self, call: tuple[float, float]) -> None:
         if call != self._planned:
             return
         self._planned = None

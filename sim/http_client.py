@@ -1,7 +1,7 @@
 """One program's client over HTTP: carries its player's actions to a core's public API, in an asyncio event loop.
 
 The counterpart of `sim.population`: it decides nothing about what is sent (`sim.clients`) nor about what is measured
-(`sim.metrics`). Segments become synthetic text, drawn from their keys.
+(`sim.metrics`). Segments become text drawn from their keys: equal keys, equal texts.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import asyncio
 import functools
 import json
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 import msgspec
+import numpy as np
 
 from parrot.protocol.api import SamplingConfig, SessionReport
 from parrot.protocol.errors import ErrorBody, ErrorInfo
@@ -92,10 +93,10 @@ class HttpSession:
         return str(answer["var_id"])
 
     async def assign(self, var_id: str, value: Value) -> None:
-        await self._api.call("POST", f"/v1/semantic_var/{var_id}", {**self._who, "content": text_of(value)})
+        await self._api.call("POST", f"/v1/semantic_var/{var_id}", {**self._who, "content": text_of(value, self._client.style)})
 
     async def submit(self, call: int, output: int, action: Submit | Complete) -> tuple[str, ...]:
-        template, parameters = render(action.pieces, self._client.sampling)
+        template, parameters = render(action.pieces, self._client.style)
         body = {
             **self._who,
             "template": template,
@@ -130,10 +131,10 @@ class HttpClient:
         player: Player,
         network: Network,
         recorder: Recorder,
-        sampling: Callable[[Into], SamplingConfig],
+        style: Style,
         zero_s: float,
     ) -> None:
-        self.sampling = sampling
+        self.style = style
         self._api = api
         self._player = player
         self._network = network
@@ -225,7 +226,14 @@ class HttpClient:
             await session.close()
 
 
-def render(pieces: Sequence[Piece], sampling: Callable[[Into], SamplingConfig]) -> tuple[str, list[dict[str, Any]]]:
+class Style(NamedTuple):
+    """How a program's lengths become text and sampling: the one for engines that are told them, or the one for models."""
+
+    sampling: Callable[[Into], SamplingConfig]
+    words: Callable[[str, int], str]
+
+
+def render(pieces: Sequence[Piece], style: Style) -> tuple[str, list[dict[str, Any]]]:
     """Pieces as a template and its parameters. Constants in a row stay apart (all but the first become values), because
     a boundary of segments is where contexts can be shared; for the same reason nothing is put between them."""
     parts: list[str] = []
@@ -235,7 +243,7 @@ def render(pieces: Sequence[Piece], sampling: Callable[[Into], SamplingConfig]) 
     for number, piece in enumerate(pieces):
         name = f"p{number}"
         if type(piece) is Text and not constant:
-            parts.append(text_of(piece))
+            parts.append(text_of(piece, style))
             constant = True
             continue
         constant = type(piece) is Text
@@ -243,33 +251,51 @@ def render(pieces: Sequence[Piece], sampling: Callable[[Into], SamplingConfig]) 
             name = places.setdefault(piece.var_id, name)  # a variable read twice is one parameter with two places
             parameters[name] = {"name": name, "var_id": piece.var_id}
         elif type(piece) is Into:
-            parameters[name] = {"name": name, "is_output": True, "sampling_config": sampling(piece)}
+            parameters[name] = {"name": name, "is_output": True, "sampling_config": style.sampling(piece)}
             if piece.var_id is not None:
                 parameters[name]["var_id"] = piece.var_id
         else:
             value = piece.value if type(piece) is Given else piece
-            parameters[name] = {"name": name, "value": text_of(value)}  # type: ignore[arg-type]
+            parameters[name] = {"name": name, "value": text_of(value, style)}  # type: ignore[arg-type]
         parts.append("{{" + name + "}}")
     return "".join(parts), list(parameters.values())
 
 
-def text_of(piece: Text | Value) -> str:
-    """The text of a value: the real one where there is one, else synthetic words drawn from its key."""
+def text_of(piece: Text | Value, style: Style) -> str:
+    """The text of a value: the real one where there is one, else words drawn from its key."""
     if type(piece) is Value and piece.text is not None:
         return piece.text
-    return _words(piece.key, piece.tokens)
+    return style.words(piece.key, piece.tokens)
 
 
-@functools.lru_cache(maxsize=4096)
-def _words(key: str, tokens: int) -> str:
-    return synthetic_text(key, tokens)
-
-
-def exact_length(into: Into) -> SamplingConfig:
-    """For engines that are told how long the output is (emulated, dummy weights)."""
+def _exact_length(into: Into) -> SamplingConfig:
     return SamplingConfig(temperature=0.0, max_gen_length=into.max_gen_length, output_length=into.output_length)
 
 
-def bounded_length(into: Into) -> SamplingConfig:
-    """For engines with real weights: the length is reached by ignoring the end of sequence, so a policy gets to know it."""
+def _bounded_length(into: Into) -> SamplingConfig:
+    # The only way to an exact length with real weights; the price is that a policy gets to know it.
     return SamplingConfig(temperature=0.0, max_gen_length=into.output_length, ignore_tokenizer_eos=True)
+
+
+#: Frequent English words: each is one token for the usual tokenizers, in front of which a space belongs to it.
+_PLAIN_TEXT = (
+    "the of and to in is was for that it with as his on be at by had not are but from or have an they which one you were all "
+    "her she there would their we him been has when who will no more if out so up said what its about than into them can "
+    "only other time new some could these two may first then do any like my now over such our man me even most made after"
+)
+_PLAIN = tuple(_PLAIN_TEXT.split())
+
+
+@functools.lru_cache(maxsize=4096)
+def _synthetic(key: str, tokens: int) -> str:
+    return synthetic_text(key, tokens)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plain(key: str, tokens: int) -> str:
+    drawn = np.random.default_rng(list(key.encode())).integers(len(_PLAIN), size=tokens)
+    return "".join(f" {_PLAIN[i]}" for i in drawn.tolist())
+
+
+TOLD = Style(_exact_length, _synthetic)  #: emulated engines and dummy weights: every length is exact
+MODEL = Style(_bounded_length, _plain)  #: real weights: prompts have about the length that the program says

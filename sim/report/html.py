@@ -72,7 +72,7 @@ def _section(section: Section, number: int) -> list[str]:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 100 or value == 0 else f"{value:#.3g}"
 
 
 def _svg(figure: Figure, salt: str) -> str:

@@ -96,6 +96,20 @@ def test_one_task_fills_what_two_need_and_the_other_takes_over_when_it_goes() ->
     assert ranges(step(core)) == {"b": (4, 8)}
 
 
+def test_a_copy_is_made_only_of_what_an_earlier_batch_has_computed() -> None:
+    core = EngineCore(limits(fill_chunk_size=4))
+    core.submit(task("a", (1, 6), (2, 3)), 0.0)
+    core.submit(task("b", (1, 6), (3, 3)), 0.0)
+    step(core)
+    core.abort("a")
+    taken_over = step(core)
+    assert ranges(taken_over) == {"b": (4, 6)}  # not across the boundary, behind which its block begins as a copy
+    assert taken_over.copies == ()
+    behind = step(core)
+    assert ranges(behind) == {"b": (6, 9)}
+    assert len(behind.copies) == 1
+
+
 def test_chunks_share_the_budget_with_decode_rows_which_come_first() -> None:
     core = EngineCore(limits(fill_chunk_size=6, max_num_batched_tokens=10))
     core.submit(task("a", (1, 3), output=2), 0.0)
@@ -128,6 +142,14 @@ def test_out_of_blocks_the_oldest_retained_context_goes_first() -> None:
     step(core)
     assert core.take_evicted() == (2,)
     assert core.take_evicted() == ()
+
+
+def test_a_task_alone_that_copies_leave_no_room_begins_anew() -> None:
+    core = EngineCore(limits(num_blocks=4))
+    core.submit(task("a", (1, 10), (2, 2)), 0.0)
+    step(core)
+    core.submit(task("b", (1, 10), (3, 6)), 0.0)  # behind context 1 it would need a copy: five blocks
+    assert ranges(step(core)) == {"b": (0, 16)}
 
 
 def test_the_youngest_is_preempted_and_its_tokens_are_filled_again() -> None:

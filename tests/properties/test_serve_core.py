@@ -417,6 +417,9 @@ class ServeCoreMachine(RuleBasedStateMachine):
 
 
 ServeCoreMachine.TestCase.settings = settings(
-    max_examples=int(os.environ.get("PARROT_EXAMPLES", "100")), stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=int(os.environ.get("PARROT_EXAMPLES", "100")),
+    stateful_step_count=50,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
 )
 TestServeCore = ServeCoreMachine.TestCase

@@ -19,7 +19,7 @@ from parrot.protocol.api import ParameterSpec
 from parrot.protocol.template import parse_template
 from sim.actions import Given, Into, Reference, Value
 from sim.clients import Mode
-from sim.http_client import exact_length, render, text_of
+from sim.http_client import MODEL, TOLD, Style, render, text_of
 from sim.processes import Processes, free_ports
 from sim.run import main
 from sim.workloads.program import Program, Text, write_programs
@@ -38,12 +38,17 @@ def test_pieces_become_a_template_whose_segments_stay_apart() -> None:
         Reference("v", "id-7"),
         Into("out", "key", 4, 16),
     )
-    template, parameters = render(pieces, exact_length)
+    template, parameters = render(pieces, TOLD)
     assert len(parse_template(template, [json_parameter(p) for p in parameters])) == len(pieces)
-    assert [p.get("value") for p in parameters] == [text_of(Text("question", 2)), None, "real text", None]
+    assert [p.get("value") for p in parameters] == [text_of(Text("question", 2), TOLD), None, "real text", None]
     assert parameters[-1]["sampling_config"].output_length == 4
-    assert len(text_of(pieces[0]).split()) == 3
-    assert text_of(Text("system", 3)) == text_of(pieces[0])
+
+
+@pytest.mark.parametrize("style", [TOLD, MODEL])
+def test_equal_keys_are_equal_texts_of_the_length_that_was_asked_for(style: Style) -> None:
+    text = text_of(Text("system", 30), style)
+    assert len(text.split()) == 30
+    assert text == text_of(Value("system", 30), style) != text_of(Text("other", 30), style)
 
 
 def json_parameter(parameter: dict[str, object]) -> ParameterSpec:

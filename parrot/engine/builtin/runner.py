@@ -66,7 +66,7 @@ class BuiltinRunner:
         random_seed: int = 0,
         max_seq_len: int | None = None,
     ) -> None:
-        self._decoder = decoder
+        self.decoder = decoder
         self._cache = cache
         self._attention = attention
         self._tokenizer = tokenizer
@@ -143,7 +143,7 @@ class BuiltinRunner:
                 outputs.append(row.task)
         self._cache.copy_pages(prepared.copies)
         plan = self._attention.plan([row.attention for row in prepared.rows])
-        logits = self._decoder.forward(
+        logits = self.decoder.forward(
             torch.tensor(ids, device=self._device).remainder_(self._vocab),  # synthetic ids know no vocabulary
             torch.tensor(positions, device=self._device),
             lambda layer, heads: self._attention.attend(plan, layer, heads),

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from parrot.configuration import ConfigurationError
-from parrot.engine.builtin.runner import LoadedRunner
 from parrot.model_files import resolve_model
 from parrot.protocol.api import SamplingConfig
 from tests.engine.builtin.driving import Drive, limits, load
@@ -16,6 +15,9 @@ from tests.engine.builtin.driving import Drive, limits, load
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from parrot.engine.builtin.attention import load_attention  # noqa: E402
+from parrot.engine.builtin.kv_cache import KVCache  # noqa: E402
+from parrot.engine.builtin.runner import BuiltinRunner, LoadedRunner  # noqa: E402
 from parrot.engine.builtin.weights import as_directory  # noqa: E402
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -133,9 +135,12 @@ def test_two_outputs_in_one_template(case: Case) -> None:
 
 
 def test_after_a_preemption(case: Case) -> None:
-    drive = case.drive(num_blocks=8)  # four prompts fit, and not all of their outputs
+    """Small pages, so that outputs outgrow the room that admission saw for them."""
+    decoder = case.loaded.runner.decoder
+    cache = KVCache(decoder.config, 45, 2, torch.float32, torch.device("cpu"))
+    attention = load_attention("torch_sdpa", decoder.config, cache)
+    drive = Drive(BuiltinRunner(decoder, cache, attention, case.loaded.tokenizer), limits(num_blocks=45, block_size=2))
     for i in range(len(QUESTIONS)):
         drive.submit(i, [(2 * i, case.prompt(i))], 2 * i + 1, greedy(FIRST))
     assert drive.run() == dict(enumerate(case.first))
     assert drive.preempted
-    drive.close()

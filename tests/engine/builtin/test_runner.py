@@ -243,6 +243,6 @@ def test_tokens_outside_the_vocabulary_of_a_real_tokenizer_are_refused(loaded: L
 
     from parrot.engine.builtin.runner import BuiltinRunner
 
-    runner = BuiltinRunner(loaded.runner._decoder, loaded.runner._cache, loaded.runner._attention, Renamed())  # type: ignore[arg-type]
+    runner = BuiltinRunner(loaded.runner.decoder, loaded.runner._cache, loaded.runner._attention, Renamed())  # type: ignore[arg-type]
     with pytest.raises(ParrotError, match=f"{VOCABULARY}"):
         Drive(runner, limits()).submit("t", [(1, [1, VOCABULARY])], 2)
