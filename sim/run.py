@@ -7,11 +7,12 @@ folder of results. Exit status: 0 done, 1 refused or failed (one line on stderr 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 from rich.console import Console
@@ -174,6 +175,7 @@ def execute(runs: Sequence[Run], output: Output, workers: int | None) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     arguments = parser().parse_args(argv)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         if arguments.workers is not None and arguments.workers < 1:
             raise ConfigurationError(f"--workers {arguments.workers}: at least 1 is needed")
@@ -185,7 +187,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("sim.run: interrupted", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def _interrupt(*_: object) -> NoReturn:
+    """SIGTERM stops a run as Ctrl-C does: workers and clusters are ended, not orphaned."""
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -176,6 +176,7 @@ def _on_pool(runs: Sequence[Run], output: Output | None, workers: int) -> Iterat
 
 def _leave_interrupts_to_the_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # ------------------------------------------------------------------------------------------------------------- results

@@ -59,6 +59,12 @@ class Tasks:
         except ParrotError as error:
             job.fail(error.code, str(error))
             return
+        generate = request.generate
+        if len(generate.forced_ids) >= generate.sampling.max_gen_length:
+            # An earlier attempt was cut off between its last token and its end: there is nothing left to generate.
+            job.start(0)
+            job.finish_timed(generate.forced_ids, generate.forced_text, "length", 0.0, 0.0)
+            return
         self._running[job.key] = job
         self._held.update(link.context_id for link in job.task.links)
         if job.task.generate_context_id is not None:

@@ -69,6 +69,14 @@ async def test_a_shared_context_is_found_again_until_it_is_freed() -> None:
         assert (await engine.post("/free_context", {"context_ids": [99], "epoch": 0}))[1]["context_len"] == 0
 
 
+async def test_an_output_that_is_forced_to_its_full_length_ends_at_once() -> None:
+    async with fake_engine() as engine:
+        started, finished = await engine.run(task(0, [(1, 3)], 2, max_gen_length=4, forced=4))
+    assert isinstance(started, Started)
+    assert isinstance(finished, Finished)
+    assert (finished.ids, finished.reason) == ((100, 101, 102, 103), "length")
+
+
 async def test_forced_tokens_are_counted_and_not_streamed_again() -> None:
     async with fake_engine() as engine:
         events = await engine.run(task(0, [(1, 3)], 2, max_gen_length=6, forced=4))

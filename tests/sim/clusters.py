@@ -67,3 +67,16 @@ def write_files(folder: Path, **engine_fields: object) -> tuple[str, str]:
     }
     engine_file.write_text(json.dumps(config))
     return str(core), str(engine_file)
+
+
+def processes_with(text: str) -> list[str]:
+    """Command lines of live processes that mention `text`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if text in line:
+            found.append(line)
+    return found

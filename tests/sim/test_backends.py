@@ -23,7 +23,7 @@ from sim.http_client import MODEL, TOLD, Style, render, text_of
 from sim.processes import Processes, free_ports
 from sim.run import main
 from sim.workloads.program import Program, Text, write_programs
-from tests.sim.clusters import write_files
+from tests.sim.clusters import processes_with, write_files
 from tests.sim.programs import chain, chat, map_reduce, one_call
 
 KEYS = ["program", "call", "output"]
@@ -101,19 +101,6 @@ def flags(tmp_path: Path) -> list[str]:
     workload = tmp_path / "programs.jsonl"
     write_programs(workload, some)
     return ["--core", core, "--engines", f"{engine}:2", "--workload", str(workload)]
-
-
-def processes_with(text: str) -> list[str]:
-    """Command lines of live processes that mention `text`."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = path.read_bytes().replace(b"\0", b" ").decode()
-        except OSError:
-            continue
-        if text in line:
-            found.append(line)
-    return found
 
 
 @pytest.mark.parametrize("mode", list(Mode))

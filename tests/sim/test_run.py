@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +14,7 @@ import pytest
 
 from sim.run import main
 from sim.workloads.program import Call, Get, Program, Read, Text, Write, write_programs
-from tests.sim.clusters import write_files
+from tests.sim.clusters import processes_with, write_files
 from tests.sim.programs import chain, chat, map_reduce, one_call
 
 PRINTED = ("policy", "rate", "seed", "programs", "calls", "finished", "failed", "simulated_s", "throughput_tokens_per_s")
@@ -202,3 +206,22 @@ def test_an_unwritable_output_is_refused(flags: list[str], tmp_path: Path, capsy
     file.touch()
     assert main([*flags, "--out", str(file / "below")]) == 1
     assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
+def test_an_interrupted_sweep_leaves_no_worker_behind(signal_name: str, flags: list[str], tmp_path: Path) -> None:
+    long = ["--workload", "chat", "--count", "2000000", "--policy", "parrot,round_robin", "--workers", "2"]
+    command = [sys.executable, "-m", "sim.run", *flags, *long, "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 60
+        while len(processes_with(str(tmp_path))) < 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(getattr(signal, signal_name))
+        _, told = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130
+    assert told.decode() == "sim.run: interrupted\n"
+    assert processes_with(str(tmp_path)) == []
