@@ -167,6 +167,8 @@ class Cluster:
             batch, self._pending = self._pending, []
             for effect in self.core.handle(batch, now):
                 carry[type(effect)](effect)
+            for fault in self.core.scheduler.faults and self.core.take_faults():
+                raise fault.error  # a simulation stops where a server would log and go on
         self._flushing = False
         deadline_s = self.core.next_deadline()
         if deadline_s is not None and deadline_s < self._timer_s:

@@ -25,7 +25,7 @@ from parrot.serve.events import AnyEvent, Content
 from parrot.serve.gets import PendingGet, PendingGets
 from parrot.serve.graph import Call, Deduction, Task, depends_on, tasks_of, tighter
 from parrot.serve.reports import call_answer, input_failed, session_report
-from parrot.serve.scheduler import Scheduler
+from parrot.serve.scheduler import Fault, Scheduler
 from parrot.serve.sessions import IdleSessions, Session
 from parrot.serve.states import IN_FLIGHT
 from parrot.serve.variables import Variable
@@ -93,6 +93,8 @@ class ServeCore:
             except ParrotError as error:
                 # Raised before anything was changed: the refusal is the whole effect.
                 self._effects.append(Reply(event.request, None, error.info))  # type: ignore[union-attr]
+            except Exception as error:  # a bug of ours: it costs this event, and no other
+                self._fault(event, error)
         scheduler = self.scheduler
         if now >= self._due_at:
             self._due(now)
@@ -106,6 +108,19 @@ class ServeCore:
         effects = self._effects[:]
         self._effects.clear()
         return effects
+
+    def take_faults(self) -> list[Fault]:
+        """What went wrong inside since the last call: for a shell to log, for a test to find empty."""
+        faults = self.scheduler.faults[:]
+        self.scheduler.faults.clear()
+        return faults
+
+    def _fault(self, event: AnyEvent, error: Exception) -> None:
+        self.scheduler.faults.append(Fault(f"the core failed on {event!r}", error))
+        request = getattr(event, "request", None)
+        if request is not None and not isinstance(event, ev.CancelGet):
+            told = ErrorInfo("internal", "an error inside the server; its log has the details")
+            self._effects.append(Reply(request, None, told))
 
     def next_deadline(self) -> float | None:
         """When `Tick` is wanted at the latest, in seconds of the same clock; None: not before the next event."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from parrot.protocol.engine import EngineDescription
 from parrot.protocol.errors import ErrorInfo
@@ -27,6 +28,13 @@ from parrot.serve.states import IN_FLIGHT
 
 #: An engine with nothing in flight that refused a task is asked again after this time (seconds).
 REOPEN_S = 1.0
+
+
+class Fault(NamedTuple):
+    """Something that went wrong inside and was contained."""
+
+    what: str
+    error: Exception
 
 
 class Scheduler:
@@ -50,7 +58,8 @@ class Scheduler:
         self.policy = build_policy(config.global_scheduler)
         self.queue = TaskQueue(self.policy.order, self.policy.uses_prefix_groups)
         self.cluster = Cluster(self.engines)
-        self.policy_errors: list[str] = []  # for the shell to log; the core goes on
+        self.policy_errors: dict[str, int] = {}  # what the policy did wrong -> how often
+        self.faults: list[Fault] = []
         self.decisions = 0
         self._fallback = LeastLoaded({}, None)  # type: ignore[arg-type]
         self.changed = False  # whether the policy has anything new to act on
@@ -148,11 +157,18 @@ class Scheduler:
             except StopIteration:
                 return
             except Exception as error:  # a third party's policy may raise anything
-                self.policy_errors.append(f"policy {self._config.policy!r}: {type(error).__name__}: {error}")
+                self._policy_failed(error)
                 break
             self._dispatch(placement, now)
         for placement in self._fallback.place(self.queue, self.cluster, now):
             self._dispatch(placement, now)
+
+    def _policy_failed(self, error: Exception) -> None:
+        """Counted each time, told once."""
+        kind = f"{type(error).__name__} in policy {self._config.policy!r}"
+        self.policy_errors[kind] = self.policy_errors.get(kind, 0) + 1
+        if self.policy_errors[kind] == 1:
+            self.faults.append(Fault(f"policy {self._config.policy!r} failed; least_loaded placed in its stead", error))
 
     @staticmethod
     def _check(placement: Placement) -> None:

@@ -30,6 +30,8 @@ class Core(Protocol):
 
     def next_deadline(self) -> float | None: ...
 
+    def take_faults(self) -> Sequence[tuple[str, Exception]]: ...
+
 
 class Outside(Protocol):
     """Who carries out the effects that reach out of the process. These calls never block and never raise."""
@@ -164,6 +166,8 @@ class Shell:
             self._answer_internal(events)
             self._set_timer(now + _RECOVERY_S)
             return
+        for what, error in self._core.take_faults():
+            _log.error("%s", what, exc_info=error)
         for effect in effects:
             try:
                 self._carry_out(effect)

@@ -82,6 +82,8 @@ class ServeCoreMachine(RuleBasedStateMachine):
         self.history.append((list(events), self.now))
         effects = self.core.handle(events, self.now)
         self.effects.append(effects)
+        for fault in self.core.take_faults():
+            raise fault.error
         for effect in effects:
             if isinstance(effect, Reply):
                 assert effect.request in self.waiting, "a reply that nobody asked for, or a second one"

@@ -12,6 +12,7 @@ from parrot.serve.config import GlobalSchedulerConfig, ServeCoreConfig
 from parrot.serve.core import ServeCore
 from parrot.serve.effects import AnyEffect, Dispatch, Reply
 from parrot.serve.events import Constant, Content, Input, Output
+from parrot.serve.scheduler import Fault
 
 TOKENIZER = "synthetic"
 
@@ -63,10 +64,12 @@ class Driver:
         self.dispatches: list[Dispatch] = []
         self.effects: list[AnyEffect] = []
         self.auths: dict[int, str] = {}
+        self.faults: list[Fault] = []
 
     def send(self, *events: Any, at: float | None = None) -> list[AnyEffect]:
         self.now = self.now if at is None else at
         effects = self.core.handle(events, self.now)
+        self.faults += self.core.take_faults()
         for effect in effects:
             if isinstance(effect, Reply):
                 assert effect.request not in self.replies, "a request was answered twice"

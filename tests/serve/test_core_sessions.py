@@ -131,3 +131,19 @@ def test_time_never_goes_back() -> None:
     d.send(ev.Tick(), at=5.0)
     with pytest.raises(ValueError, match="time went back"):
         d.send(ev.Tick(), at=4.0)
+
+
+def test_a_bug_costs_its_own_event_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    d = Driver()
+    session = d.open()
+    core = d.core
+
+    def broken(event: ev.ListVariables, now: float) -> None:
+        raise AssertionError("planted")
+
+    monkeypatch.setitem(core._handlers, ev.ListVariables, broken)
+    events = (ev.ListVariables(50, session, d.auths[session]), ev.CreateVariable(51, session, d.auths[session]))
+    d.send(*events)
+    assert d.error(50).code == "internal"
+    assert d.payload(51) == {"var_id": "v0"}
+    assert [str(fault.error) for fault in d.faults] == ["planted"]

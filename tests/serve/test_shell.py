@@ -37,6 +37,9 @@ class FakeCore:
             self.deadline = None
         return self.answer(events)
 
+    def take_faults(self) -> list[tuple[str, Exception]]:
+        return []
+
     def next_deadline(self) -> float | None:
         return self.deadline
 
