@@ -104,7 +104,9 @@ class ServeCore:
         if scheduler.freed:
             scheduler.flush_freed()
         # Nothing that came up in this instant is due before the shortest span there is (gets see to themselves).
-        self._due_at = min(self._due_at, now + self._least_span_s)
+        due_at = now + self._least_span_s
+        if due_at < self._due_at:
+            self._due_at = due_at
         effects = self._effects[:]
         self._effects.clear()
         return effects
