@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 
@@ -63,10 +63,24 @@ def _explain(message: str, data: Any, kind: Any) -> str:
         key = f"{where}.{match[1]}" if where else match[1]
         return f"missing key {key!r}"
     found = _value_at(data, where)
-    return f"key {where or '(top level)'!r} is {found!r}: {message[0].lower()}{message[1:]}"
+    choices = _choices_at(kind, where)
+    expected = f"expected one of: {', '.join(choices)}" if choices else f"{message[0].lower()}{message[1:]}"
+    return f"key {where or '(top level)'!r} is {found!r}: {expected}"
+
+
+def _choices_at(kind: Any, where: str) -> list[str]:
+    """The values that a key may have whose type is a Literal, or one that may be null; none for another type."""
+    section, _, name = where.rpartition(".")
+    hint = {f.name: f.type for f in _struct_fields_at(kind, section)}.get(name)
+    options = [hint, *get_args(hint)]
+    return [str(choice) for option in options if get_origin(option) is Literal for choice in get_args(option)]
 
 
 def _fields_at(kind: Any, where: str) -> list[str]:
+    return [f.encode_name for f in _struct_fields_at(kind, where)]
+
+
+def _struct_fields_at(kind: Any, where: str) -> tuple[msgspec.structs.FieldInfo, ...]:
     for name in filter(None, where.split(".")):
         hints = {f.name: f.type for f in msgspec.structs.fields(kind)}
         kind = hints.get(name, kind)
@@ -74,8 +88,8 @@ def _fields_at(kind: Any, where: str) -> list[str]:
         options = [k for k in getattr(kind, "__args__", (kind,)) if isinstance(k, type) and issubclass(k, msgspec.Struct)]
         kind = options[0] if options else kind
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-        return [f.encode_name for f in msgspec.structs.fields(kind)]
-    return []
+        return msgspec.structs.fields(kind)
+    return ()
 
 
 def _value_at(data: Any, where: str) -> Any:

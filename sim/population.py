@@ -136,10 +136,11 @@ class Population:
 class Conversation:
     """One program's client: its player, and what the core's end knows of its sessions."""
 
-    __slots__ = ("_cluster", "_outputs", "_over", "_population", "_session_id", "player")
+    __slots__ = ("_cluster", "_outputs", "_over", "_population", "_session_id", "exchanges", "player")
 
     def __init__(self, population: Population, player: Player) -> None:
         self.player = player
+        self.exchanges: dict[Exchange, None] = {}  # requests of the baseline that are at the core
         self._population = population
         self._cluster = population.cluster
         self._session_id = 0
@@ -160,6 +161,8 @@ class Conversation:
                 timeline.call_at(timeline.now + half_s, functools.partial(self._arrive, action, half_s))
         if self.player.ended and not self._over:
             self._over = True
+            for exchange in list(self.exchanges):  # a program that has failed drops its connections
+                exchange.give_up()
             self._population.ended(self)
 
     def work(self) -> str:
@@ -175,7 +178,8 @@ class Conversation:
         """The action's request reaches the core."""
         kind = type(action)
         if kind is Complete:
-            Exchange(self, action, half_s)  # type: ignore[arg-type]
+            if not self._over:
+                Exchange(self, action, half_s)  # type: ignore[arg-type]
             return
         request = self._cluster.expect(functools.partial(self._replied, action, half_s))
         self._cluster.post(self._event(action, request))
@@ -284,13 +288,14 @@ class Conversation:
 class Exchange:
     """A request of the baseline at the core's end: open, submit, get, close, with no network in between."""
 
-    __slots__ = ("_action", "_conversation", "_failed", "_half_s", "_session_id")
+    __slots__ = ("_action", "_conversation", "_half_s", "_over", "_session_id")
 
     def __init__(self, conversation: Conversation, action: Complete, half_s: float) -> None:
         self._conversation = conversation
         self._action = action
         self._half_s = half_s
-        self._failed = False
+        self._over = False
+        conversation.exchanges[self] = None
         population = conversation.population
         cluster = population.cluster
         self._session_id = population.new_session_id()
@@ -301,11 +306,11 @@ class Exchange:
 
     def _opened(self, _: Any, error: ErrorInfo | None) -> None:
         if error is not None:
-            self._failed = True  # the submission fails too, for want of a session
+            self._end()  # the submission fails too, for want of a session
             self._conversation.send_back(self._action, self._half_s, None, error)
 
     def _submitted(self, answer: CallAnswer, error: ErrorInfo | None) -> None:
-        if self._failed:
+        if self._over:
             return
         if error is not None:
             self._close(None, error)
@@ -316,6 +321,8 @@ class Exchange:
         cluster.post(events.GetVariable(request, self._session_id, AUTH, var_id, action.criteria))
 
     def _fetched(self, key: str, error: ErrorInfo | None) -> None:
+        if self._over:
+            return
         if error is not None:
             self._close(None, error)
             return
@@ -323,12 +330,20 @@ class Exchange:
         assert type(into) is Into
         self._close(Value(key, into.output_length), None)
 
-    def _close(self, value: Value | None, error: ErrorInfo | None) -> None:
-        conversation = self._conversation
-        cluster = conversation.population.cluster
+    def give_up(self) -> None:
+        """The client has gone: closes the session, whatever it still does."""
+        conversation, cluster = self._conversation, self._conversation.population.cluster
+        self._end()
         conversation.record(self._session_id)
         cluster.post(events.CloseSession(cluster.expect(_ignore), self._session_id, AUTH))
-        conversation.send_back(self._action, self._half_s, value, error)
+
+    def _close(self, value: Value | None, error: ErrorInfo | None) -> None:
+        self.give_up()
+        self._conversation.send_back(self._action, self._half_s, value, error)
+
+    def _end(self) -> None:
+        self._over = True
+        del self._conversation.exchanges[self]
 
 
 def _ignore(_: Any, __: ErrorInfo | None) -> None:

@@ -200,7 +200,10 @@ def parse_engine_config(data: Mapping[str, Any], path: str | Path) -> EngineConf
         raise ConfigurationError(f"{path}: key 'fill_chunk_size' is 0; expected -1 (no chunking) or at least 1")
     if config.latency_profile is not None:
         beside = Path(path).parent / config.latency_profile
-        find_profile(config.latency_profile, Path(path).parent)
+        try:
+            find_profile(config.latency_profile, Path(path).parent)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{path}: {error}") from error
         if beside.is_file():
             config = msgspec.structs.replace(config, latency_profile=str(beside.resolve()))
     return config

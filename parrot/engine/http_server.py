@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from parrot.configuration import ConfigurationError
-from parrot.engine.config import BuiltinEngineConfig, EmulatedEngineConfig, EngineConfig, load_engine_config, secret_of
+from parrot.engine.config import (
+    BuiltinEngineConfig,
+    EmulatedEngineConfig,
+    EngineConfig,
+    load_engine_config,
+    profile_of,
+    secret_of,
+)
 from parrot.protocol.errors import ParrotError
 
 if TYPE_CHECKING:
@@ -90,8 +97,13 @@ def _check(config: EngineConfig, args: argparse.Namespace) -> None:
         raise ParrotError("not_implemented", f"{args.config_path}: {message}")
     if args.count > 1 and not isinstance(config, EmulatedEngineConfig):
         raise ConfigurationError(f"--count {args.count} is for emulated engines; {args.config_path} is {config.engine_type!r}")
-    if not args.without_core:
-        secret_of(config)
+    try:
+        if isinstance(config, EmulatedEngineConfig) and profile_of(config) is None:
+            raise ConfigurationError("missing key 'latency_profile': an emulated engine needs a file or a shipped one's name")
+        if not args.without_core:
+            secret_of(config)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{args.config_path}: {error}") from error
 
 
 async def _serve(config: EngineConfig, count: int, with_core: bool) -> int:

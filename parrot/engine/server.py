@@ -146,6 +146,9 @@ async def _refuse(request: web.Request, handler: Callable[[web.Request], Awaitab
         return await handler(request)
     except ParrotError as error:
         info = error.info
+    except web.RequestPayloadError:
+        encoding = request.headers.get("Content-Encoding", "none")
+        info = ErrorInfo("bad_request", f"the body cannot be read; its Content-Encoding is {encoding}")
     except web.HTTPException as error:
         code = _HTTP_CODES.get(error.status, "bad_request")
         message = f"{request.method} {request.path}: {error.reason}"

@@ -160,6 +160,8 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
         return decoder.decode(body)
     except msgspec.DecodeError as error:
         raise ParrotError("bad_request", f"the body is not what this path takes: {error}") from None
+    except RecursionError:
+        raise ParrotError("bad_request", "the body is nested too deeply") from None
 
 
 def encode(tokenizer: Tokenizer, text: str, head: bool) -> list[int]:

@@ -15,6 +15,8 @@ from msgspec import Meta
 from parrot.protocol.errors import ParrotError
 
 PLACEHOLDER_NAME = r"[a-zA-Z_][a-zA-Z0-9_]*"
+#: A get that may take longer leaves its timeout out; "inf" in a query is no number of seconds.
+MAX_TIMEOUT_S = 1e9
 
 
 class Criteria(enum.StrEnum):
@@ -45,7 +47,7 @@ class SamplingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
 
     temperature: Annotated[float, Meta(ge=0.0)] = 1.0
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
-    top_k: Annotated[int, Meta(ge=-1)] = -1
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] = -1
     seed: int | None = None
     max_gen_length: Annotated[int, Meta(ge=1)] = 512
     output_length: Annotated[int, Meta(ge=1)] | None = None
@@ -55,7 +57,7 @@ class SamplingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
     repetition_penalty: Annotated[float, Meta(gt=0.0)] | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Annotated[float, Meta(ge=-100.0, le=100.0)]] | None = None
     n: int = 1
     best_of: int = 1
     length_penalty: float = 1.0
@@ -167,7 +169,7 @@ class GetVariableRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     session_id: int
     session_auth: str | None = None
     criteria: str | None = None
-    timeout: Annotated[float, Meta(ge=0.0)] | None = None
+    timeout: Annotated[float, Meta(ge=0.0, le=MAX_TIMEOUT_S)] | None = None
     stream: bool = False
     stream_from: Annotated[int, Meta(ge=0)] = 0
 

@@ -15,6 +15,9 @@ from msgspec import Meta
 from parrot.latency import LatencyProfile
 from parrot.protocol.api import SamplingConfig
 
+Name = Annotated[str, Meta(min_length=1)]
+Positive = Annotated[int, Meta(ge=1)]
+
 
 class TaskId(msgspec.Struct, frozen=True, array_like=True, order=True):
     """A completion task: its session, the call in it (from 0) and the output in the call (from 0)."""
@@ -27,15 +30,15 @@ class TaskId(msgspec.Struct, frozen=True, array_like=True, order=True):
 class EngineDescription(msgspec.Struct, frozen=True, omit_defaults=True):
     """What an engine tells of itself when it registers. Capacities in tokens unless the name says otherwise."""
 
-    engine_name: str
-    model: str
-    tokenizer: str  #: the tokenizer in use; "synthetic" where the model's own cannot be had
+    engine_name: Name
+    model: Name
+    tokenizer: Name  #: the tokenizer in use; "synthetic" where the model's own cannot be had
     host: str
-    port: int
-    engine_type: str  #: builtin | openai | emulated
-    tasks_capacity: int
-    tokens_capacity: int
-    max_seq_len: int  #: longest prompt + output
+    port: Annotated[int, Meta(ge=1, le=65535)]
+    engine_type: Annotated[str, Meta(pattern="^(builtin|openai|emulated)$")]
+    tasks_capacity: Positive
+    tokens_capacity: Positive
+    max_seq_len: Positive  #: longest prompt + output
     bos_tokens: int = 0  #: tokens that the engine puts at the head of a chain
     accepts_output_length: bool = False  #: emulated and dummy-weight engines honour SamplingConfig.output_length
     random_seed: int = 0

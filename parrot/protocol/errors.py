@@ -55,8 +55,8 @@ ERRORS: dict[str, ErrorKind] = {
 }
 
 
-class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
-    """An error as data: what a failed variable holds and what the wire carries."""
+class ErrorInfo(msgspec.Struct, frozen=True):
+    """An error as data: what a failed variable holds and what the wire carries, its details even where there are none."""
 
     code: str
     message: str

@@ -34,6 +34,7 @@ from parrot.serve.variables import Variable
 REMEMBERED_SESSIONS = 65536
 
 _EMPTY: dict[str, Any] = {}
+_Repeatable = ev.SubmitCall | ev.CreateVariable | ev.SetVariable
 _TaskEvent = TypeVar("_TaskEvent", ev.TaskStarted, ev.FirstToken, ev.TaskFinished, ev.TaskFailed, ev.TaskRejected)
 
 
@@ -241,6 +242,7 @@ class ServeCore:
             self.scheduler.free_session(list(session.contexts))
         # Breaks the cycles of calls, tasks and variables, so that memory is given back at once.
         for call in session.calls:
+            self.scheduler.engines.leave(call.lane)
             call.tasks.clear()
         session.calls.clear()
         session.variables.clear()
@@ -249,7 +251,7 @@ class ServeCore:
 
     def _describe_session(self, event: ev.DescribeSession, now: float) -> None:
         session = self._sessions.get(event.session_id)
-        idle_since = session.last_access_s if session is not None else now
+        idle_since = session.last_access_s if session is not None and not session.busy else now
         session = self._session(event.session_id, event.auth, now)
         report = session_report(session, now, event.calls)
         self._reply(event.request, msgspec.structs.replace(report, idle_s=now - idle_since))
@@ -257,19 +259,20 @@ class ServeCore:
     def _reply(self, request: int, payload: Any) -> None:
         self._effects.append(Reply(request, payload))
 
-    def _repeated(self, session: Session, key: str | None, request: int) -> bool:
-        """Answers a request that was answered before under the same Idempotency-Key."""
-        if key is None or session.answers is None or key not in session.answers:
+    def _repeated(self, session: Session, event: _Repeatable) -> bool:
+        """Answers a request that was answered before under the same Idempotency-Key. A key names one request of one kind."""
+        key = event.idempotency_key
+        if key is None or session.answers is None or (type(event), key) not in session.answers:
             return False
-        self._reply(request, session.answers[key])
+        self._reply(event.request, session.answers[type(event), key])
         return True
 
-    def _answer(self, session: Session, key: str | None, request: int, payload: Any) -> None:
-        if key is not None:
+    def _answer(self, session: Session, event: _Repeatable, payload: Any) -> None:
+        if event.idempotency_key is not None:
             if session.answers is None:
                 session.answers = {}
-            session.answers[key] = payload
-        self._effects.append(Reply(request, payload))
+            session.answers[type(event), event.idempotency_key] = payload
+        self._reply(event.request, payload)
 
     # =============================================================================================== variables
 
@@ -281,13 +284,13 @@ class ServeCore:
 
     def _create_variable(self, event: ev.CreateVariable, now: float) -> None:
         session = self._session(event.session_id, event.auth, now)
-        if not self._repeated(session, event.idempotency_key, event.request):
+        if not self._repeated(session, event):
             variable = session.new_variable(event.name)
-            self._answer(session, event.idempotency_key, event.request, {"var_id": variable.id})
+            self._answer(session, event, {"var_id": variable.id})
 
     def _set_variable(self, event: ev.SetVariable, now: float) -> None:
         session = self._session(event.session_id, event.auth, now)
-        if self._repeated(session, event.idempotency_key, event.request):
+        if self._repeated(session, event):
             return
         variable = self._variable(session, event.var_id)
         if variable.state != "empty":
@@ -295,7 +298,7 @@ class ServeCore:
             raise ParrotError("conflict", f"variable {event.var_id!r} cannot be set: {reason}", var_id=event.var_id)
         variable.move("set")
         variable.content = event.content
-        self._answer(session, event.idempotency_key, event.request, _EMPTY)
+        self._answer(session, event, _EMPTY)
         self._became_ready(session, variable, now)
 
     def _list_variables(self, event: ev.ListVariables, now: float) -> None:
@@ -326,19 +329,18 @@ class ServeCore:
             variable.consumers = None
         self._idle.touch(session, now)
 
-    def _became_failed(self, session: Session, variable: Variable, error: ErrorInfo, now: float) -> None:
-        """The variable will never have a content: its getters are told why, its consumers fail too."""
+    def _became_failed(self, session: Session, variable: Variable, error: ErrorInfo, now: float) -> list[Task]:
+        """The variable will never have a content: its getters are told why, its consumers fail too. Those consumers."""
         variable.error = error
         for request in self._gets.settle(session, variable):
             self._effects.append(Reply(request, None, error))
-        consumers, variable.consumers = variable.consumers or [], None
-        derived = input_failed(variable, error)
-        for task in consumers:
-            if task.state == "waiting":
-                task.move("fail")
-                task.finished_s = now
-                self._task_failed(task, derived, now)
+        failed = [task for task in variable.consumers or () if task.state == "waiting"]
+        variable.consumers = None
+        for task in failed:
+            task.move("fail")
+            task.finished_s = now
         self._idle.touch(session, now)
+        return failed
 
     # =============================================================================================== gets
 
@@ -374,7 +376,7 @@ class ServeCore:
 
     def _submit_call(self, event: ev.SubmitCall, now: float) -> None:
         session = self._session(event.session_id, event.auth, now)
-        if self._repeated(session, event.idempotency_key, event.request):
+        if self._repeated(session, event):
             return
         self._admit(session, event)
         self._check_variables(session, event)
@@ -394,7 +396,7 @@ class ServeCore:
         tasks = tasks_of(call)
         call.tasks = tasks
         session.unfinished += len(tasks)
-        self._answer(session, event.idempotency_key, event.request, call_answer(call))
+        self._answer(session, event, call_answer(call))
         for task in tasks:
             self._connect(session, task, now)
         if event.output_criteria is not None and not tasks[-1].ended:
@@ -419,22 +421,31 @@ class ServeCore:
 
     def _check_variables(self, session: Session, event: ev.SubmitCall) -> None:
         """Raises not_found, conflict or cyclic_dependency; nothing is changed yet."""
-        inputs: list[Variable] = []
-        outputs: set[Variable] = set()
+        inputs: list[tuple[int, Variable]] = []  # with the number of the call's task that reads it
+        outputs: dict[Variable, int] = {}  # the number of the task that writes it
+        number = 0
         for segment in event.segments:
             if type(segment) is ev.Input and segment.var_id is not None:
-                inputs.append(self._variable(session, segment.var_id))
-            elif type(segment) is ev.Output and segment.var_id is not None:
-                variable = self._variable(session, segment.var_id)
-                if variable.state != "empty" or variable in outputs:
-                    raise ParrotError(
-                        "conflict",
-                        f"output {segment.name!r}: variable {segment.var_id!r} already has a producer or a content",
-                        var_id=segment.var_id,
-                    )
-                outputs.add(variable)
-        if outputs and inputs and depends_on(iter(inputs), outputs):
-            raise ParrotError("cyclic_dependency", f"call {event.func_name!r} would wait for its own output")
+                inputs.append((number, self._variable(session, segment.var_id)))
+            elif type(segment) is ev.Output:
+                if segment.var_id is not None:
+                    variable = self._variable(session, segment.var_id)
+                    if variable.state != "empty" or variable in outputs:
+                        raise ParrotError(
+                            "conflict",
+                            f"output {segment.name!r}: variable {segment.var_id!r} already has a producer or a content",
+                            var_id=segment.var_id,
+                        )
+                    outputs[variable] = number
+                number += 1
+        # A task may read what an earlier task of its call writes. Only what has a reader, or is read here, can be waited for.
+        read = {variable for _, variable in inputs}
+        if not any(variable.consumers or variable in read for variable in outputs):
+            return
+        for reader in dict.fromkeys(number for number, _ in inputs):
+            targets = {variable for variable, writer in outputs.items() if writer >= reader}
+            if targets and depends_on((variable for number, variable in inputs if number == reader), targets):
+                raise ParrotError("cyclic_dependency", f"call {event.func_name!r} would wait for its own output")
 
     def _bind(self, session: Session, event: ev.SubmitCall, now: float) -> tuple[Variable | None, ...]:
         """The variable of each segment; values and new outputs get variables of their own."""
@@ -505,12 +516,18 @@ class ServeCore:
         self._became_ready(session, task.output, now)
 
     def _task_failed(self, task: Task, error: ErrorInfo, now: float) -> None:
+        """The task has failed, and so does all that waits for its output: a loop, for a chain may be long."""
         session = task.call.session
-        if task.ready_s is not None:
-            session.active -= 1
-        session.unfinished -= 1
-        task.output.move("fail")
-        self._became_failed(session, task.output, error, now)
+        failed = [(task, error)]
+        while failed:
+            task, error = failed.pop()
+            if task.ready_s is not None:
+                session.active -= 1
+            session.unfinished -= 1
+            task.output.move("fail")
+            consumers = self._became_failed(session, task.output, error, now)
+            derived = input_failed(task.output, error)
+            failed.extend((consumer, derived) for consumer in reversed(consumers))
 
     # =============================================================================================== engines
 

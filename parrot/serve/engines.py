@@ -7,6 +7,7 @@ bookkeeping of what it dispatched, exact and fresh, never scraped from an engine
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from parrot.serve.graph import Task
 
 Load = tuple[float, ...]
+
+KEPT_LANES = 16
 
 
 class Engine(msgspec.Struct, eq=False):
@@ -120,13 +123,14 @@ class EngineIndex:
         return len(self._entries)
 
 
-class Lane(msgspec.Struct, eq=False):
+class Lane(msgspec.Struct, eq=False, weakref=True):
     """All that asks for one of `models` (empty: any) of a model type, and the live engines that serve it."""
 
     models: tuple[str, ...]
     model_type: str
     engines: dict[int, Engine] = {}
     version: int = 0  # changes whenever one of its engines has more room than before
+    users: int = 0  # calls of open sessions that asked for it
     indexes: dict[Callable[[Engine], Load], EngineIndex] = {}
 
     def serves(self, description: EngineDescription) -> bool:
@@ -148,22 +152,38 @@ class Lane(msgspec.Struct, eq=False):
 
 
 class Engines:
-    """All live engines, and the lanes that were ever asked for."""
+    """All live engines, and the lanes that are asked for. Of lanes that no open session's calls need any more the last
+    `KEPT_LANES` are kept: clients can name any models, and every change of a load visits every lane."""
 
     def __init__(self) -> None:
         self.live: dict[int, Engine] = {}
         self.lanes: dict[tuple[tuple[str, ...], str], Lane] = {}
+        self._unused: OrderedDict[Lane, None] = OrderedDict()
         self._lanes_of: dict[int, tuple[Lane, ...]] = {}
         self._next_id = 0
 
     def lane(self, models: tuple[str, ...], model_type: str) -> Lane:
-        """The lane of that requirement, made when it is first asked for."""
+        """The lane of that requirement for one more call, which gives it back with `leave`."""
         lane = self.lanes.get((models, model_type))
         if lane is None:
             lane = self.lanes[models, model_type] = Lane(models, model_type)
             for engine in self.live.values():
                 self._join(lane, engine)
+        lane.users += 1
+        self._unused.pop(lane, None)
         return lane
+
+    def leave(self, lane: Lane) -> None:
+        """A call's session has ended."""
+        lane.users -= 1
+        if lane.users:
+            return
+        self._unused[lane] = None
+        if len(self._unused) > KEPT_LANES:
+            oldest, _ = self._unused.popitem(last=False)
+            del self.lanes[oldest.models, oldest.model_type]
+            for engine_id in oldest.engines:
+                self._lanes_of[engine_id] = tuple([lane for lane in self._lanes_of[engine_id] if lane is not oldest])
 
     def register(self, description: EngineDescription) -> Engine:
         self._next_id += 1

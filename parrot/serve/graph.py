@@ -9,6 +9,7 @@ may come in any order; the work of each is proportional to what it changes. A la
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -249,9 +250,13 @@ class Deduction:
                 self._spread_to_producers(consumer)
 
     def _spread(self, task: Task, criteria: Criteria, depth: int, group: Group | None) -> None:
-        stack = [(task, criteria, depth, group)]
-        while stack:
-            task, criteria, depth, group = stack.pop()
+        """Later calls first, and of what reaches a task the longest way first: so a task passes on what it learns once,
+        not once for every way to it (but where calls were submitted before what they read)."""
+        pushed = 0
+        heap = [(-task.id.call, -task.id.output, -depth, pushed, task, criteria, group)]
+        while heap:
+            _, _, depth, _, task, criteria, group = heappop(heap)
+            depth = -depth
             if task.ended:
                 continue
             wanted = tighter(task.criteria, criteria)
@@ -265,7 +270,9 @@ class Deduction:
                 task.group = group
                 if task.state == "queued":
                     group.queued[task] = None
-            stack.extend(self._producers_of(task))
+            for producer, wants, below, joined in self._producers_of(task):
+                pushed -= 1
+                heappush(heap, (-producer.id.call, -producer.id.output, -below, pushed, producer, wants, joined))
             self._changed(task)
 
     def _spread_to_producers(self, consumer: Task) -> None:

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = _configuration(flags)
         _set_up_logging(flags)
-        return _run(config)
+        return _run(config, flags.config_path)
     except (ConfigurationError, ParrotError) as error:
         print(f"parrot.serve.http_server: {error}", file=sys.stderr)
         return 1
@@ -84,7 +84,7 @@ def _set_up_logging(flags: argparse.Namespace) -> None:
     )
 
 
-def _run(config: ServeCoreConfig) -> int:
+def _run(config: ServeCoreConfig, path: str) -> int:
     try:
         import uvloop
     except ImportError:
@@ -92,17 +92,20 @@ def _run(config: ServeCoreConfig) -> int:
     else:
         factory = uvloop.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(_serve(config))
+        return runner.run(_serve(config, path))
 
 
-async def _serve(config: ServeCoreConfig) -> int:
+async def _serve(config: ServeCoreConfig, path: str) -> int:
     from parrot.serve.server import Server
 
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
-    server = Server(config)
+    try:
+        server = Server(config)
+    except (ConfigurationError, ParrotError) as error:  # a policy or a record that cannot be had
+        raise ConfigurationError(f"{path}: {error}") from error
     try:
         addresses = await server.start()
         # What stands now stays, and nearly all garbage goes by reference counts: the collector may look seldom.

@@ -88,8 +88,10 @@ class TaskQueue:
         return len(self._lines.get(lane, ()))
 
     def group_of(self, task: Task) -> list[Task]:
-        """The queued members of its task group, itself included; just itself when it has none."""
-        return list(task.group.queued) if task.group is not None else [task]
+        """The queued members of its task group in its lane, itself included; just itself when it has none."""
+        if task.group is None:
+            return [task]
+        return [other for other in task.group.queued if other.call.lane is task.call.lane]
 
     def sharing(self, task: Task) -> tuple[PrefixNode | None, list[Task]]:
         """The queued tasks of its lane that share its longest prefix that any other shares, itself included."""

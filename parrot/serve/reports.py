@@ -11,8 +11,10 @@ from parrot.serve.variables import Variable
 
 
 def input_failed(variable: Variable, error: ErrorInfo) -> ErrorInfo:
-    """Why a task fails that reads `variable`: the first cause is kept through any number of steps."""
-    details = {"cause": error.details.get("cause", error.code), "variable": error.details.get("variable", variable.id)}
+    """Why a task fails that reads `variable`: the first cause is kept, unchanged, through any number of steps."""
+    if error.code == "input_failed":
+        return error
+    details = {"cause": error.code, "variable": variable.id}
     return ErrorInfo("input_failed", f"input {variable.id!r} failed: {error.message}", details)
 
 

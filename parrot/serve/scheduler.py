@@ -17,7 +17,7 @@ from parrot.serve.config import ServeCoreConfig
 from parrot.serve.contexts import Context, PrefixStore
 from parrot.serve.effects import Abort, AnyEffect, ChainLink, Dispatch, FreeContexts
 from parrot.serve.engines import Engine, Engines, Lane
-from parrot.serve.events import Content, TaskFailed, TaskFinished
+from parrot.serve.events import Constant, Content, TaskFailed, TaskFinished
 from parrot.serve.graph import Task, chain_of
 from parrot.serve.policies import build_policy
 from parrot.serve.policies.base import Cluster, Placement, admits, length_of, prompt_tokens, too_large
@@ -90,8 +90,7 @@ class Scheduler:
                 task.ready_s = task.finished_s = now
                 self._failed(task, ErrorInfo("bad_template", f"call {call.number}: its prompt is empty"), now)
                 return
-            common = call.cache_prefix and call.variables[0] is None and not call.fuse_fill
-            task.path = self.prefixes.path(task.links, call.session.domain, common)
+            task.path = self.prefixes.path(task.links, call.session.domain, _head_is_common(task))
         if task.ready_s is None:
             self._sequence += 1
             task.sequence = self._sequence
@@ -108,6 +107,7 @@ class Scheduler:
         """Nobody wants the task's result any more."""
         if task.state == "queued":
             self._leave_queue(task)
+            self.changed = True  # it may have held others back
         elif task.state in IN_FLIGHT:
             assert task.engine is not None
             self._effects.append(Abort(task.engine.id, self.epoch, task.id, task.attempt))
@@ -133,6 +133,7 @@ class Scheduler:
     def _fail(self, task: Task, error: ErrorInfo, now: float) -> None:
         if task.state == "queued":
             self._leave_queue(task)
+            self.changed = True  # it may have held others back
         task.move("fail")
         task.finished_s = now
         self._forget(task)
@@ -365,7 +366,7 @@ class Scheduler:
         nothing of ours is in flight there, no event will tell, so that it is asked again a little later."""
         engine = task.engine
         assert engine is not None
-        self._release(task, now)
+        self._release(task, now, more_room=False)  # it has none, so that nobody else need ask
         task.refusals = {**(task.refusals or {}), engine.id: engine.version}
         if not engine.tasks:
             self._reopen.setdefault(engine.id, now + REOPEN_S)
@@ -376,6 +377,7 @@ class Scheduler:
         engine = self.engines.live.get(engine_id)
         if engine is None:
             return
+        told = set(context_ids)
         for context_id in context_ids:
             context = engine.contexts.get(context_id)
             if context is None:
@@ -384,7 +386,7 @@ class Scheduler:
                 context.filled = False
                 continue
             for gone in self.prefixes.drop(context):
-                if gone.id not in context_ids:
+                if gone.id not in told:
                     self.freed.setdefault(engine_id, []).append(gone.id)
 
     def _again(self, task: Task, code: str, message: str, now: float) -> None:
@@ -397,7 +399,7 @@ class Scheduler:
             self._failed(task, ErrorInfo(code, f"{message} (attempt {task.tries} of {self._config.max_attempts})"), now)
             return
         task.move("retry")
-        task.first_token_s = None
+        task.dispatched_s = task.started_s = task.first_token_s = None
         self.enqueue(task, now)
 
     # ------------------------------------------------------------------------------------------- contexts
@@ -406,7 +408,7 @@ class Scheduler:
         for context in task.contexts or ():
             context.filled = True
 
-    def _release(self, task: Task, now: float) -> None:
+    def _release(self, task: Task, now: float, more_room: bool = True) -> None:
         """The task is no longer in flight: its engine has more room, its contexts are one user fewer. Contexts that
         nobody filled go with it."""
         engine, contexts = task.engine, task.contexts
@@ -415,7 +417,7 @@ class Scheduler:
         del engine.tasks[task]
         engine.reserved -= task.reserved
         engine.latency_tasks -= task.counted_latency
-        self.engines.load_changed(engine, more_room=True)
+        self.engines.load_changed(engine, more_room)
         if len(self.queue):
             self.changed = True
         for context in reversed(contexts):
@@ -478,3 +480,12 @@ class Scheduler:
                 task.tries -= 1
             self.lose(engine.id, "the core was restarted", now)
 
+
+def _head_is_common(task: Task) -> bool:
+    """Whether its chain begins with a constant that everybody may share: with the call's own first segment, not with what
+    comes behind an empty one."""
+    call = task.call
+    if not call.cache_prefix or call.fuse_fill:
+        return False
+    first = call.segments[0]
+    return type(first) is Constant and bool(task.links) and task.links[0].contents[0] is first.content  # type: ignore[index]

@@ -76,7 +76,7 @@ class Server:
             return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=limit)
 
         # The low-level server: a third less work a request than an Application, whose routing is not needed here.
-        server = web.Server(self._handle, request_factory=make, handler_cancellation=True, access_log=None)
+        server = _HttpServer(self._handle, request_factory=make, handler_cancellation=True, access_log=None)
         self._runner = web.ServerRunner(server, shutdown_timeout=_STOP_S)
         await self._runner.setup()
         for each in sockets:
@@ -133,6 +133,27 @@ class Server:
     async def _health(self, request: web.BaseRequest, _: str, query: str) -> web.StreamResponse:
         """GET /health: for scripts that wait for the cluster."""
         return answer({"status": "ok", "engines": len(self.links)})
+
+
+class _HttpServer(web.Server):
+    """aiohttp's low-level server, whose connections refuse as this server does."""
+
+    def __call__(self) -> web.RequestHandler:
+        return _Connection(self, loop=self._loop, **self._kwargs)
+
+
+class _Connection(web.RequestHandler):
+    """One client's connection: bytes that are no HTTP get an ErrorBody too, and leave no traceback in the log."""
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        if status != 400 or request.writer.output_size > 0:
+            return super().handle_error(request, status, exc, message)
+        reason = (message or "").partition("\n")[0].rstrip(":") or "it cannot be read"
+        response = refusal(ErrorInfo("bad_request", f"this is no HTTP request: {reason}"))
+        response.force_close()
+        return response
 
 
 def _routes(api: ApiRoutes, engines: EngineRoutes, health: Handler) -> dict[str, dict[str, Handler]]:

@@ -33,7 +33,7 @@ class Session(msgspec.Struct, eq=False):
     unfinished: int = 0
     active: int = 0  # tasks that are queued or in flight
     waiting_gets: int = 0
-    answers: dict[str, Any] | None = None  # Idempotency-Key -> the first answer's payload
+    answers: dict[tuple[type, str], Any] | None = None  # kind of request, Idempotency-Key -> the first answer's payload
     contexts: dict[Context, None] | None = None  # those that only this session can share
     groups: dict[tuple[TaskId, int], Group] | None = None
 

@@ -22,6 +22,8 @@ NDJSON = "application/x-ndjson"
 _ENCODER = msgspec.json.Encoder()
 _DECODERS: dict[Any, msgspec.json.Decoder[Any]] = {}
 _MAX_KEY_LENGTH = 256
+#: What a get of a failed variable answers with status 503: the same get will never be answered otherwise.
+_FAILED_WORK = ("no_engine", "engine_rejected")
 
 
 def answer(payload: Any, status: int = 200) -> web.Response:
@@ -32,7 +34,9 @@ def answer(payload: Any, status: int = 200) -> web.Response:
 def refusal(error: ErrorInfo) -> web.Response:
     """An error as an answer. Where waiting helps (429, 503) it says how long, in seconds."""
     response = answer(ErrorBody(error), error.status)
-    if error.retryable and error.status in (429, 503):
+    if error.code == "method_not_allowed":
+        response.headers["Allow"] = ", ".join(error.details.get("allowed", ()))
+    elif error.retryable and error.status in (429, 503) and error.code not in _FAILED_WORK:
         wait_s = error.details.get("retry_after_s", 1.0)
         response.headers["Retry-After"] = str(max(1, math.ceil(wait_s)) if isinstance(wait_s, int | float) else 1)
     return response
@@ -44,16 +48,28 @@ def line(message: Any) -> bytes:
 
 
 async def body_of(request: web.BaseRequest) -> bytes:
-    """The request's body, b"" when it has none. Raises `body_too_large`."""
+    """The request's body, b"" when it has none. Raises `body_too_large`, and `bad_request` for one that is badly encoded."""
     if not request.body_exists:
         return b""
     limit = request.client_max_size
     if (request.content_length or 0) > limit:
         raise ParrotError("body_too_large", f"the body has {request.content_length} bytes; the limit is {limit}", limit=limit)
+    if request.headers.get("Expect", "").lower() == "100-continue":
+        _invite_body(request)
     try:
         return await request.read()
     except web.HTTPRequestEntityTooLarge:
         raise ParrotError("body_too_large", f"the body has more than {limit} bytes, the limit", limit=limit) from None
+    except web.RequestPayloadError as error:
+        encoding = request.headers.get("Content-Encoding", "none")
+        raise ParrotError("bad_request", f"the body cannot be read; its Content-Encoding is {encoding}") from error
+
+
+def _invite_body(request: web.BaseRequest) -> None:
+    """The low-level server leaves this to its handlers; clients wait for it before they send a large body."""
+    transport = request.transport
+    if transport is not None:
+        transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
 def decoded(body: bytes, kind: type[T]) -> T:
@@ -68,10 +84,15 @@ def decoded(body: bytes, kind: type[T]) -> T:
         raise _invalid(str(error), kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ParrotError("bad_request", f"the body is no valid JSON: {error}") from None
+    except RecursionError:
+        raise ParrotError("bad_request", "the body is nested too deeply") from None
 
 
 def arguments(query: str, body: bytes, kind: type[T], **path: Any) -> T:
-    """The arguments of a GET or DELETE: from the body, the query and the path; the later wins. Raises `bad_request`."""
+    """The arguments of a GET or DELETE: the path's stand above the body's, the body's above the query's.
+
+    Raises `bad_request`.
+    """
     if not query and not path:
         return decoded(body, kind)
     given = decoded(body, dict)
@@ -85,17 +106,20 @@ def arguments(query: str, body: bytes, kind: type[T], **path: Any) -> T:
 
 
 def idempotency_key(request: web.BaseRequest) -> str | None:
-    """The header's value. Raises `bad_request` for one that is empty, overlong or not ASCII."""
+    """The header's value with the path that it was sent to: elsewhere the same key is another request's.
+
+    Raises `bad_request` for one that is empty, overlong or not ASCII.
+    """
     key = request.headers.get("Idempotency-Key")
     if key is not None and not (0 < len(key) <= _MAX_KEY_LENGTH and key.isascii()):
         message = f"Idempotency-Key has {len(key)} characters; 1 to {_MAX_KEY_LENGTH} of ASCII are accepted"
         raise ParrotError("bad_request", message)
-    return key
+    return None if key is None else f"{request.path}:{key}"
 
 
 def _invalid(message: str, kind: Any) -> ParrotError:
     """msgspec's complaint in the client's terms."""
-    where = "the body"
+    where = "the request"
     if match := re.search(r" - at `\$(.*)`$", message):
         where, message = match[1].lstrip("."), message[: match.start()]
     code = "bad_sampling" if "sampling_config" in where else "bad_request"
@@ -109,7 +133,7 @@ def _invalid(message: str, kind: Any) -> ParrotError:
 
 def _fields(kind: Any, where: str) -> list[str]:
     """The names that the struct at `where` in a `kind` may have."""
-    for name in re.findall(r"[a-z_]+", where) if where != "the body" else ():
+    for name in re.findall(r"[a-z_]+", where) if where != "the request" else ():
         hints = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
         kind = next(
             (part for part in (hints.get(name), *get_args(hints.get(name))) if _is_struct(part)),

@@ -86,6 +86,15 @@ def test_files_that_cannot_be_used_are_refused_in_one_line(tmp_path: Path, capsy
     message = refused(capsys, "--config_path", unknown)
     assert unknown in message
     assert "'colour'" in message
+    for key, keys in (
+        ("latency_profile", {}),
+        ("latency_profile", {"latency_profile": "nowhere"}),
+        ("engine_secret", {"latency_profile": "zero", "serve_core": {"engine_secret": "env:NO_SUCH_VARIABLE_HERE"}}),
+    ):
+        path = write(tmp_path / "f.json", {"model": "m", "engine_type": "emulated", **keys})
+        message = refused(capsys, "--config_path", path, "--port", "0")
+        assert path in message
+        assert key in message
 
 
 def test_a_port_in_use_is_refused_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:

@@ -253,6 +253,13 @@ async def test_bad_requests_are_refused_by_name_and_leave_the_rest_running() -> 
             async with engine.client.post(engine.url + path, data=b"{no json") as response:
                 assert response.status == 400
                 assert (await response.json())["error"]["code"] == "bad_request"
+            broken = {"Content-Encoding": "gzip", "Connection": "close"}
+            async with engine.client.post(engine.url + path, data=b"{}  ", headers=broken) as response:
+                assert response.status == 400
+                assert "gzip" in (await response.json())["error"]["message"]
+        deep = b'{"context_id": 1, "unknown": ' + b"[" * 50_000 + b"]" * 50_000 + b"}"
+        async with engine.client.post(engine.url + "/free_context", data=deep) as response:
+            assert response.status == 400
         assert (await engine.error("/task", {"engine_id": 0}))[:2] == (400, "bad_request")
         assert (await engine.error("/free_context", {}))[:2] == (400, "bad_request")
         assert (await engine.error("/nowhere", {}))[:2] == (404, "not_found")

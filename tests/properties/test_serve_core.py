@@ -154,8 +154,17 @@ class ServeCoreMachine(RuleBasedStateMachine):
         criteria=st.sampled_from([None, *Criteria]),
         fuse=st.booleans(),
         cache=st.booleans(),
+        models=st.sampled_from([(), (), ("m",), ("n",), ("m", "n")]),
     )
-    def submit(self, data: st.DataObject, shape: list[str], criteria: Criteria | None, fuse: bool, cache: bool) -> None:
+    def submit(
+        self,
+        data: st.DataObject,
+        shape: list[str],
+        criteria: Criteria | None,
+        fuse: bool,
+        cache: bool,
+        models: tuple[str, ...],
+    ) -> None:
         session = self.session(data)
         known = self.sessions[session]
         segments: list[ev.Segment] = [text(data.draw(st.sampled_from(["S", "T"])), 20)]
@@ -172,7 +181,8 @@ class ServeCoreMachine(RuleBasedStateMachine):
             elif kind.startswith("out"):
                 segments.append(out(name, max_gen_length=data.draw(st.integers(1, 60))))
         arguments = (session, f"auth{session}", tuple(segments))
-        reply = self.ask(ev.SubmitCall, *arguments, output_criteria=criteria, fuse_fill=fuse, cache_prefix=cache)
+        options = {"output_criteria": criteria, "fuse_fill": fuse, "cache_prefix": cache, "models": models}
+        reply = self.ask(ev.SubmitCall, *arguments, **options)
         assert reply is not None
         if reply.error is not None:
             assert reply.error.code in {"conflict", "cyclic_dependency", "queue_full", "too_many_tasks"}
@@ -210,9 +220,16 @@ class ServeCoreMachine(RuleBasedStateMachine):
 
     # -------------------------------------------------------------------------------------------- engines
 
-    @rule(tasks=st.integers(1, 4), tokens=st.integers(30, 400), longest=st.sampled_from([25, 60, 5000]), bos=st.integers(0, 1))
-    def register(self, tasks: int, tokens: int, longest: int, bos: int) -> None:
-        description = described("e", tasks_capacity=tasks, tokens_capacity=tokens, max_seq_len=longest, bos_tokens=bos)
+    @rule(
+        tasks=st.integers(1, 4),
+        tokens=st.integers(30, 400),
+        longest=st.sampled_from([25, 60, 5000]),
+        bos=st.integers(0, 1),
+        model=st.sampled_from("mmn"),
+    )
+    def register(self, tasks: int, tokens: int, longest: int, bos: int, model: str) -> None:
+        capacity = {"tasks_capacity": tasks, "tokens_capacity": tokens, "max_seq_len": longest}
+        description = described("e", **capacity, bos_tokens=bos, model=model)
         self.request += 1
         self.waiting.add(self.request)
         next_id = self.core.scheduler.engines._next_id + 1

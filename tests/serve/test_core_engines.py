@@ -5,6 +5,7 @@ from __future__ import annotations
 from parrot.protocol.api import Criteria
 from parrot.serve import events as ev
 from parrot.serve.effects import Dispatch, FreeContexts
+from parrot.serve.engines import KEPT_LANES
 from parrot.serve.scheduler import REOPEN_S
 from tests.serve.driver import Driver, out, read, text, value
 
@@ -124,6 +125,49 @@ def test_an_idle_engine_that_rejects_is_asked_again_a_little_later() -> None:
     assert len(d.dispatches) == 1
 
 
+def test_rejections_of_several_tasks_cost_each_one_attempt() -> None:
+    """A rejection is no change of capacity: it lets nobody else try again."""
+    d = Driver(scheduler={"max_attempts": 3})
+    d.engine()
+    session = d.open()
+    gets = [fetched(d, session, text(f"p{n}"), out("x")) for n in range(10)]
+    while d.dispatches:
+        full = d.dispatches.pop(0)
+        d.send(ev.TaskRejected(full.epoch, full.task, full.attempt, "full"))
+    assert [task.attempts for call in d.report(session).reports for task in call.tasks] == [1] * 10
+    d.send(ev.Tick(), at=REOPEN_S)
+    for dispatch in list(d.dispatches):
+        d.finish(dispatch)
+    assert all(d.replies[get].error is None for get in gets)
+
+
+def test_a_task_that_gives_up_its_place_in_the_queue_lets_the_next_one_run() -> None:
+    d = Driver()
+    d.engine(tokens_capacity=100)
+    first, large, small = d.open(), d.open(), d.open()
+    fetched(d, first, text("a", 10), out("x"))
+    fetched(d, large, text("b", 90), out("x"))
+    fetched(d, small, text("c", 10), out("x"))
+    assert [dispatch.task.session_id for dispatch in d.dispatches] == [first]
+    d.close(large)
+    assert [dispatch.task.session_id for dispatch in d.dispatches] == [first, small]
+
+
+def test_a_retried_tasks_times_are_those_of_its_last_attempt() -> None:
+    d = Driver()
+    d.engine()
+    session = d.open()
+    fetched(d, session, text("a"), out("x"))
+    d.now = 1.0
+    d.start(d.dispatches[0])
+    d.now = 2.0
+    d.fail(d.dispatches[0], retryable=True)
+    d.now = 3.0
+    d.fail(d.dispatches[0])
+    task = d.report(session).reports[0].tasks[0]
+    assert (task.dispatched_s, task.started_s, task.finished_s) == (2.0, None, 3.0)
+
+
 def test_a_prompt_too_long_for_every_engine_fails_at_once_and_names_the_numbers() -> None:
     d = Driver()
     d.engine(max_seq_len=50)
@@ -160,6 +204,31 @@ def test_models_and_model_types_route_among_engines() -> None:
         (x,) = d.outputs(d.submit(session, text("t"), out("x"), output_criteria=Criteria.LATENCY, **fields))
         assert [e.engine_id for e in d.dispatches if e.output_var == x] == [expected]
     assert [m.model_name for m in d.core.models()] == ["A", "B"]
+
+
+def test_model_lists_that_nobody_asks_for_any_more_are_forgotten() -> None:
+    """Clients may name what they like; each list costs something at every change of an engine's load."""
+    d = Driver("round_robin")
+    d.engine(model="m")
+
+    def one_call(models: tuple[str, ...]) -> None:
+        session = d.open()
+        (x,) = d.outputs(d.submit(session, text("a"), out("x"), models=models))
+        get = d.get(session, x)
+        d.finish(d.dispatches[0])
+        d.payload(get)
+        d.close(session)
+
+    kept = d.open()
+    (waiting,) = d.outputs(d.submit(kept, text("a"), out("x"), models=("later",)))
+    get = d.get(kept, waiting)
+    for n in range(5 * KEPT_LANES):
+        one_call(("m", f"other{n}"))
+    assert len(d.core.scheduler.engines.lanes) <= KEPT_LANES + 1
+    one_call(("m", "other0"))
+    d.engine(model="later")
+    d.finish(d.dispatches[0])
+    d.payload(get)
 
 
 def test_capacity_bounds_what_an_engine_gets_and_one_task_alone_is_always_admitted() -> None:
@@ -209,6 +278,15 @@ def test_leading_constants_are_shared_across_sessions_and_nothing_else_is() -> N
     assert a.chain[0].context_id == b.chain[0].context_id
     assert a.chain[1].context_id != b.chain[1].context_id
     assert c.chain[0].context_id not in {a.chain[0].context_id, b.chain[0].context_id}
+
+
+def test_a_value_behind_an_empty_constant_is_no_leading_constant() -> None:
+    d = Driver()
+    d.engine()
+    for _ in range(2):
+        fetched(d, d.open(), text("blank", 0), value("v", "secret", 30), out("x"))
+    one, other = d.dispatches
+    assert one.chain[0].context_id != other.chain[0].context_id
 
 
 def test_sessions_of_one_tenant_share_contexts() -> None:

@@ -189,6 +189,60 @@ def test_a_cycle_is_refused_and_changes_nothing() -> None:
     d.set(session, x, "still settable")
 
 
+def test_a_call_may_read_what_it_has_written_before_and_what_follows_from_it() -> None:
+    d = Driver()
+    d.engine()
+    session = d.open()
+    draft, review = d.variable(session), d.variable(session)
+    d.submit(session, text("review"), read("draft", draft), out("review", review))
+    own = (text("A"), out("draft", draft), read("draft2", draft), read("review", review), out("final"))
+    final = d.outputs(d.submit(session, *own))[-1]
+    get = d.get(session, final)
+    while d.dispatches:
+        d.finish(d.dispatches[0])
+    assert d.replies[get].error is None
+
+
+def test_a_call_may_not_read_what_it_writes_later_not_even_by_way_of_another() -> None:
+    d = Driver()
+    session = d.open()
+    x, y = d.variable(session), d.variable(session)
+    d.submit(session, text("A"), read("x", x), out("y", y))
+    for reads in (x, y):
+        segments = (text("B"), out("o"), read("in", reads), out("x", x))
+        assert d.error(d.ask(ev.SubmitCall, session, d.auths[session], segments)).code == "cyclic_dependency"
+
+
+def test_a_failure_passes_down_a_chain_of_any_length() -> None:
+    d = Driver()
+    d.engine()
+    session = d.open()
+    (last,) = d.outputs(d.submit(session, text("A"), out("x")))
+    for _ in range(1500):
+        (last,) = d.outputs(d.submit(session, text("A"), read("x", last), out("x")))
+    get = d.get(session, last)
+    d.fail(d.dispatches[0])
+    assert d.faults == []
+    error = d.error(get)
+    assert error.code == "input_failed"
+    assert error.details == {"cause": "generation_failed", "variable": "v0"}
+    assert len(error.message) < 200
+    assert d.core.counts()["failed"] == 1501
+
+
+def test_the_longest_way_to_the_fetched_output_is_its_depth_in_whatever_order_inputs_are_read() -> None:
+    """Quick also where there are exponentially many ways."""
+    for order in (1, -1):
+        d = Driver()
+        session = d.open()
+        made: list[str] = []
+        for n in range(120):
+            inputs = [read(f"x{var}", var) for var in made][::order]
+            made += d.outputs(d.submit(session, text("A"), *inputs, out(f"y{n}")))
+        d.get(session, made[-1])
+        assert [call.tasks[0].depth for call in d.report(session).reports] == list(range(119, -1, -1))
+
+
 @pytest.mark.parametrize("segments", [(text("no output"),), (out("first"),)])
 def test_a_call_without_text_before_an_output_is_refused(segments: tuple[ev.Segment, ...]) -> None:
     d = Driver()

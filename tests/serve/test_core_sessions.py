@@ -61,6 +61,19 @@ def test_a_session_with_work_or_a_pending_get_is_not_idle() -> None:
     assert d.core.counts()["sessions"] == 0
 
 
+def test_a_session_that_works_is_described_as_not_idle() -> None:
+    d = Driver()
+    d.engine()
+    session = d.open()
+    (x,) = d.outputs(d.submit(session, text("t"), out("x")))
+    d.get(session, x)
+    d.now = 5.0
+    assert d.payload(d.ask(ev.DescribeSession, session, d.auths[session])).idle_s == 0.0
+    d.finish(d.dispatches[0])
+    d.now = 7.0
+    assert d.payload(d.ask(ev.DescribeSession, session, d.auths[session])).idle_s == 2.0
+
+
 def test_the_number_of_sessions_is_bounded() -> None:
     d = Driver(max_sessions_num=1)
     session = d.open()
@@ -124,6 +137,14 @@ def test_a_repeated_request_gets_the_first_answer(key: str | None) -> None:
     d.payload(d.ask(ev.SetVariable, 1, "a", var, content("c", 1), None if key is None else "k3"))
     repeated = d.ask(ev.SetVariable, 1, "a", var, content("c", 1), None if key is None else "k3")
     assert (d.replies[repeated].error is None) is (key is not None)
+
+
+def test_an_idempotency_key_is_of_one_kind_of_request() -> None:
+    d = Driver()
+    session = d.open()
+    made = d.payload(d.ask(ev.CreateVariable, session, d.auths[session], "x", idempotency_key="1"))
+    call = d.payload(d.ask(ev.SubmitCall, session, d.auths[session], (text("t"), out("y")), idempotency_key="1"))
+    assert d.outputs(call) != [made["var_id"]]
 
 
 def test_time_never_goes_back() -> None:

@@ -155,6 +155,36 @@ async def test_repeated_posts_with_one_idempotency_key_are_one() -> None:
             assert await c.client.send("POST", path, body, headers={"Idempotency-Key": "k4"}) == (200, {})
 
 
+async def test_an_idempotency_key_is_of_one_path_and_means_nothing_on_another() -> None:
+    async with cluster() as c:
+        session = await c.client.session()
+        again = {"headers": {"Idempotency-Key": "k"}}
+        _, made = await c.client.send("POST", "/v1/semantic_var", session, **again)
+        path = f"/v1/semantic_var/{made['var_id']}"
+        assert await c.client.send("POST", path, {**session, "content": "set indeed"}, **again) == (200, {})
+        assert await c.client.get(session, made["var_id"]) == (200, {"content": "set indeed"})
+        _, called = await c.client.send(
+            "POST",
+            "/v1/semantic_call",
+            {**session, "template": "a {{x}}", "parameters": [{"name": "x", "is_output": True}]},
+            **again,
+        )
+        assert called["param_info"][0]["parameter_name"] == "x"
+
+
+async def test_a_client_that_waits_for_100_continue_is_asked_for_its_body() -> None:
+    async with cluster() as c:
+        host, port = c.client.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        head = "POST /v1/session HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n"
+        writer.write(head.encode())
+        async with asyncio.timeout(5):
+            assert (await reader.readuntil(b"\r\n\r\n")).split()[1] == b"100"
+            writer.write(b"{}")
+            assert (await reader.readline()).split()[1] == b"200"
+        writer.close()
+
+
 async def test_models_are_those_of_live_engines() -> None:
     async with cluster() as c:
         assert await c.client.send("GET", "/v1/models") == (200, {"models": []})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
 import pytest
 
 from parrot.protocol.engine import Failed, Started
@@ -46,6 +47,12 @@ async def _still_works(c: Cluster) -> None:
         ),
         ({"template": "a {{x}}", "parameters": [{**OUTPUT, "sampling_config": {"warmth": 1}}]}, "bad_sampling", "warmth"),
         ({"template": "a {{x}}", "parameters": [{**OUTPUT, "sampling_config": {"n": 2}}]}, "bad_sampling", "n is 2"),
+        ({"template": "a {{x}}", "parameters": [{**OUTPUT, "sampling_config": {"top_k": 2**70}}]}, "bad_sampling", "top_k"),
+        (
+            {"template": "a {{x}}", "parameters": [{**OUTPUT, "sampling_config": {"logit_bias": {"1": 1e300}}}]},
+            "bad_sampling",
+            "logit_bias",
+        ),
     ],
 )
 async def test_a_call_that_does_not_fit_together_is_refused_whole(call: dict[str, Any], code: str, named: str) -> None:
@@ -89,6 +96,7 @@ async def test_the_place_in_the_template_is_told() -> None:
         ("POST", "/v1/session", b"{no json", 400, "bad_request"),
         ("POST", "/v1/session", b"\xff\xfe", 400, "bad_request"),
         ("POST", "/v1/session", b"[1]", 400, "bad_request"),
+        ("POST", "/v1/session", b'{"apps":' + b"[" * 50_000 + b"]" * 50_000 + b"}", 400, "bad_request"),
         ("POST", "/v1/session", {"apps": {}, "unknown": 1}, 400, "bad_request"),
         ("POST", "/v1/semantic_call", b"", 400, "bad_request"),
         ("GET", "/v1/nothing", None, 404, "not_found"),
@@ -101,6 +109,9 @@ async def test_the_place_in_the_template_is_told() -> None:
         ("GET", "/v1/semantic_var", None, 400, "bad_request"),
         ("GET", "/v1/semantic_var/v?session_id=1&stream=perhaps", None, 400, "bad_request"),
         ("GET", "/v1/semantic_var/v?session_id=1&criteria=fast", None, 400, "bad_criteria"),
+        ("GET", "/v1/semantic_var/v?session_id=1&timeout=inf", None, 400, "bad_request"),
+        ("GET", "/v1/semantic_var/v?session_id=1&timeout=nan", None, 400, "bad_request"),
+        ("GET", "/v1/semantic_var/v?session_id=1&timeout=-1", None, 400, "bad_request"),
         ("POST", "/v1/py_native_call", {"session_id": 1}, 501, "not_implemented"),
         ("POST", "/register_engine", {"engine_config": {}}, 400, "bad_request"),
         ("POST", "/engine_heartbeat", {"engine_id": 99, "engine_name": "e"}, 404, "not_found"),
@@ -112,7 +123,24 @@ async def test_a_request_of_the_wrong_form_is_answered_with_its_error(
     async with cluster() as c:
         found, answer = await c.client.send(method, path, body)
         assert (found, answer["error"]["code"]) == (status, code), answer
+        assert set(answer["error"]) == {"code", "message", "details"}
         assert "Traceback" not in str(answer)
+        await _still_works(c)
+
+
+async def test_a_wrong_method_is_told_which_there_are() -> None:
+    async with cluster() as c:
+        await c.client.send("PUT", "/v1/semantic_var")
+        assert c.client.headers["Allow"] == "GET, POST"
+
+
+async def test_a_body_that_is_not_encoded_as_it_says_is_400() -> None:
+    async with cluster() as c:
+        status, answer = await c.client.send(
+            "POST", "/v1/session", b"{}  ", headers={"Content-Encoding": "gzip", "Connection": "close"}
+        )
+        assert (status, answer["error"]["code"]) == (400, "bad_request")
+        assert "gzip" in answer["error"]["message"]
         await _still_works(c)
 
 
@@ -137,15 +165,25 @@ async def test_an_idempotency_key_has_a_sane_form(key: str) -> None:
         assert (status, answer["error"]["code"]) == (400, "bad_request")
 
 
-@pytest.mark.parametrize("line", [b"GET /v1/semantic_var/\xff\xfe?session_id=1 HTTP/1.1", b"nonsense"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"GET /v1/semantic_var/\xff\xfe?session_id=1 HTTP/1.1",
+        b"nonsense",
+        b"GET /v1/models HTTP/1.1\r\nno header",
+        b"GET /v1/models?" + b"x" * 20_000 + b" HTTP/1.1",
+        b"POST /v1/session HTTP/1.1\r\nContent-Length: many",
+    ],
+)
 async def test_bytes_that_are_no_clean_request_are_400(line: bytes) -> None:
     async with cluster() as c:
         host, port = c.client.url.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(line + b"\r\nHost: x\r\n\r\n")
-        answer = await reader.readline()
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
         writer.close()
-        assert answer.split()[1:2] == [b"400"]
+        assert head.split()[1:2] == [b"400"]
+        assert msgspec.json.decode(body)["error"]["code"] == "bad_request"
         await _still_works(c)
 
 

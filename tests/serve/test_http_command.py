@@ -51,6 +51,7 @@ def test_a_configuration_that_cannot_be_used_is_one_line(
     assert main(["--config_path", _file(tmp_path, text)]) == 1
     message = capsys.readouterr().err
     assert named in message
+    assert "core.json" in message or "listen" in message
     assert message.count("\n") == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import msgspec
 import pytest
@@ -66,6 +67,35 @@ async def test_engines_need_the_cluster_s_secret() -> None:
         assert (await c.client.send("POST", "/engine_heartbeat", beat))[0] == 401
         assert (await c.client.send("POST", "/engine_heartbeat", {**beat, "secret": "x"}))[0] == 403
         assert await c.client.send("POST", "/engine_heartbeat", {**beat, "secret": "open sesame"}) == (200, {})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tasks_capacity": 0},
+        {"tokens_capacity": -1},
+        {"max_seq_len": 0},
+        {"port": 0},
+        {"port": 70000},
+        {"engine_type": "abacus"},
+        {"engine_name": ""},
+    ],
+)
+async def test_an_engine_that_describes_itself_badly_is_refused_by_the_key(change: dict[str, Any]) -> None:
+    async with cluster() as c:
+        engine = await c.engine()
+        status, answer = await c.client.register(engine, "another", **change)
+        assert (status, answer["error"]["code"]) == (400, "bad_request")
+        assert next(iter(change)) in answer["error"]["message"]
+        assert list(c.server.core.engines) == [engine.engine_id]
+
+
+async def test_work_that_failed_for_good_invites_no_retry() -> None:
+    async with cluster(global_scheduler={"engine_wait_timeout": 0.01}) as c:
+        session = await c.client.session()
+        status, answer = await c.client.get(session, await c.client.ask(session, "hello"))
+        assert (status, answer["error"]["code"]) == (503, "no_engine")
+        assert "Retry-After" not in c.client.headers
 
 
 async def test_an_engine_too_many_is_429() -> None:

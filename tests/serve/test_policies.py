@@ -93,6 +93,19 @@ def test_graph_group_puts_a_group_on_one_engine_when_it_fits_and_on_few_when_not
     assert spread(8, graph_group=True) == [1, 1, 1, 1]
 
 
+def test_a_task_group_over_several_models_is_placed_model_by_model() -> None:
+    d = Driver("parrot", {"graph_group": True})
+    for model in "ABAB":
+        d.engine(model=model)
+    session = d.open()
+    parts = [d.outputs(d.submit(session, text(f"m{n}"), out("x"), models=("AB"[n % 2],)))[0] for n in range(4)]
+    fetched(d, session, text("reduce"), *(read(f"x{n}", var) for n, var in enumerate(parts)), out("y"))
+    placed = {dispatch.task.call: dispatch.engine_id for dispatch in d.dispatches}
+    assert placed[0] == placed[2]
+    assert placed[1] == placed[3]
+    assert d.core.scheduler.policy_errors == {}
+
+
 def test_ctx_group_keeps_queued_tasks_with_a_common_prefix_together() -> None:
     def placed(**switches: bool) -> dict[str, set[int]]:
         # Six tasks wait; then two engines come in one instant, so that the policy sees all of it at once.

@@ -16,7 +16,7 @@ from sim.cluster import Timeline
 from sim.metrics import Recorder
 from sim.network import Constant, Measured, Network, stream
 from sim.population import StuckError, simulate
-from sim.workloads.program import Program
+from sim.workloads.program import Call, Get, Program, Text, Write
 from tests.sim.clusters import engine
 from tests.sim.programs import chain, chat, map_reduce, one_call, programs
 
@@ -157,3 +157,19 @@ def test_an_event_at_an_absolute_time_arrives_at_exactly_that_time() -> None:
     timeline.timeout(5.0)  # SimPy's own events live beside them
     timeline.run()
     assert seen == sorted(times)
+
+
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("rtt_s", [0.0, 0.3])
+def test_a_program_that_fails_gives_up_what_it_has_under_way_and_all_of_it_is_counted(mode: Mode, rtt_s: float) -> None:
+    calls = [Call((Text(f"p{n}", 20), Write(f"x{n}", 200))) for n in range(3)]
+    calls.append(Call((Text("too large", 5000), Write("z", 5))))
+    gets = tuple(Get(f"get {var}", var) for var in ("x0", "x1", "x2", "z"))
+    failing = Program("failing", 0.0, tuple(calls), gets)
+    later = one_call("later", arrival_s=50.0)
+    for some in ([failing], [failing, later]):
+        recorder = run(some, network=Constant(rtt_s), mode=mode, max_gen_length=256)
+        states = sorted(call.state for call in recorder.calls if call.program == 0)
+        assert len(states) == 4
+        assert states.count("failed") == 1
+        assert "finished" not in states

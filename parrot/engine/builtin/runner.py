@@ -115,9 +115,11 @@ class BuiltinRunner:
             self._contexts.pop(context_id, None)
 
     def _check_ids(self, ids: Sequence[int]) -> None:
-        if self._tokenizer.name != SYNTHETIC and ids and not 0 <= min(ids) <= max(ids) < self._vocab:
-            wrong = next(i for i in ids if not 0 <= i < self._vocab)
-            raise ParrotError("bad_request", f"token id {wrong} is none of the model's, which are 0 to {self._vocab - 1}")
+        # Synthetic ids are folded into the model's when they are computed.
+        vocab = self._tokenizer.vocab_size if self._tokenizer.name == SYNTHETIC else self._vocab
+        if ids and not 0 <= min(ids) <= max(ids) < vocab:
+            wrong = next(i for i in ids if not 0 <= i < vocab)
+            raise ParrotError("bad_request", f"token id {wrong} is none of the model's, which are 0 to {vocab - 1}")
 
     # ------------------------------------------------------------------------------------------------------ iterations
 

@@ -19,6 +19,8 @@ from parrot.protocol.errors import ParrotError
 
 #: Candidates that top-p looks at first, before it looks at eight times as many, and so on.
 _CANDIDATES = 256
+#: Below this a draw is the most probable token anyhow, and float32 has no smaller number than 1e-45.
+_LEAST_TEMPERATURE = 1e-6
 
 
 @dataclass
@@ -98,10 +100,12 @@ def _adjust(logits: Tensor, row: SamplingRow) -> None:
     sampling = row.sampling
     if row.penalised:
         if sampling.repetition_penalty not in (None, 1.0):
-            seen = torch.tensor(sorted({*row.prompt, *row.counts}), device=logits.device)
+            vocab = logits.shape[0]  # synthetic ids know none: they are folded as the runner folds them
+            seen = torch.tensor(sorted({i % vocab for i in (*row.prompt, *row.counts)}), device=logits.device)
             values = logits[seen]
             penalty = sampling.repetition_penalty
-            logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+            # A finite penalty may still leave float32's range: no row may ever hold an infinity, of which a NaN comes.
+            logits[seen] = torch.where(values > 0, values / penalty, values * penalty).nan_to_num()
         if row.counts:
             ids = torch.tensor(list(row.counts), device=logits.device)
             counts = torch.tensor(list(row.counts.values()), dtype=logits.dtype, device=logits.device)
@@ -117,7 +121,7 @@ def _truncated(sampling: SamplingConfig) -> bool:
 def _tempered(logits: Tensor, indices: list[int], rows: Sequence[SamplingRow]) -> Tensor:
     """Logits over temperature, the greatest of each row 0: [indices, vocab_size]."""
     found = logits[indices]
-    temperatures = torch.tensor([rows[i].sampling.temperature for i in indices], device=logits.device)
+    temperatures = torch.tensor([max(_LEAST_TEMPERATURE, rows[i].sampling.temperature) for i in indices], device=logits.device)
     return (found - found.amax(dim=-1, keepdim=True)) / temperatures.unsqueeze(1)
 
 

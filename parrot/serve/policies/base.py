@@ -156,6 +156,8 @@ class InOrder:
         return task.sequence
 
     def place(self, queue: TaskQueue, cluster: Cluster, now: float) -> Iterator[Placement]:
+        for lane in [lane for lane in self._stalled if not queue.waiting(lane)]:
+            del self._stalled[lane]
         for lane in queue.lanes():
             while (task := queue.head(lane)) is not None:
                 stalled = self._stalled.get(lane)
@@ -168,8 +170,6 @@ class InOrder:
                 if not placed:
                     self._stalled[lane] = (task, lane.version)
                     break
-            else:
-                self._stalled.pop(lane, None)
 
     def choose(self, task: Task, queue: TaskQueue, cluster: Cluster) -> Iterable[Placement]:
         """Placements of `task`, first, and of tasks that shall go with it; none when it must wait."""

@@ -110,6 +110,8 @@ class Parrot(InOrder):
     def _holds(self, members: list[Task], engine: Engine, cluster: Cluster) -> bool:
         """Whether all of `members` fit on the engine at once, a prefix that they share counted once a member (so that
         the answer errs to the safe side)."""
+        if len(members) > 1 and len(members) > engine.description.tasks_capacity - engine.running:
+            return False
         if not all(cluster.fits(member, engine, self._bound(member, engine)) for member in members):
             return False
         if len(members) == 1:
@@ -117,8 +119,7 @@ class Parrot(InOrder):
         need = sum(cluster.need(member, engine) for member in members)
         bounds = [b for member in members if (b := self._bound(member, engine)) is not None]
         capacity = min([engine.description.tokens_capacity, *bounds])
-        room = engine.description.tasks_capacity - engine.running
-        return engine.reserved + need <= capacity and len(members) <= room
+        return engine.reserved + need <= capacity
 
     def _bound(self, task: Task, engine: Engine) -> int | None:
         if self._latency_capacity is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -20,7 +21,7 @@ class RoundRobin(InOrder):
 
     def __init__(self, parameters: dict[str, Any], generator: np.random.Generator) -> None:
         super().__init__(parameters, generator)
-        self._last: dict[Lane, int] = {}
+        self._last: WeakKeyDictionary[Lane, int] = WeakKeyDictionary()
 
     def choose(self, task: Task, queue: TaskQueue, cluster: Cluster) -> Iterator[Placement]:
         lane = task.call.lane

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,9 @@ from parrot.engine.builtin.runner import BuiltinRunner, LoadedRunner  # noqa: E4
 from parrot.engine.builtin.weights import as_directory  # noqa: E402
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-FIRST, SECOND = 5, 3  # tokens of a template's two outputs
+#: Tokens of a template's two outputs. A longer run: PARROT_GREEDY_TOKENS=32.
+FIRST = int(os.environ.get("PARROT_GREEDY_TOKENS", "12"))
+SECOND = FIRST // 2
 
 SYSTEM = "<|im_start|>system\nAnswer in one short sentence.<|im_end|>\n<|im_start|>user\n"
 QUESTIONS = [

@@ -205,6 +205,8 @@ def test_token_ids_that_the_model_does_not_have_are_refused_by_number() -> None:
     drive = Drive(loaded.runner, limits())
     drive.submit("t", [(1, [10**6, 5])], 2, GREEDY)  # synthetic ids know no vocabulary
     assert len(drive.run()["t"]) == 8
+    with pytest.raises(ParrotError, match=str(2**70)):  # but they are numbers of 31 bits
+        drive.submit("u", [(3, [2**70])], 4, GREEDY)
     drive.close()
 
 

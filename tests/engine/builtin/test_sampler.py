@@ -122,5 +122,27 @@ def test_what_cannot_be_honoured_is_refused_and_named(sampling: SamplingConfig, 
     assert named in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingConfig(temperature=1e-300),
+        SamplingConfig(temperature=1e300),
+        SamplingConfig(temperature=1e-300, top_p=0.5),
+        SamplingConfig(repetition_penalty=1e-300),
+        SamplingConfig(repetition_penalty=1e300),
+        SamplingConfig(repetition_penalty=1e300, top_k=2**31 - 1),
+        SamplingConfig(logit_bias={"0": 100.0, "1": -100.0}, top_p=1e-300),
+    ],
+)
+def test_extreme_but_legal_values_draw_a_token_of_the_vocabulary(sampling: SamplingConfig) -> None:
+    rows = [SamplingRow(sampling, seed, prompt=range(5)) for seed in range(50)]
+    assert set(sample(logits(*[LOGITS] * 25, *[[-x for x in LOGITS]] * 25), rows)) <= set(range(5))
+
+
+def test_a_repetition_penalty_folds_ids_of_the_synthetic_tokenizer_into_the_vocabulary() -> None:
+    row = SamplingRow(SamplingConfig(temperature=0.0, repetition_penalty=2.0), 0, prompt=[5_000_000])
+    assert sample(logits([2.0, 1.5, 0.0, 0.0, 0.0]), [row]) == [1]
+
+
 def test_dummy_weights_honour_an_output_length() -> None:
     check_sampling(SamplingConfig(output_length=5), 100, dummy=True)
