@@ -17,6 +17,9 @@ from parrot.protocol.errors import ParrotError
 
 _PLACEHOLDER = re.compile(r"\{\{(" + PLACEHOLDER_NAME + r")\}\}")
 
+#: Pieces of a template; a call that reads more variables than this reads them in several calls.
+MAX_PIECES = 8192
+
 
 class Text(msgspec.Struct, frozen=True, gc=False):
     """A constant piece of a template; never empty."""
@@ -138,6 +141,8 @@ def _split(template: str, specs: dict[str, ParameterSpec], problem: _Problem) ->
             known = ", ".join(specs) or "none"
             problem.refuse(f"placeholder {{{{{name}}}}} is no parameter; parameters: {known}", match.start(), name)
         pieces.append(Placeholder(name, specs[name].is_output, match.start()))
+        if len(pieces) > MAX_PIECES:
+            problem.refuse(f"the template has more than {MAX_PIECES} placeholders and texts between them", match.start())
         end = match.end()
     _add_text(pieces, template, end, len(template), problem)
     return pieces

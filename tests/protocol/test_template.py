@@ -124,3 +124,7 @@ def test_the_function_is_named_when_it_is_known() -> None:
     with pytest.raises(ParrotError, match="function 'f'") as caught:
         parse_template("p {{x}}", [OUT], func_name="f")
     assert caught.value.info.details["func_name"] == "f"
+
+
+def test_a_template_of_too_many_pieces_is_refused_before_it_costs_anything() -> None:
+    assert "more than 8192" in str(refusal("a {{in}} " * 5000 + "{{out}}", ParameterSpec("in", value="v"), OUT))
