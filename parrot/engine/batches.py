@@ -41,6 +41,14 @@ class EngineLimits(msgspec.Struct, frozen=True):
         """The most that a task's prompt and output may be together, in tokens."""
         return min(self.max_seq_len, self.max_total_tokens, self.num_blocks * self.block_size)
 
+    def fit(self, task: EngineTask) -> EngineTask:
+        """The task, its max_gen_length cut to what is left behind its prompt: an output ends there as at any limit. A
+        prompt that leaves no room for one token stays as it is, to be refused."""
+        room = self.largest_task - sum(link.tokens for link in task.links)
+        if task.parent_context_id is not None or not task.forced_tokens < room < task.max_gen_length:
+            return task
+        return msgspec.structs.replace(task, max_gen_length=room)
+
 
 class Link(NamedTuple):
     """A context of a chain and the tokens that it adds to its parent."""

@@ -409,6 +409,9 @@ class ServeCore:
             raise ParrotError("bad_template", "the call has no output")
         if type(event.segments[0]) is ev.Output:
             raise ParrotError("bad_template", "the call has an output before any text")
+        if outputs > self.config.max_tasks_per_session:
+            most = self.config.max_tasks_per_session
+            raise ParrotError("bad_template", f"the call has {outputs} outputs; max_tasks_per_session allows {most}")
         if session.unfinished == 0 and self.scheduler.queue_full:
             limit = self.config.global_scheduler.max_queue_size
             raise ParrotError("queue_full", f"{len(self.scheduler.queue)} tasks wait for an engine; max_queue_size is {limit}")

@@ -148,3 +148,12 @@ def test_an_engine_without_cost_needs_no_time() -> None:
     emulated.submit(chat("a", 1), 100, 5.0)
     assert [e.at for e in emulated.advance(5.0)] == [5.0, 5.0, 5.0]
     assert emulated.next_edge() is None
+
+
+def test_an_output_ends_where_the_engine_s_room_behind_its_prompt_does() -> None:
+    emulated = engine()  # takes 128 tokens in all
+    emulated.submit(EngineTask("a", (Link(1, 100),), 2, 512), 300, 0.0)
+    finished = run(emulated)[-1]
+    assert (finished.kind, finished.output_tokens) == ("finished", 28)
+    emulated.submit(EngineTask("b", (Link(3, 128),), 4, 512), 1, 50.0)
+    assert [(e.kind, e.code) for e in run(emulated)] == [("failed", "task_too_large")]

@@ -105,6 +105,8 @@ def test_a_full_queue_refuses_only_sessions_that_begin() -> None:
 def test_tasks_of_a_session_are_bounded() -> None:
     d = Driver(max_tasks_per_session=2)
     session = d.open()
+    three = (text("t"), out("x"), text("u"), out("y"), text("v"), out("z"))
+    assert d.error(d.ask(ev.SubmitCall, session, d.auths[session], three)).code == "bad_template", "it would never fit"
     d.submit(session, text("t"), out("x"), text("u"), out("y"))
     assert d.error(d.ask(ev.SubmitCall, session, d.auths[session], (text("t"), out("x")))).code == "too_many_tasks"
 

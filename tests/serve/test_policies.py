@@ -145,6 +145,20 @@ def test_ctx_aware_follows_the_prefix_and_leaves_it_when_that_engine_is_full() -
     assert engines_of(plain) == [1, 2]
 
 
+def test_ctx_aware_does_not_pile_work_on_a_short_hot_prefix() -> None:
+    def spread(**params: float) -> set[int]:
+        d = Driver("parrot", {"ctx_aware": True, "params": params})
+        for _ in range(4):
+            d.engine()
+        session = d.open()
+        for i in range(20):
+            fetched(d, session, text("short", 8), value("q", f"{i}", 100), out("x"))
+        return set(engines_of(d))
+
+    assert spread() == {1, 2, 3, 4}
+    assert spread(ctx_weight=1e9) == {1}, "as the paper has it"
+
+
 def test_a_latency_bound_task_lowers_what_its_engine_may_hold() -> None:
     def queued(capacity: int | None) -> int:
         d = Driver("parrot", {"params": {"latency_capacity": capacity}})
@@ -226,6 +240,6 @@ def test_policy_names_and_parameters_are_checked() -> None:
         with pytest.raises(ParrotError) as caught:
             parse_policy(bad, base)
         assert bad.split(":")[-1] in str(caught.value) or bad in str(caught.value)
-    for params in ({"nothing": 1}, {"latency_capacity": "many"}, {"latency_capacity": True}):
+    for params in ({"nothing": 1}, {"latency_capacity": "many"}, {"latency_capacity": True}, {"ctx_weight": True}):
         with pytest.raises(ParrotError):
             build_policy(GlobalSchedulerConfig(params=params))

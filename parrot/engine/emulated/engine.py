@@ -109,6 +109,7 @@ class EmulatedEngine:
         """A task, and how many tokens it would generate if max_gen_length allowed (ignored for one that only fills).
         Whether it is taken is told by an event."""
         self._catch_up(now)
+        task = self.core.limits.fit(task)
         if task.generate_context_id is not None:
             output = max(1, task.forced_tokens, min(output_tokens, task.max_gen_length))
             if task.forced_tokens >= task.max_gen_length:  # nothing is left to say: it ends when its output is filled

@@ -63,7 +63,8 @@ def check_policy(config: GlobalSchedulerConfig) -> dict[str, Any]:
                 f"global_scheduler.params.{name}: policy {config.policy!r} has no such parameter (it has: {known})",
             )
         kind, default, _ = policy.parameters[name]
-        accepted = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+        numbers = (int, float) if kind is float else kind
+        accepted = isinstance(value, numbers) and (kind is bool or not isinstance(value, bool))
         if not accepted and not (value is None and default is None):
             raise ParrotError("bad_request", f"global_scheduler.params.{name} is {value!r}; expected {kind.__name__}")
         parameters[name] = value

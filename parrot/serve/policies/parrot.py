@@ -4,7 +4,9 @@
   readiness.
 - `graph_group`: the queued members of a task group go to one engine as a whole, or to as few as can hold them.
 - `ctx_group`: queued tasks that share a prefix go together.
-- `ctx_aware`: prefer the engine that holds the longest part of the prompt.
+- `ctx_aware`: prefer the engine that holds the longest part of the prompt, as long as the tokens that it saves, times
+  `ctx_weight`, are no fewer than those that it has reserved beyond the least loaded engine: a short prefix that is hot
+  must not pile all work on one engine. (The paper prefers it always; a large weight does so too.)
 - Always last, and alone when all are off: the feasible engine with the least harm. A latency-bound task lowers what
   its engine may hold to `latency_capacity` tokens (null: no lower than it is); a throughput task does not, and goes
   first where no latency-bound task would suffer from it.
@@ -33,6 +35,7 @@ class Parrot(InOrder):
         "graph_group": (bool, False, "a task group goes to an engine as a whole"),
         "ctx_group": (bool, False, "queued tasks that share a prefix go together"),
         "ctx_aware": (bool, False, "prefer an engine that holds the prefix"),
+        "ctx_weight": (float, 2.0, "reserved tokens beyond the least loaded engine's that a cached token outweighs"),
         "latency_capacity": (int, None, "tokens that an engine with a latency-bound task may hold; null: its capacity"),
     }
 
@@ -42,6 +45,7 @@ class Parrot(InOrder):
         self._graph_group = bool(parameters["graph_group"])
         self._ctx_group = bool(parameters["ctx_group"])
         self._ctx_aware = bool(parameters["ctx_aware"])
+        self._ctx_weight = float(parameters["ctx_weight"])
         self._latency_capacity: int | None = parameters["latency_capacity"]
         self.uses_prefix_groups = self._ctx_group
 
@@ -98,12 +102,14 @@ class Parrot(InOrder):
         key = by_load if task.latency_sensitive else by_harm
         order: Iterable[Engine] = lane.ordered(key)
         if self._ctx_aware:
-            tried: set[int] = set()
+            worth: set[int] = set()
+            least = min((engine.reserved for engine in order), default=0)
             for matched, engines in cluster.longest_matches(task):
                 for engine in sorted(engines, key=lambda e: (*key(e), e.id)):
-                    tried.add(engine.id)
-                    yield engine, matched
-            order = (engine for engine in order if engine.id not in tried)
+                    if cluster.cached_tokens(task, engine) * self._ctx_weight >= engine.reserved - least:
+                        worth.add(engine.id)
+                        yield engine, matched
+            order = (engine for engine in order if engine.id not in worth)
         for engine in order:
             yield engine, 0
 
