@@ -13,6 +13,19 @@ from parrot.serve.graph import Task
 Entry = tuple[Any, int, Task]
 
 
+class _Last:
+    """Sorts behind every other key."""
+
+    def __lt__(self, other: object) -> bool:
+        return False
+
+    def __gt__(self, other: object) -> bool:
+        return other is not self
+
+
+LAST = _Last()
+
+
 class TaskQueue:
     """The queue of activated, undispatched tasks; also the read-only view of it that policies get.
 

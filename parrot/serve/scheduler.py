@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from parrot.protocol.engine import EngineDescription
 from parrot.protocol.errors import ErrorInfo
@@ -22,7 +22,7 @@ from parrot.serve.graph import Task, chain_of
 from parrot.serve.policies import build_policy
 from parrot.serve.policies.base import Cluster, Placement, admits, length_of, prompt_tokens, too_large
 from parrot.serve.policies.least_loaded import LeastLoaded
-from parrot.serve.queue import TaskQueue
+from parrot.serve.queue import LAST, TaskQueue
 from parrot.serve.sessions import Session
 from parrot.serve.states import IN_FLIGHT
 
@@ -56,7 +56,7 @@ class Scheduler:
         self.engines = Engines()
         self.prefixes = PrefixStore(config.constant_prefix_var_timeout)
         self.policy = build_policy(config.global_scheduler)
-        self.queue = TaskQueue(self.policy.order, self.policy.uses_prefix_groups)
+        self.queue = TaskQueue(self._order, self.policy.uses_prefix_groups)
         self.cluster = Cluster(self.engines)
         self.policy_errors: dict[str, int] = {}  # what the policy did wrong -> how often
         self.faults: list[Fault] = []
@@ -163,6 +163,14 @@ class Scheduler:
             self._dispatch(placement, now)
         for placement in self._fallback.place(self.queue, self.cluster, now):
             self._dispatch(placement, now)
+
+    def _order(self, task: Task) -> Any:
+        """The policy's key of a task; one for which it has none goes last."""
+        try:
+            return self.policy.order(task)
+        except Exception as error:
+            self._policy_failed(error)
+            return LAST
 
     def _policy_failed(self, error: Exception) -> None:
         """Counted each time, told once."""

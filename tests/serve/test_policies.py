@@ -13,6 +13,7 @@ from parrot.serve.config import GlobalSchedulerConfig
 from parrot.serve.graph import Task
 from parrot.serve.policies import build_policy, parse_policy
 from parrot.serve.policies.base import Cluster, Placement
+from parrot.serve.policies.least_loaded import LeastLoaded
 from parrot.serve.queue import TaskQueue
 from tests.serve.driver import Driver, described, out, read, text, value
 
@@ -229,6 +230,27 @@ def test_a_policy_that_misbehaves_is_contained(policy: Raising) -> None:
     assert d.core.counts()["finished"] == 4
     assert len(d.faults) == 1, "told once, however often it happened"
     assert sum(d.core.scheduler.policy_errors.values()) >= 1
+
+
+def test_a_policy_that_cannot_order_a_task_has_it_last_and_the_event_goes_through() -> None:
+    class Unordered(LeastLoaded):
+        def order(self, task: Task) -> int:
+            if task.sequence % 2:
+                raise RuntimeError("odd")
+            return task.sequence
+
+    d = Driver()
+    d.core.scheduler.policy = Unordered({}, None)  # type: ignore[arg-type]
+    d.engine(tasks_capacity=1)
+    session = d.open()
+    for i in range(5):
+        fetched(d, session, text(f"t{i}"), out("x"))
+    done = []
+    while d.dispatches:
+        done.append(d.dispatches[0].chain[0].keys[0])
+        d.finish(d.dispatches[0])
+    assert done == ["t0", "t1", "t3", "t2", "t4"]
+    assert len(d.faults) == 1
 
 
 def test_policy_names_and_parameters_are_checked() -> None:
