@@ -49,22 +49,6 @@ class Engine(msgspec.Struct, eq=False):
         """How many tasks are in flight there."""
         return len(self.tasks)
 
-    def has_room(self, tokens: int, bound: int | None = None) -> bool:
-        """Whether a task that reserves `tokens` fits. One task alone always does. `bound`: a lower limit on tokens."""
-        description = self.description
-        if not self.tasks:
-            return True
-        capacity = description.tokens_capacity if bound is None else min(bound, description.tokens_capacity)
-        return len(self.tasks) < description.tasks_capacity and self.reserved + tokens <= capacity
-
-    @property
-    def full(self) -> bool:
-        """Whether it can take no task of any size."""
-        description = self.description
-        return bool(self.tasks) and (
-            len(self.tasks) >= description.tasks_capacity or self.reserved >= description.tokens_capacity
-        )
-
     def new_context_id(self) -> int:
         self.next_context_id += 1
         return self.next_context_id

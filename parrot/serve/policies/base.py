@@ -119,9 +119,19 @@ def admits(engine: Engine, task: Task, bound: int | None = None) -> bool:
         refused = task.refusals.get(engine.id)
         if refused is not None and (refused == -1 or refused == engine.version):
             return False
-    if engine.full or prompt_tokens(task, engine) >= engine.description.max_seq_len:
+    tokens = prompt_tokens(task, engine)
+    description = engine.description
+    if tokens >= description.max_seq_len:
         return False
-    return engine.has_room(reservation(task, engine), bound)
+    running = len(engine.tasks)
+    if running == 0:
+        return True  # one task alone always has room
+    if running >= description.tasks_capacity:
+        return False
+    capacity = description.tokens_capacity if bound is None else min(bound, description.tokens_capacity)
+    room = capacity - engine.reserved - task.sampling.max_gen_length
+    # What is cached is counted only where it decides: most tasks fit with their whole prompt.
+    return tokens <= room or tokens - cached_tokens(task, engine) <= room
 
 
 class Policy(Protocol):
