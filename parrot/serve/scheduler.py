@@ -303,8 +303,11 @@ class Scheduler:
 
     def _refuse_if_too_large(self, task: Task, now: float) -> None:
         engines = task.call.lane.engines.values()
-        if not engines or not all(too_large(task, engine) for engine in engines):
+        if not engines:
             return
+        for engine in engines:
+            if not too_large(task, engine):
+                return
         largest = max(engines, key=lambda e: e.description.max_seq_len)
         message = (
             f"the prompt of call {task.call.number} has {prompt_tokens(task, largest)} tokens; the largest engine for "

@@ -103,7 +103,7 @@ class Parrot(InOrder):
         order: Iterable[Engine] = lane.ordered(key)
         if self._ctx_aware:
             worth: set[int] = set()
-            least = min((engine.reserved for engine in order), default=0)
+            least = next((engine.reserved for engine in lane.ordered(by_load)), 0)
             for matched, engines in cluster.longest_matches(task):
                 for engine in sorted(engines, key=lambda e: (*key(e), e.id)):
                     if cluster.cached_tokens(task, engine) * self._ctx_weight >= engine.reserved - least:
@@ -116,12 +116,12 @@ class Parrot(InOrder):
     def _holds(self, members: list[Task], engine: Engine, cluster: Cluster) -> bool:
         """Whether all of `members` fit on the engine at once, a prefix that they share counted once a member (so that
         the answer errs to the safe side)."""
-        if len(members) > 1 and len(members) > engine.description.tasks_capacity - engine.running:
+        if len(members) == 1:
+            return cluster.fits(members[0], engine, self._bound(members[0], engine))
+        if len(members) > engine.description.tasks_capacity - engine.running:
             return False
         if not all(cluster.fits(member, engine, self._bound(member, engine)) for member in members):
             return False
-        if len(members) == 1:
-            return True
         need = sum(cluster.need(member, engine) for member in members)
         bounds = [b for member in members if (b := self._bound(member, engine)) is not None]
         capacity = min([engine.description.tokens_capacity, *bounds])
