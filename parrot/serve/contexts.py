@@ -8,7 +8,6 @@ shared with everybody hangs below the common root, and what follows it is again 
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
@@ -38,16 +37,6 @@ class PrefixNode(msgspec.Struct, eq=False):
     contexts: dict[int, Context] | None = None
     queued: dict[Task, None] | None = None
     users: int = 0
-
-    @property
-    def prefix_hash(self) -> str:
-        """The hash of the chain of content keys, for people and for logs."""
-        parts: list[str] = []
-        node: PrefixNode | None = self
-        while node is not None and node.parent is not None:
-            parts.append(repr(node.key))
-            node = node.parent
-        return hashlib.blake2b("\n".join(reversed(parts)).encode(), digest_size=8).hexdigest()
 
 
 class Context(msgspec.Struct, eq=False):

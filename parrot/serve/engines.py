@@ -38,7 +38,6 @@ class Engine(msgspec.Struct, eq=False):
     latency_tasks: int = 0
     version: int = 0
     next_context_id: int = 0
-    served_tokens: int = 0
 
     @property
     def name(self) -> str:

@@ -60,7 +60,6 @@ class Scheduler:
         self.cluster = Cluster(self.engines)
         self.policy_errors: dict[str, int] = {}  # what the policy did wrong -> how often
         self.faults: list[Fault] = []
-        self.decisions = 0
         self._fallback = LeastLoaded({}, None)  # type: ignore[arg-type]
         self.changed = False  # whether the policy has anything new to act on
         self._sequence = 0
@@ -210,7 +209,6 @@ class Scheduler:
         engine.latency_tasks += task.latency_sensitive
         task.counted_latency = task.latency_sensitive
         self.engines.load_changed(engine)
-        self.decisions += 1
         self._effects.append(
             Dispatch(
                 engine_id=engine.id,
@@ -341,7 +339,6 @@ class Scheduler:
         task.prompt_tokens, task.cached_tokens = event.prompt_tokens, event.cached_tokens
         task.output_tokens = event.output_tokens
         task.decode_s, task.max_gap_s = event.decode_s, event.max_gap_s
-        engine.served_tokens += event.output_tokens
         generated = contexts[-1]
         generated.tokens = event.output_tokens
         generated.filled = True

@@ -64,7 +64,6 @@ class BuiltinRunner:
         *,
         dummy: bool = False,
         random_seed: int = 0,
-        max_seq_len: int | None = None,
     ) -> None:
         self.decoder = decoder
         self._cache = cache
@@ -75,7 +74,6 @@ class BuiltinRunner:
         self._eos = tuple(sorted({*tokenizer.eos_ids, *decoder.config.eos_ids}))
         self._device = decoder.embedding.device
         self._seeds = random.Random(random_seed)
-        self._max_seq_len = min(max_seq_len or decoder.config.max_seq_len, decoder.config.max_seq_len)
         self._tasks: dict[Hashable, TaskTokens] = {}
         self._contexts: dict[int, ContextTokens] = {}
 
