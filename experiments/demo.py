@@ -29,10 +29,11 @@ from parrot.latency import LatencyProfile
 from sim.calibrate import CalibrationError, describe, fit, read_logs, write_profile
 from sim.metrics import read_tables
 from sim.workloads.arrivals import poisson, stream
+from sim.workloads.journal import read_journal
 from sim.workloads.program import Program, WorkloadError, write_programs
-from sim.workloads.record import read_record
 
 OUT = Path("results/demo")
+JOURNAL = OUT / "journal.sqlite"
 CORE_CONFIG = Path("sample_configs/core/localhost_serve_core.json")
 ENGINE_CONFIG = Path("sample_configs/engine/smollm2-135m-cpu.json")
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -79,8 +80,9 @@ def demo() -> None:
     if not ENGINE_CONFIG.is_file():
         raise DemoError(f"{ENGINE_CONFIG}: not there; run the demo in the root of the repository")
     (OUT / "output").mkdir(parents=True, exist_ok=True)
-    for old in (*OUT.glob("*.jsonl"), *OUT.glob("*.json"), *OUT.glob("*.html"), *OUT.glob("*.log")):
-        old.unlink()
+    for pattern in ("*.jsonl", "*.json", "*.html", "*.log", f"{JOURNAL.name}*"):
+        for old in OUT.glob(pattern):
+            old.unlink()
     link_model()
 
     _step("A real cluster: a core and two builtin CPU engines")
@@ -138,8 +140,9 @@ def real_runs() -> list[list[Outcome]]:
         if ports[-1] != port:
             console.print(f"port {port} is in use; taking {ports[-1]}")
     url = f"http://localhost:{ports[0]}"
-    config = OUT / "core.json"  # the sample, with a record
-    config.write_bytes(msgspec.json.encode({**read_json(CORE_CONFIG), "record_path": str(OUT / "record.jsonl")}))
+    config = OUT / "core.json"  # the sample, with a journal that keeps everything
+    journal = {"journal_path": str(JOURNAL), "journal_mode": "record"}
+    config.write_bytes(msgspec.json.encode({**read_json(CORE_CONFIG), **journal}))
     commands = [("core", core_command(config, ports[0], OUT))]
     for index, port in enumerate(ports[1:]):
         # the name that sim.run gives to the engine of this number, so that both sides of the report speak of the same
@@ -173,14 +176,14 @@ def calibrate() -> LatencyProfile:
 
 
 def convert(rounds: Sequence[Sequence[Outcome]]) -> list[Program]:
-    """The record of the cluster as programs, named after their applications; the warm-up's are none of them.
+    """The journal of the cluster as programs, named after their applications; the warm-up's are none of them.
 
     A round began when the one before had ended. A simulated round that takes longer must not run into the next one, so each
     round comes a round's mean time later than it did.
     """
     names = {f"session-{o.session_id}": (o.application, number) for number, one in enumerate(rounds, 1) for o in one}
     pause_s = statistics.fmean(span_s(one) for one in rounds)
-    recorded = read_record(OUT / "record.jsonl")
+    recorded = read_journal(JOURNAL)
     found = []
     for program in recorded.programs:
         application, number = names.get(program.id, ("warm-up", 0))
@@ -188,7 +191,7 @@ def convert(rounds: Sequence[Sequence[Outcome]]) -> list[Program]:
         found.append(msgspec.structs.replace(program, application=application, arrival_s=arrival_s))
     missing = set(names) - {program.id for program in found}
     if missing:
-        raise DemoError(f"the record lacks {len(missing)} of the programs that ran: {'; '.join(recorded.skipped) or missing}")
+        raise DemoError(f"the journal lacks {len(missing)} of the programs that ran: {'; '.join(recorded.skipped) or missing}")
     write_programs(OUT / "programs.jsonl", found)
     return [program for program in found if program.id in names]
 

@@ -118,6 +118,7 @@ class Cluster:
             effects.Abort: self._abort,
             effects.FreeContexts: self._free,
             effects.SessionEnded: self._session_ended,
+            effects.TaskEnded: lambda effect: None,
         }
         for model in engines:
             self._register(model, jump, observe)

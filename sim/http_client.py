@@ -1,7 +1,8 @@
 """One program's client over HTTP: carries its player's actions to a core's public API, in an asyncio event loop.
 
-The counterpart of `sim.population`: it decides nothing about what is sent (`sim.clients`) nor about what is measured
-(`sim.metrics`). Segments become text drawn from their keys: equal keys, equal texts.
+The counterpart of `sim.population`: it decides nothing about what is sent (`sim.clients`), when it is sent again
+(`parrot.frontend.wire`) nor about what is measured (`sim.metrics`). Segments become text drawn from their keys: equal keys,
+equal texts.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import aiohttp
 import msgspec
 import numpy as np
 
+from parrot.frontend.wire import Answer, Attempts, LostConnection, Request, RetryPolicy, Stat, error_of, request
 from parrot.protocol.api import SamplingConfig, SessionReport
-from parrot.protocol.errors import ErrorBody, ErrorInfo
+from parrot.protocol.errors import ErrorInfo, ParrotError
 from parrot.tokenizer import synthetic_text
 from sim.actions import (
     Action,
@@ -50,29 +52,61 @@ class Refusal(Exception):
         self.retry_after_s = retry_after_s
 
 
-class Api:
-    """The public API of a core as coroutines. Raises Refusal for every answer that is an error."""
+#: Codes of a session that is over: what a close is told that was done before its answer got lost.
+_ENDED = frozenset({"not_found", "session_closed", "session_expired"})
 
-    def __init__(self, url: str, http: aiohttp.ClientSession) -> None:
+
+class Api:
+    """The public API of a core as coroutines. Raises Refusal for every answer that is an error.
+
+    A core that dies and comes back is waited for, and a POST is the same one however often it is sent. What is refused for
+    lack of room (429) is the player's to see at once, which counts it.
+    """
+
+    def __init__(self, url: str, http: aiohttp.ClientSession, retry: RetryPolicy | None = None) -> None:
+        self.stat = Stat()
         self._url = url.rstrip("/")
         self._http = http
+        self._retry = retry or RetryPolicy()
 
     async def call(self, method: str, path: str, body: Any = None, query: dict[str, Any] | None = None) -> bytes:
-        data = msgspec.json.encode(body) if body is not None else None
-        headers = {"Content-Type": "application/json"} if body is not None else None
+        sent = request(method, path, body)
+        attempts = Attempts(self._retry, self.stat, self._url)
+        while True:
+            try:
+                answer = await self._exchange(sent, query)
+                wait_s = None if answer.status == 429 else attempts.busy(answer)
+                if wait_s is None:
+                    return _content(answer)
+            except LostConnection as error:
+                try:
+                    wait_s = attempts.lost(error)
+                except ParrotError as given_up:
+                    raise Refusal(given_up.info, 1.0) from None
+            await asyncio.sleep(wait_s)
+
+    async def _exchange(self, sent: Request, query: dict[str, Any] | None) -> Answer:
+        """One attempt. Raises LostConnection."""
+        data = sent.body or None
         try:
-            async with self._http.request(method, self._url + path, data=data, params=query, headers=headers) as answer:
-                content = await answer.read()
-                if answer.status == 200:
-                    return content
-                retry_after_s = float(answer.headers.get("Retry-After", "1"))
+            async with self._http.request(
+                sent.method, self._url + sent.path, data=data, params=query, headers=sent.headers
+            ) as answer:
+                return Answer(answer.status, await answer.read(), answer.headers.get("Retry-After"))
         except (aiohttp.ClientError, OSError) as error:
-            raise Refusal(ErrorInfo("unavailable", f"{method} {path}: {error or type(error).__name__}"), 1.0) from None
-        try:
-            info = msgspec.json.decode(content, type=ErrorBody).error
-        except msgspec.DecodeError:
-            info = ErrorInfo("internal", f"{method} {path} answered {answer.status} with no error body")
-        raise Refusal(info, retry_after_s)
+            unheard = isinstance(error, aiohttp.ClientConnectorError | TimeoutError)
+            raise LostConnection(str(error) or type(error).__name__, unheard=unheard) from error
+
+
+def _content(answer: Answer) -> bytes:
+    """The body of a good answer. Raises the Refusal of any other."""
+    if answer.status == 200:
+        return answer.body
+    try:
+        retry_after_s = float(answer.retry_after or 1.0)
+    except ValueError:
+        retry_after_s = 1.0
+    raise Refusal(error_of(answer), retry_after_s)
 
 
 class HttpSession:
@@ -119,7 +153,11 @@ class HttpSession:
         session_id = self._who["session_id"]
         answer = await self._api.call("GET", f"/v1/session/{session_id}", query={**self._who, "calls": "true"})
         self._client.record(msgspec.json.decode(answer, type=SessionReport), self._outputs)
-        await self._api.call("DELETE", f"/v1/session/{session_id}", query=self._who)
+        try:
+            await self._api.call("DELETE", f"/v1/session/{session_id}", query=self._who)
+        except Refusal as refusal:
+            if refusal.info.code not in _ENDED:
+                raise
 
 
 class HttpClient:

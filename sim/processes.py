@@ -1,7 +1,7 @@
 """A cluster of this machine: the core and its engines as processes, started with the documented commands on free ports.
 
-It starts them, waits until they are ready, notices when one dies, and ends every one of them, whatever happens. It sends no
-program to them.
+It starts them, waits until they are ready, notices when one dies, kills one when it is asked to, and ends every one of them,
+whatever happens. It sends no program to them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -36,10 +37,18 @@ class Processes:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._commands: dict[str, tuple[str, ...]] = {}
 
     def start(self, name: str, module: str, arguments: Sequence[str]) -> None:
         """Starts `python -m module arguments…`; what it prints goes to FOLDER/NAME.log."""
-        with open(self._log(name), "wb") as log:
+        self._log(name).write_bytes(b"")
+        self._commands[name] = (module, *arguments)
+        self.start_again(name)
+
+    def start_again(self, name: str) -> None:
+        """Starts what `name` was started as, after a `kill`; what it prints goes behind what it printed before."""
+        module, *arguments = self._commands[name]
+        with open(self._log(name), "ab") as log:
             self._running[name] = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments],
                 stdin=subprocess.DEVNULL,
@@ -47,6 +56,19 @@ class Processes:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches this process alone, which then stops them in order
             )
+
+    def kill(self, name: str) -> None:
+        """kill -9, and nothing of it is left when this returns: the process and all that it started."""
+        process = self._running.pop(name)
+        _signal(process, signal.SIGKILL)
+        process.wait()
+
+    def is_running(self, name: str) -> bool:
+        """Whether `name` was started and has neither been killed nor died by itself."""
+        return name in self._running and self._running[name].poll() is None
+
+    def process_id(self, name: str) -> int:
+        return self._running[name].pid
 
     def running(self) -> list[subprocess.Popen[bytes]]:
         """The processes that were started and not yet stopped."""
@@ -76,8 +98,9 @@ class Processes:
 
 
 def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
+    if process.poll() is None:  # once it is reaped its number may be another's
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
 
 
 def free_ports(count: int) -> list[int]:
@@ -87,6 +110,27 @@ def free_ports(count: int) -> list[int]:
         for one in sockets:
             one.bind((HOST, 0))
         return [one.getsockname()[1] for one in sockets]
+
+
+def lasting_ports(count: int) -> list[int]:
+    """Free ports for servers that come and go: while one is away, no outgoing connection of this machine is given its port.
+
+    Such a connection would keep the server from coming back; one to the port itself would even be answered, by itself.
+    """
+    try:
+        lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return free_ports(count)
+    found: list[int] = []
+    candidates = list(range(min(lowest, 32768) - 1, 10_000, -1))
+    random.shuffle(candidates)  # of several programs that look at once, each finds others
+    for port in candidates:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((HOST, port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    return free_ports(count)
 
 
 @contextlib.asynccontextmanager
@@ -100,6 +144,9 @@ async def local_cluster(
         url = f"http://{HOST}:{core_port}"
         try:
             core_file = Path(folder) / "core.json"
+            # No other run is to find this one's sessions: a journal, where one is asked for, costs what it does and goes.
+            journal = str(Path(folder) / "journal.sqlite") if config.journal_path else None
+            config = msgspec.structs.replace(config, journal_path=journal)
             core_file.write_bytes(msgspec.json.encode(msgspec.structs.replace(config, host=HOST, port=core_port)))
             processes.start("core", "parrot.serve.http_server", ["--config_path", str(core_file)])
             await _until_ready(url, 0, processes)

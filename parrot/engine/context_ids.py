@@ -30,6 +30,10 @@ class ContextIds:
         self._primitives += 1
         return (_PRIMITIVES << _BITS) | self._primitives
 
+    def of_this_life(self, ids: Iterable[int]) -> list[int]:
+        """Those of `ids` that the core has named in its present life."""
+        return [i for i in ids if i >> _BITS == self._life]
+
     def next_life(self) -> None:
         """The core has forgotten all its contexts here: none of its old ids is ever given again."""
         self._life += 1

@@ -1,7 +1,8 @@
 """Keeps an engine known to its core: registers, sends heartbeats, registers again when the core has lost it.
 
-Runs beside the work and never stops it: a core that cannot be reached is tried again for ever. Each change of state is
-logged once.
+Runs beside the work and never stops it: a core that cannot be reached is tried again for ever. An engine whose loop stands
+still (a device that hangs) goes on sending heartbeats, which say so; once the core has given it up, it registers again only
+when its loop moves, for it would take tasks and never end them. Each change of state is logged once.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 5.0
 REQUEST_TIMEOUT_S = 10.0
+#: An engine that has done nothing for so long, with work before it, takes on no new work.
+STALLED_S = 1.0
 
 _encode = msgspec.json.Encoder().encode
 _ANSWER = msgspec.json.Decoder(RegisterAnswer)
@@ -70,11 +73,14 @@ class CoreLink:
         body = _encode(RegisterRequest(self._description, self._instance, self._secret))
         wait_s = FIRST_WAIT_S
         while True:
+            while self._runtime_info().stalled_s >= STALLED_S:
+                self._say("its loop stands still; registering when it has ended its iteration", True)
+                await asyncio.sleep(FIRST_WAIT_S)
             try:
                 status, answer = await self._post(session, "/register_engine", body)
                 if status == 200:
                     registration = _ANSWER.decode(answer)
-                    self._tasks.registered(registration.epoch)
+                    self._tasks.registered(registration.epoch, registration.engine_id)
                     self._say(f"registered at {self._url} as engine {registration.engine_id} (epoch {registration.epoch})")
                     return registration.engine_id
                 self._say(f"{self._url} refuses to register {self._description.engine_name!r}: {_reason(status, answer)}", True)

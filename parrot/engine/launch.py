@@ -297,7 +297,8 @@ async def serve(
     port = int(sockets[0].getsockname()[1])
     description = msgspec.structs.replace(description, host=_reachable(config.host, config.serve_core.host), port=port)
     context_ids = ContextIds()
-    tasks = Tasks(loop, tokenizer, context_ids)
+    instance = secrets.token_hex(16)
+    tasks = Tasks(loop, tokenizer, context_ids, instance)
     loop.on_evicted = tasks.note_evicted
     app = EngineServer(loop, tasks, Primitives(loop, tokenizer, context_ids)).application()
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=STOP_S)
@@ -309,7 +310,7 @@ async def serve(
         link = CoreLink(
             config.serve_core.url,
             description,
-            secrets.token_hex(16),
+            instance,
             tasks,
             context_ids,
             loop.runtime_info,

@@ -45,6 +45,9 @@ class EngineLoop(Protocol):
     def free_contexts(self, ids: Iterable[int]) -> int:
         """Frees contexts; tokens that they added. Unknown ones are ignored."""
 
+    def context_ids(self) -> list[int]:
+        """All contexts that the engine has."""
+
     def runtime_info(self) -> RuntimeInfo:
         """What a ping and a heartbeat tell."""
 
@@ -95,6 +98,7 @@ class BuiltinLoop:
         self._leaving_contexts: dict[int, int] = {}
         self._last_number = self._last_completed = -1
         self._last_edge = 0.0
+        self._busy_since = 0.0  # when it last got work while it had none
         self._recent_s: deque[float] = deque(maxlen=64)
         self._closed = False
         self._wake = asyncio.Event()
@@ -125,6 +129,8 @@ class BuiltinLoop:
             return
         for context_id in _contexts_of(job):
             self._leaving_contexts.pop(context_id, None)
+        if not self._jobs and not self._issued:
+            self._busy_since = now
         self._jobs[job.key] = job
         if self._log is not None:
             self._log.task(now, job.label, now - job.arrived, job.prompt_tokens, job.task.max_gen_length)
@@ -143,8 +149,17 @@ class BuiltinLoop:
         self._wake.set()
         return freed
 
+    def context_ids(self) -> list[int]:
+        return [context.id for context in self._core.contexts]
+
     def runtime_info(self) -> RuntimeInfo:
-        return runtime_info(self._core, self._memory, self._recent_s)
+        return runtime_info(self._core, self._memory, self._recent_s, self._stalled_s())
+
+    def _stalled_s(self) -> float:
+        """An iteration that nobody waits for any more is work too: while it runs, no other can."""
+        if not self._jobs and not self._issued:
+            return 0.0
+        return max(0.0, self.now() - max(self._last_edge, self._busy_since))
 
     async def close(self, reason: str) -> None:
         self._closed = True
@@ -318,7 +333,7 @@ def _contexts_of(job: Job) -> list[int]:
     return ids if job.task.generate_context_id is None else [*ids, job.task.generate_context_id]
 
 
-def runtime_info(core: EngineCore, memory: MemoryUse, recent_s: Sequence[float]) -> RuntimeInfo:
+def runtime_info(core: EngineCore, memory: MemoryUse, recent_s: Sequence[float], stalled_s: float) -> RuntimeInfo:
     """What a core's counters say, with the mean of its last iterations' seconds."""
     return RuntimeInfo(
         num_cached_tokens=core.cached_tokens,
@@ -328,4 +343,5 @@ def runtime_info(core: EngineCore, memory: MemoryUse, recent_s: Sequence[float])
         cache_mem=memory.cache,
         model_mem=memory.model,
         recent_average_latency=sum(recent_s) / len(recent_s) if recent_s else 0.0,
+        stalled_s=stalled_s,
     )

@@ -29,21 +29,28 @@ _TASK = msgspec.json.Decoder(TaskRequest)
 class Tasks:
     """The attempts that run here, and the epoch of the core that they belong to."""
 
-    def __init__(self, loop: EngineLoop, tokenizer: Tokenizer, context_ids: ContextIds) -> None:
+    def __init__(self, loop: EngineLoop, tokenizer: Tokenizer, context_ids: ContextIds, instance: str = "") -> None:
+        """`instance`: what this process registers as."""
         self._loop = loop
         self._tokenizer = tokenizer
         self._ids = context_ids
+        self._instance = instance
         self._running: dict[Hashable, Job] = {}
-        self._held: set[int] = set()  # internal ids that the core may still name
         self.epoch: int | None = None  #: None: of the first task or registration that comes
+        self._engine_id = 0  # by which the core knows this engine in that epoch
 
     def start(self, body: bytes, arrived: float) -> Job:
         """The job of a POST /task whose body is `body`, handed to the loop. All but a malformed body is told as an event."""
         request = decode(_TASK, body)
-        self.meet(request.epoch)
+        if request.instance and self._instance and request.instance != self._instance:
+            job = self._job(request, arrived)
+            job.fail("conflict", "the engine that this task is for is gone; another process has its address", retryable=True)
+            return job
+        self.meet(request.epoch, request.engine_id)
         job = self._job(request, arrived)
-        if request.epoch != self.epoch:
-            message = f"epoch {request.epoch} is over; this engine is registered in epoch {self.epoch}"
+        if (request.epoch, request.engine_id) != (self.epoch, self._engine_id):
+            given, known = f"{request.epoch}, engine id {request.engine_id},", f"{self.epoch}, engine id {self._engine_id}"
+            message = f"epoch {given} is over; this engine is registered in epoch {known}"
             job.fail("conflict", message, retryable=True)
         elif job.key in self._running:
             job.fail("conflict", f"attempt {request.attempt} of task {job.label} is already running here")
@@ -66,9 +73,6 @@ class Tasks:
             job.finish_timed(generate.forced_ids, generate.forced_text, "length", 0.0, 0.0)
             return
         self._running[job.key] = job
-        self._held.update(link.context_id for link in job.task.links)
-        if job.task.generate_context_id is not None:
-            self._held.add(job.task.generate_context_id)
         self._loop.submit(job)
 
     def _job(self, request: TaskRequest, arrived: float) -> Job:
@@ -115,23 +119,22 @@ class Tasks:
         """Frees contexts of the core; tokens that they added. Those of an earlier epoch are gone already."""
         if epoch != self.epoch:
             return 0
-        internal = [self._ids.of_core(i) for i in context_ids]
-        self._held.difference_update(internal)
-        return self._loop.free_contexts(internal)
+        return self._loop.free_contexts([self._ids.of_core(i) for i in context_ids])
 
-    def meet(self, epoch: int) -> None:
-        """Takes notice of the core's `epoch`: a later one than known ends all that was of the earlier."""
-        if self.epoch is None:
-            self.epoch = epoch
-        elif epoch > self.epoch:
-            self.forget(f"the core has begun epoch {epoch}")
-            self.epoch = epoch
+    def meet(self, epoch: int, engine_id: int) -> None:
+        """Takes notice of the core's `epoch`, and of the id that this engine has in it: a later one than known ends all that
+        was of the earlier. (A registration that was delivered late gives an engine a new id, and context ids begin anew.)"""
+        if self.epoch is not None and (epoch, engine_id) <= (self.epoch, self._engine_id):
+            return
+        if self.epoch is not None:
+            self.forget(f"the core has begun epoch {epoch}, engine id {engine_id}")
+        self.epoch, self._engine_id = epoch, engine_id
 
-    def registered(self, epoch: int) -> None:
-        """The core has this engine in `epoch`; tasks of that epoch may have come before its answer did."""
-        if self.epoch is not None and self.epoch != epoch:
-            self.forget(f"the core is in epoch {epoch}")
-        self.epoch = epoch
+    def registered(self, epoch: int, engine_id: int) -> None:
+        """The core has this engine under that id in `epoch`; tasks of it may have come before its answer did."""
+        if self.epoch is not None and (self.epoch, self._engine_id) != (epoch, engine_id):
+            self.forget(f"the core is in epoch {epoch}, where this engine's id is {engine_id}")
+        self.epoch, self._engine_id = epoch, engine_id
 
     def forget(self, reason: str) -> None:
         """The core no longer knows this engine: its attempts end, its contexts go."""
@@ -140,18 +143,15 @@ class Tasks:
                 self._loop.abort(job.key)
                 job.fail("unavailable", reason, retryable=True)
         self._running.clear()
-        if self._held:
-            log.info("%s: freeing %d contexts of before", reason, len(self._held))
-            self._loop.free_contexts(sorted(self._held))
-            self._held.clear()
+        if left := self._ids.of_this_life(self._loop.context_ids()):
+            log.info("%s: freeing %d contexts of before", reason, len(left))
+            self._loop.free_contexts(left)
         self._ids.next_life()
         self.epoch = None
 
     def note_evicted(self, internal_ids: Iterable[int]) -> None:
         """The loop has given up these contexts."""
-        ids = list(internal_ids)
-        self._held.difference_update(ids)
-        self._ids.note_evicted(ids)
+        self._ids.note_evicted(internal_ids)
 
 
 def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:

@@ -23,7 +23,7 @@ class Reply:
         try:
             return Answer(self.status, await self._response.read(), self._response.headers.get("Retry-After"))
         except (OSError, aiohttp.ClientError, TimeoutError) as error:
-            raise LostConnection(_reason(error)) from error
+            raise LostConnection(_reason(error), unheard=isinstance(error, TimeoutError)) from error
 
     async def lines(self) -> AsyncIterator[bytes]:
         """The body's lines as they come, of any length. Raises LostConnection."""
@@ -61,7 +61,8 @@ class AsyncTransport:
                 timeout=timeout,
             )
         except (OSError, aiohttp.ClientError, TimeoutError) as error:
-            raise LostConnection(_reason(error), refused=isinstance(error, aiohttp.ClientConnectorError)) from error
+            unheard = isinstance(error, aiohttp.ClientConnectorError | TimeoutError)
+            raise LostConnection(_reason(error), unheard=unheard) from error
         async with response:
             yield Reply(response)
 

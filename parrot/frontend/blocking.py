@@ -37,7 +37,7 @@ class Reply:
             self._whole = True
             return Answer(self.status, body, self._response.headers.get("Retry-After"))
         except (OSError, http.client.HTTPException) as error:
-            raise LostConnection(_reason(error)) from error
+            raise LostConnection(_reason(error), unheard=_unheard(error)) from error
 
     def lines(self) -> Iterator[bytes]:
         """The body's lines as they come. Raises LostConnection."""
@@ -87,7 +87,7 @@ class BlockingTransport:
         except (OSError, http.client.HTTPException) as error:
             connection.close()
             self.close()  # the server went away: the other idle connections are as dead
-            raise LostConnection(_reason(error), refused=isinstance(error, ConnectionRefusedError)) from error
+            raise LostConnection(_reason(error), unheard=_unheard(error)) from error
         except BaseException:
             connection.close()
             raise
@@ -121,6 +121,11 @@ def _ready(connection: http.client.HTTPConnection) -> socket.socket:
         connection.connect()
         connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # type: ignore[attr-defined]
     return cast(socket.socket, connection.sock)
+
+
+def _unheard(error: Exception) -> bool:
+    """Nobody took the request: there is no such host, nobody listens, or nothing but silence came."""
+    return isinstance(error, ConnectionRefusedError | TimeoutError | socket.gaierror)
 
 
 def _reason(error: Exception) -> str:

@@ -1,4 +1,7 @@
-"""A program's link to one core: both transports behind one set of calls, which send again what may be sent again."""
+"""A program's link to one core: both transports behind one set of calls, which send again what may be sent again.
+
+A core that is killed and started again is a pause to a program, nothing more: `wire.Attempts` says for how long.
+"""
 
 from __future__ import annotations
 
@@ -71,6 +74,7 @@ class Link:
                     if reply.status == 200:
                         for line in reply.lines():
                             event = read_line(line)
+                            attempts.heard()
                             if event.done:
                                 reply.drain()
                                 return
@@ -94,6 +98,7 @@ class Link:
                     if reply.status == 200:
                         async for line in reply.lines():
                             event = read_line(line)
+                            attempts.heard()
                             if event.done:
                                 return
                             if event.delta:

@@ -6,8 +6,11 @@ other refusal is the program's to see, at once. Repeating is safe because every 
 
 from __future__ import annotations
 
+import random
 import secrets
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +27,7 @@ _FINAL_CODES = frozenset({"no_engine", "engine_failed", "engine_rejected"})
 
 
 class Request(msgspec.Struct, frozen=True):
-    """One HTTP request. `timeout_s` None: it may wait without limit. `urgent`: a lost connection is retried only once."""
+    """One HTTP request. `timeout_s` None: it may wait without limit. `urgent`: it is given up sooner than others."""
 
     method: str
     path: str
@@ -55,26 +58,29 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 class LostConnection(Exception):
-    """No answer, or only a part of one, came. `refused`: nobody listens at that address."""
+    """No answer, or only a part of one, came. `unheard`: nobody took the request (refused, or silent to the timeout)."""
 
-    def __init__(self, reason: str, *, refused: bool = False) -> None:
+    def __init__(self, reason: str, *, unheard: bool = False) -> None:
         super().__init__(reason)
-        self.refused = refused
+        self.unheard = unheard
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often, and after how many seconds, a request is sent again.
+    """For how long, and after how many seconds, a request is sent again.
 
-    Waits double from `first_wait_s` to `max_wait_s`; the first repetition after a lost connection is at once, because
-    a server may always close an idle one. A core that never answered is given up after `first_contact_retries`.
+    A lost connection is tried again until the core has shown no sign of life for `patience_s`, long enough for it to be
+    restarted; `first_contact_s` where it never has, `closing_s` for the closing of a session. Waits double from
+    `first_wait_s` to `max_wait_s`, less up to a half drawn at random, so that a thousand clients do not come back in one
+    instant. The first repetition after a lost connection is at once: a server may always close an idle one.
     """
 
-    lost_retries: int = 8
-    first_contact_retries: int = 3
+    patience_s: float = 60.0
+    first_contact_s: float = 5.0
+    closing_s: float = 10.0
     busy_retries: int = 30
     first_wait_s: float = 0.1
-    max_wait_s: float = 5.0
+    max_wait_s: float = 2.0
 
 
 @dataclass
@@ -99,53 +105,77 @@ class Stat:
 class Attempts:
     """The attempts of one request: says how many seconds to wait before the next, or gives up."""
 
-    def __init__(self, policy: RetryPolicy, stat: Stat, address: str, *, urgent: bool = False) -> None:
+    def __init__(
+        self,
+        policy: RetryPolicy,
+        stat: Stat,
+        address: str,
+        *,
+        urgent: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._policy = policy
         self._stat = stat
         self._address = address
         self._urgent = urgent
-        self._lost = 0
+        self._clock = clock
+        self._lost = 0  # in a row
+        self._sent = 1
         self._busy = 0
+        self._begun_s = self._alive_s = clock()  # this attempt's begin; until when the core is known to have lived
         stat.add(requests=1)
 
+    def heard(self) -> None:
+        """A part of the answer came: what is lost from now on is lost anew."""
+        self._alive_s = self._clock()
+        self._lost = 0
+
     def lost(self, error: LostConnection) -> float:
-        """Seconds to wait after a lost connection. Raises `unavailable` when enough have been lost."""
+        """Seconds to wait after a lost connection. Raises `unavailable` when the core has been silent for too long."""
         self._stat.add(lost_connections=1)
-        policy = self._policy
-        limit = policy.lost_retries
-        if self._urgent:
-            limit = min(limit, 1)
-        elif not self._stat.answers:
-            limit = min(limit, policy.first_contact_retries)
-        if self._lost >= limit:
+        now_s = self._clock()
+        if not error.unheard and now_s - self._begun_s > self._policy.max_wait_s:
+            self._alive_s = now_s  # somebody held the request until the connection broke
+            self._lost = 0
+        wait_s = 0.0 if self._lost == 0 and not error.unheard else self._back_off(self._lost)
+        patience_s = self._patience_s()
+        if now_s + wait_s - self._alive_s > patience_s:
             raise ParrotError(
                 "unavailable",
-                f"no answer from the core at {self._address}: {error} (sent {self._lost + 1} times); is it running?",
+                f"no answer from the core at {self._address} for {patience_s:g} s: {error} (sent {self._sent} times); "
+                "is it running?",
                 address=self._address,
             ) from error
-        wait = 0.0 if self._lost == 0 and not error.refused else self._back_off(self._lost)
         self._lost += 1
-        return self._counted(wait)
+        return self._again_after(wait_s)
 
     def busy(self, answer: Answer) -> float | None:
         """Seconds to wait if `answer` says to come again later, else None: it is final."""
         self._stat.add(answers=1)
-        self._lost = 0
+        self.heard()
         if answer.status not in (429, 503) or answer.retry_after is None:
             return None
         if self._busy >= self._policy.busy_retries or error_of(answer).code in _FINAL_CODES:
             return None
         self._stat.add(busy_answers=1)
-        wait = max(_seconds(answer.retry_after), self._back_off(self._busy))
+        wait_s = max(_seconds(answer.retry_after), self._back_off(self._busy))
         self._busy += 1
-        return self._counted(wait)
+        return self._again_after(wait_s)
+
+    def _patience_s(self) -> float:
+        policy = self._policy
+        patience_s = policy.patience_s if self._stat.answers else min(policy.patience_s, policy.first_contact_s)
+        return min(patience_s, policy.closing_s) if self._urgent else patience_s
 
     def _back_off(self, count: int) -> float:
-        return min(self._policy.first_wait_s * 2.0 ** min(count, 32), self._policy.max_wait_s)
+        longest_s = min(self._policy.first_wait_s * 2.0 ** min(count, 32), self._policy.max_wait_s)
+        return longest_s * random.uniform(0.5, 1.0)
 
-    def _counted(self, wait: float) -> float:
-        self._stat.add(retries=1, waited_s=wait)
-        return wait
+    def _again_after(self, wait_s: float) -> float:
+        self._stat.add(retries=1, waited_s=wait_s)
+        self._sent += 1
+        self._begun_s = self._clock() + wait_s
+        return wait_s
 
 
 def _seconds(retry_after: str) -> float:
@@ -184,7 +214,10 @@ _stream_line = msgspec.json.Decoder(StreamLine)
 
 
 def read_line(line: bytes) -> StreamLine:
-    """A line of a stream. Raises the ParrotError that it carries; half a line is a lost connection, an empty one nothing."""
+    """A line of a stream. Raises the ParrotError that it carries; an empty one is nothing.
+
+    Half a line is a lost connection, and so is the word of a core that is shutting down: the next one goes on.
+    """
     if not line.strip():
         return StreamLine()
     try:
@@ -192,5 +225,7 @@ def read_line(line: bytes) -> StreamLine:
     except msgspec.DecodeError as error:
         raise LostConnection(f"the stream broke off in the middle of a line: {line[:80]!r}") from error
     if event.error is not None:
+        if event.error.code == "unavailable":
+            raise LostConnection(event.error.message)
         raise ParrotError.of(event.error)
     return event

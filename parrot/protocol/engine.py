@@ -62,7 +62,8 @@ class RegisterAnswer(msgspec.Struct, frozen=True):
 
 
 class RuntimeInfo(msgspec.Struct, frozen=True):
-    """An engine's state as it measures it. Memory in bytes, latency in seconds."""
+    """An engine's state as it measures it. Memory in bytes, times in seconds. `stalled_s`: for how long the engine's loop has
+    ended no iteration although it has work; 0 while it has none."""
 
     num_cached_tokens: int = 0
     num_max_blocks: int = 0
@@ -74,6 +75,7 @@ class RuntimeInfo(msgspec.Struct, frozen=True):
     profiled_gpu_tensor_mem: float = 0.0
     profiled_gpu_allocate_mem: float = 0.0
     recent_average_latency: float = 0.0
+    stalled_s: float = 0.0
 
 
 class HeartbeatRequest(msgspec.Struct, frozen=True):
@@ -119,6 +121,7 @@ class TaskRequest(msgspec.Struct, frozen=True):
     """POST /task: the whole chain from its head, so that an engine can compute again what it no longer holds.
 
     `parent` is the core's hint: the deepest context of the chain that it believes to be on the engine (-1: none).
+    `instance`: the process that it is for, as that registered: another at the same address may serve another model.
     """
 
     engine_id: int
@@ -128,6 +131,7 @@ class TaskRequest(msgspec.Struct, frozen=True):
     chain: tuple[FillSpec, ...]
     generate: GenerateSpec
     parent: int = -1
+    instance: str = ""
 
 
 class Started(msgspec.Struct, frozen=True, tag="started", tag_field="event", omit_defaults=True):

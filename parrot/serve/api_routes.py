@@ -49,7 +49,7 @@ from parrot.serve.events import (
     SubmitCall,
 )
 from parrot.serve.shell import Shell
-from parrot.serve.streams import OutputStreams
+from parrot.serve.streams import OutputStream, OutputStreams
 from parrot.serve.texts import Piece, Texts
 from parrot.serve.tokenization import Tokenization
 from parrot.serve.wire import NDJSON, answer, arguments, body_of, decoded, idempotency_key, line
@@ -195,9 +195,13 @@ class ApiRoutes:
         criteria = parse_criteria(args.criteria)
         number = self._shell.number()
         event = GetVariable(number, args.session_id, hashed(args.session_auth), tail, criteria, args.timeout, args.stream)
-        future = self._shell.ask(event)
+        answered: list[Reply] = []
+        future = self._shell.ask(event, answered.append)
         try:
             if args.stream:
+                await self._shell.flushed()
+                if answered and answered[0].error is not None:
+                    await future  # a get that the core refuses shows nothing
                 return await self._stream(request, future, args.session_id, tail, args.stream_from)
             return answer({"content": self._text(await future)})
         finally:
@@ -214,36 +218,45 @@ class ApiRoutes:
         self, request: web.BaseRequest, future: asyncio.Future[str], session_id: int, var_id: str, sent: int
     ) -> web.StreamResponse:
         """Sends the text as it comes, from character `sent` on. Errors before the first line are ordinary refusals."""
-        await self._shell.flushed()  # a get that the core refuses shows nothing
         response = web.StreamResponse(headers={"Content-Type": NDJSON})
+        try:
+            await self._send_pieces(request, response, future, session_id, var_id, sent)
+            await _write(request, response, {"done": True})
+        except ParrotError as error:
+            if not response.prepared:
+                raise
+            await _write(request, response, ErrorBody(error.info))  # a status cannot be sent any more
+        await response.write_eof()
+        return response
+
+    async def _send_pieces(
+        self,
+        request: web.BaseRequest,
+        response: web.StreamResponse,
+        future: asyncio.Future[str],
+        session_id: int,
+        var_id: str,
+        sent: int,
+    ) -> None:
+        """All of the text. Raises ParrotError, at any point."""
         stream = self._streams.watch(session_id, var_id)
         future.add_done_callback(lambda _: stream.wake())
         try:
             while not future.done():
                 if len(stream.text) > sent:
                     delta = stream.text[sent:]
-                    stream.shown = True
+                    await self._shell.show(session_id, var_id, stream)
                     sent += len(delta)
                     await _write(request, response, {"delta": delta})
                 else:
-                    await stream.changed()
+                    await _changed(stream)
         finally:
             self._streams.leave(session_id, var_id, stream)
-        error = future.exception()
-        if error is not None and not (response.prepared and isinstance(error, ParrotError)):
-            raise error
-        last: Any = {"done": True}
-        if isinstance(error, ParrotError):
-            last = ErrorBody(error.info)
-        else:
-            content = self._text(future.result())
-            if not content.startswith(stream.text):
-                last = ErrorBody(ParrotError("internal", "the output differs from what was streamed; get it again").info)
-            elif len(content) > sent:
-                await _write(request, response, {"delta": content[sent:]})
-        await _write(request, response, last)
-        await response.write_eof()
-        return response
+        content = self._text(future.result())
+        if not content.startswith(stream.text):
+            raise ParrotError("internal", "the output differs from what was streamed; get it again")
+        if len(content) > sent:
+            await _write(request, response, {"delta": content[sent:]})
 
     # ------------------------------------------------------------------------------------------------------- shared
 
@@ -263,6 +276,13 @@ class ApiRoutes:
                 self._texts.release(session_id, keys)
 
         return await self._shell.ask(event, on_reply)
+
+
+async def _changed(stream: OutputStream) -> None:
+    """Waits for more text, or for the end of it."""
+    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    stream.on_change(lambda: None if future.done() else future.set_result(None))
+    await future
 
 
 async def _write(request: web.BaseRequest, response: web.StreamResponse, message: Any) -> None:

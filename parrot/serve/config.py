@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -27,7 +27,7 @@ class GlobalSchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=T
 
 
 class ServeCoreConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The whole file. `record_path`: where to write one JSON line an instant; null: nowhere."""
+    """The whole file. `journal_path`: the journal (docs/journal.md); null: none; left out: the launch command chooses."""
 
     host: str = "localhost"
     port: Annotated[int, Meta(ge=0, le=65535)] = 9000
@@ -36,8 +36,11 @@ class ServeCoreConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     session_life_span: Seconds = 600.0
     max_tasks_per_session: Positive = 4096
     engine_heartbeat_timeout: Seconds = 10.0
+    engine_stall_timeout: Seconds = 120.0
     constant_prefix_var_timeout: Seconds = 600.0
     global_scheduler: GlobalSchedulerConfig = GlobalSchedulerConfig()
     engine_secret: str | None = None
-    record_path: str | None = None
+    journal_path: str | msgspec.UnsetType | None = msgspec.UNSET
+    journal_mode: Literal["recover", "record"] = "recover"
+    journal_sync: Literal["normal", "full"] = "normal"
     max_body_bytes: Positive = 16 * 1024 * 1024

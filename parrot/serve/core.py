@@ -23,15 +23,19 @@ from parrot.serve.effects import AnyEffect, Reply, SessionEnded
 from parrot.serve.engines import Engine
 from parrot.serve.events import AnyEvent, Content
 from parrot.serve.gets import PendingGet, PendingGets
-from parrot.serve.graph import Call, Deduction, Task, depends_on, tasks_of, tighter
+from parrot.serve.graph import Call, Deduction, Task, tasks_of, tighter
 from parrot.serve.reports import call_answer, input_failed, session_report
 from parrot.serve.scheduler import Fault, Scheduler
 from parrot.serve.sessions import IdleSessions, Session
 from parrot.serve.states import IN_FLIGHT
+from parrot.serve.submission import bind, check_form, check_room, check_variables
 from parrot.serve.variables import Variable
 
 #: How many ended sessions are remembered, so that a late call is told 410 and not 404.
 REMEMBERED_SESSIONS = 65536
+
+#: After a failure in what time brings, or in placing, this long passes before the next try (seconds): its cause may stay.
+FAULT_PAUSE_S = 1.0
 
 _EMPTY: dict[str, Any] = {}
 _Repeatable = ev.SubmitCall | ev.CreateVariable | ev.SetVariable
@@ -53,6 +57,10 @@ class ServeCore:
         self._deduction = Deduction(self._activated)
         self._now = 0.0
         self._due_at = math.inf  # a time before which nothing is due
+        self._quiet_until = 0.0  # no deadline before, after a fault
+        self._place_again_at = math.inf  # placing failed
+        self._recalling = False  # what is taken in was accepted in an earlier life
+        self._recalled_gets = 0
         self._least_span_s = min(config.session_life_span, config.constant_prefix_var_timeout, Scheduler.least_span_s(config))
         self.scheduler = Scheduler(config, epoch, self._effects, self._task_finished, self._task_failed)
         self._handlers: dict[type, Callable[[Any, float], None]] = {
@@ -75,6 +83,7 @@ class ServeCore:
             ev.ContextsEvicted: lambda event, now: self.scheduler.evict(event.engine_id, event.context_ids),
             ev.Tick: lambda event, now: None,
             ev.Restarted: self._restarted,
+            ev.TaskGivenUp: self._refuse_journal_event,
         }
 
     # =============================================================================================== the surface
@@ -88,7 +97,9 @@ class ServeCore:
             raise ValueError(f"time went back: {now} after {self._now}")
         self._now = now
         handlers = self._handlers
-        for event in events:
+        scheduler = self.scheduler
+        for place, event in enumerate(events):
+            scheduler.event = place
             try:
                 handlers[type(event)](event, now)
             except ParrotError as error:
@@ -96,12 +107,16 @@ class ServeCore:
                 self._effects.append(Reply(event.request, None, error.info))  # type: ignore[union-attr]
             except Exception as error:  # a bug of ours: it costs this event, and no other
                 self._fault(event, error)
-        scheduler = self.scheduler
+        scheduler.event = len(events)
         if now >= self._due_at:
             self._due(now)
-            self._due_at = self.next_deadline() or math.inf
         if scheduler.changed:
-            scheduler.place(now)
+            try:
+                scheduler.place(now)
+            except Exception as error:  # a bug of ours; a policy's is contained in there
+                scheduler.faults.append(Fault("the core failed at placing", error))
+                self._place_again_at = now + FAULT_PAUSE_S
+                self._due_at = min(self._due_at, self._place_again_at)
         if scheduler.freed:
             scheduler.flush_freed()
         # Nothing that came up in this instant is due before the shortest span there is (gets see to themselves).
@@ -111,6 +126,48 @@ class ServeCore:
         effects = self._effects[:]
         self._effects.clear()
         return effects
+
+    def recall(self, event: AnyEvent, t: float) -> None:
+        """Takes in an event that an earlier life accepted at `t`: state is rebuilt, nothing is placed, nobody is answered.
+
+        All that mattered comes in its order (`parrot.serve.recovery` says what), then a `Restarted` through `handle`.
+        Raises ValueError when the event does not fit what came before it.
+        """
+        self._now = max(self._now, t)
+        self._recalling = True
+        try:
+            if isinstance(event, ev.TaskFinished | ev.TaskGivenUp):
+                self._recall_end(event, t)
+            else:
+                if type(event) is ev.GetVariable:
+                    self._recalled_gets += 1  # request numbers begin anew with every life: two lives' must not meet
+                    event = msgspec.structs.replace(event, request=-self._recalled_gets)
+                self._handlers[type(event)](event, t)
+        except ParrotError as error:
+            raise ValueError(f"{type(event).__name__} is refused: {error}") from error
+        finally:
+            self._recalling = False
+            self._effects.clear()
+
+    def recall_ended(self, session_id: int, state: str) -> None:
+        """A session of an earlier life is over; late calls of it are told so."""
+        self._remember_ended(session_id, state)
+
+    def _recall_end(self, event: ev.TaskFinished | ev.TaskGivenUp, t: float) -> None:
+        session = self._sessions.get(event.task.session_id)
+        task = session.task(event.task) if session is not None else None
+        if task is None:
+            raise ValueError(f"{type(event).__name__} names task {event.task}, which no call has")
+        if isinstance(event, ev.TaskGivenUp):
+            if not task.ended:  # else it follows from what came before
+                self.scheduler.give_up(task, event.error, t)
+        elif task.state == "queued":
+            self.scheduler.recall(task, event, t)
+        else:
+            raise ValueError(f"task {event.task} finished while it was {task.state}")
+
+    def _refuse_journal_event(self, event: AnyEvent, now: float) -> None:
+        raise ValueError(f"{type(event).__name__} is for recall alone")
 
     def take_faults(self) -> list[Fault]:
         """What went wrong inside since the last call: for a shell to log, for a test to find empty."""
@@ -128,7 +185,11 @@ class ServeCore:
     def next_deadline(self) -> float | None:
         """When `Tick` is wanted at the latest, in seconds of the same clock; None: not before the next event."""
         deadlines = (self._gets.next_deadline(), self._idle.next_deadline(), self.scheduler.next_deadline())
-        return min((d for d in deadlines if d is not None), default=None)
+        first = min((d for d in deadlines if d is not None), default=math.inf)
+        if first < self._quiet_until:
+            first = self._quiet_until
+        first = min(first, self._place_again_at)
+        return None if first == math.inf else first
 
     @property
     def engines(self) -> dict[int, Engine]:
@@ -202,7 +263,7 @@ class ServeCore:
                 return
         if event.session_id in self._sessions:
             raise ParrotError("conflict", f"session id {event.session_id} is in use")
-        if len(self._sessions) >= self.config.max_sessions_num:
+        if len(self._sessions) >= self.config.max_sessions_num and not self._recalling:
             raise ParrotError(
                 "too_many_sessions",
                 f"{len(self._sessions)} sessions are open; max_sessions_num is {self.config.max_sessions_num}",
@@ -225,9 +286,7 @@ class ServeCore:
         session.move(by)
         self._idle.remove(session)
         del self._sessions[session.id]
-        self._ended[session.id] = session.state
-        if len(self._ended) > REMEMBERED_SESSIONS:
-            self._ended.popitem(last=False)
+        self._remember_ended(session.id, session.state)
         if session.waiting_gets:
             error = ErrorInfo(f"session_{session.state}", f"session {session.id} is {session.state}")
             for variable in session.variables.values():
@@ -247,7 +306,12 @@ class ServeCore:
         session.calls.clear()
         session.variables.clear()
         session.groups = session.contexts = session.answers = None
-        self._effects.append(SessionEnded(session.id))
+        self._effects.append(SessionEnded(session.id, session.state))
+
+    def _remember_ended(self, session_id: int, state: str) -> None:
+        self._ended[session_id] = state
+        if len(self._ended) > REMEMBERED_SESSIONS:
+            self._ended.popitem(last=False)
 
     def _describe_session(self, event: ev.DescribeSession, now: float) -> None:
         session = self._sessions.get(event.session_id)
@@ -276,12 +340,6 @@ class ServeCore:
 
     # =============================================================================================== variables
 
-    def _variable(self, session: Session, var_id: str) -> Variable:
-        variable = session.variables.get(var_id)
-        if variable is None:
-            raise ParrotError("not_found", f"session {session.id} has no variable {var_id!r}", var_id=var_id)
-        return variable
-
     def _create_variable(self, event: ev.CreateVariable, now: float) -> None:
         session = self._session(event.session_id, event.auth, now)
         if not self._repeated(session, event):
@@ -292,7 +350,7 @@ class ServeCore:
         session = self._session(event.session_id, event.auth, now)
         if self._repeated(session, event):
             return
-        variable = self._variable(session, event.var_id)
+        variable = session.variable(event.var_id)
         if variable.state != "empty":
             reason = "a call produces it" if variable.producer is not None else "it has a content"
             raise ParrotError("conflict", f"variable {event.var_id!r} cannot be set: {reason}", var_id=event.var_id)
@@ -346,7 +404,7 @@ class ServeCore:
 
     def _get_variable(self, event: ev.GetVariable, now: float) -> None:
         session = self._session(event.session_id, event.auth, now)
-        variable = self._variable(session, event.var_id)
+        variable = session.variable(event.var_id)
         if variable.state == "ready":
             assert variable.content is not None
             self._reply(event.request, variable.content.key)
@@ -378,8 +436,10 @@ class ServeCore:
         session = self._session(event.session_id, event.auth, now)
         if self._repeated(session, event):
             return
-        self._admit(session, event)
-        self._check_variables(session, event)
+        check_form(event)
+        if not self._recalling:  # how full it was then is not known any more
+            check_room(session, event, self.config, len(self.scheduler.queue))
+        check_variables(session, event)
         call = Call(
             number=len(session.calls),
             session=session,
@@ -391,7 +451,7 @@ class ServeCore:
             fuse_fill=event.fuse_fill,
             submitted_s=now,
         )
-        call.variables = self._bind(session, event, now)
+        call.variables = bind(session, event)
         session.calls.append(call)
         tasks = tasks_of(call)
         call.tasks = tasks
@@ -401,74 +461,6 @@ class ServeCore:
             self._connect(session, task, now)
         if event.output_criteria is not None and not tasks[-1].ended:
             self._deduction.fetch(tasks[-1], event.output_criteria)
-
-    def _admit(self, session: Session, event: ev.SubmitCall) -> None:
-        """Raises queue_full for a session that would begin anew, too_many_tasks for one that has too many."""
-        outputs = sum(type(segment) is ev.Output for segment in event.segments)
-        if outputs == 0:
-            raise ParrotError("bad_template", "the call has no output")
-        if type(event.segments[0]) is ev.Output:
-            raise ParrotError("bad_template", "the call has an output before any text")
-        if outputs > self.config.max_tasks_per_session:
-            most = self.config.max_tasks_per_session
-            raise ParrotError("bad_template", f"the call has {outputs} outputs; max_tasks_per_session allows {most}")
-        if session.unfinished == 0 and self.scheduler.queue_full:
-            limit = self.config.global_scheduler.max_queue_size
-            raise ParrotError("queue_full", f"{len(self.scheduler.queue)} tasks wait for an engine; max_queue_size is {limit}")
-        if session.unfinished + outputs > self.config.max_tasks_per_session:
-            limit = self.config.max_tasks_per_session
-            raise ParrotError(
-                "too_many_tasks",
-                f"session {session.id} has {session.unfinished} unfinished tasks; max_tasks_per_session is {limit}",
-            )
-
-    def _check_variables(self, session: Session, event: ev.SubmitCall) -> None:
-        """Raises not_found, conflict or cyclic_dependency; nothing is changed yet."""
-        inputs: list[tuple[int, Variable]] = []  # with the number of the call's task that reads it
-        outputs: dict[Variable, int] = {}  # the number of the task that writes it
-        number = 0
-        for segment in event.segments:
-            if type(segment) is ev.Input and segment.var_id is not None:
-                inputs.append((number, self._variable(session, segment.var_id)))
-            elif type(segment) is ev.Output:
-                if segment.var_id is not None:
-                    variable = self._variable(session, segment.var_id)
-                    if variable.state != "empty" or variable in outputs:
-                        raise ParrotError(
-                            "conflict",
-                            f"output {segment.name!r}: variable {segment.var_id!r} already has a producer or a content",
-                            var_id=segment.var_id,
-                        )
-                    outputs[variable] = number
-                number += 1
-        # A task may read what an earlier task of its call writes. Only what has a reader, or is read here, can be waited for.
-        read = {variable for _, variable in inputs}
-        if not any(variable.consumers or variable in read for variable in outputs):
-            return
-        for reader in dict.fromkeys(number for number, _ in inputs):
-            targets = {variable for variable, writer in outputs.items() if writer >= reader}
-            if targets and depends_on((variable for number, variable in inputs if number == reader), targets):
-                raise ParrotError("cyclic_dependency", f"call {event.func_name!r} would wait for its own output")
-
-    def _bind(self, session: Session, event: ev.SubmitCall, now: float) -> tuple[Variable | None, ...]:
-        """The variable of each segment; values and new outputs get variables of their own."""
-        bound: list[Variable | None] = []
-        values: dict[str, Variable] = {}
-        for segment in event.segments:
-            if isinstance(segment, ev.Constant):
-                bound.append(None)
-                continue
-            if segment.var_id is not None:
-                variable = session.variables[segment.var_id]
-            elif segment.name in values:
-                variable = values[segment.name]
-            else:
-                variable = values[segment.name] = session.new_variable(segment.name)
-                if isinstance(segment, ev.Input):
-                    variable.move("set")
-                    variable.content = segment.value
-            bound.append(variable)
-        return tuple(bound)
 
     def _connect(self, session: Session, task: Task, now: float) -> None:
         """Puts a new task into the graph: what it waits for, and who waits for it already."""
@@ -490,8 +482,8 @@ class ServeCore:
             task.finished_s = now
             self._task_failed(task, input_failed(failed, failed.error), now)
             return
-        if output.getters:
-            self._deduction.fetch(task, output.criteria or Criteria.THROUGHPUT)
+        if output.criteria is not None:  # a get came before the call; what is wanted once stays so, whatever became of the get
+            self._deduction.fetch(task, output.criteria)
         if output.consumers:
             self._deduction.connect(task)
 
@@ -573,6 +565,8 @@ class ServeCore:
     def _on_failed(self, event: ev.TaskFailed, now: float) -> None:
         if (task := self._in_flight(event)) is not None:
             self.scheduler.fail(task, event, now)
+            # It may have begun a pause, which is shorter than all that `handle` reckons with.
+            self._due_at = min(self._due_at, self.scheduler.next_deadline() or math.inf)
 
     def _on_rejected(self, event: ev.TaskRejected, now: float) -> None:
         if (task := self._in_flight(event)) is not None:
@@ -581,19 +575,36 @@ class ServeCore:
     # =============================================================================================== time
 
     def _due(self, now: float) -> None:
-        """Everything whose deadline has come: gets that time out, sessions that expire, what the scheduler waits for."""
+        """Everything whose deadline has come: gets that time out, sessions that expire, what the scheduler waits for. A
+        failure in one of them costs no other, and what is left of it is not tried again at once."""
+        scheduler = self.scheduler
+        faults = len(scheduler.faults)
         for request in self._gets.due(now):
-            pending = self._drop_get(request, now)
-            if pending is not None:
-                message = f"variable {pending.variable.id!r} was not ready in time"
-                self._effects.append(Reply(request, None, ErrorInfo("timeout", message)))
+            scheduler.contain(f"ending get {request}", self._time_out, request, now)
         deadline = self._idle.next_deadline()
         if deadline is not None and deadline <= now:
             for session in self._idle.expired(now):
-                self._end_session(session, "expire", now)
-        self.scheduler.tick(now)
+                scheduler.contain(f"expiring session {session.id}", self._end_session, session, "expire", now)
+        scheduler.tick(now)
+        if now >= self._place_again_at:
+            self._place_again_at = math.inf
+            scheduler.changed = True
+        if len(scheduler.faults) > faults:
+            self._quiet_until = now + FAULT_PAUSE_S
+        deadline = self.next_deadline()
+        self._due_at = math.inf if deadline is None else deadline
+
+    def _time_out(self, request: int, now: float) -> None:
+        pending = self._drop_get(request, now)
+        if pending is not None:
+            message = f"variable {pending.variable.id!r} was not ready in time"
+            self._effects.append(Reply(request, None, ErrorInfo("timeout", message)))
 
     def _restarted(self, event: ev.Restarted, now: float) -> None:
+        self._gets.clear()
         self.scheduler.restart(event.epoch, now)
+        until = now + self.config.session_life_span
+        for key, (session_id, _) in self._opened.items():
+            self._opened[key] = (session_id, until)
         for session in self._sessions.values():
             self._idle.touch(session, now)

@@ -72,10 +72,24 @@ class FreeContexts(Effect, frozen=True, gc=False):
     context_ids: tuple[int, ...]
 
 
+class TaskEnded(Effect, frozen=True, gc=False):
+    """A task has its result, or has failed for good: for the journal and for those who watch. Tasks that fail because an
+    input did, and those that are cancelled with their session, follow from others and are not told.
+
+    `event`: the place in its instant of the event that brought it about; the number of events for what time brought."""
+
+    task: TaskId
+    attempt: int
+    var_id: str
+    error: ErrorInfo | None = None
+    event: int = 0
+
+
 class SessionEnded(Effect, frozen=True, gc=False):
-    """The session is closed or expired and its variables are gone: the shell drops the texts that only it named."""
+    """The session is closed or expired (`state`) and its variables are gone: the shell drops the texts that only it named."""
 
     session_id: int
+    state: str = "closed"
 
 
-AnyEffect = Reply | Dispatch | Abort | FreeContexts | SessionEnded
+AnyEffect = Reply | Dispatch | Abort | FreeContexts | TaskEnded | SessionEnded

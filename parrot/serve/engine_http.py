@@ -8,6 +8,8 @@ import asyncio
 import aiohttp
 
 CONNECT_S = 5.0
+#: The longest answer that is read as a whole: a ping's, a refusal's.
+MAX_ANSWER_BYTES = 1024 * 1024
 
 
 class Exchange:
@@ -25,10 +27,13 @@ class Exchange:
             raise ConnectionResetError(str(error) or type(error).__name__) from error
 
     async def read_all(self) -> bytes:
-        """The whole body."""
-        parts = []
+        """The whole body. Raises OSError also when it is longer than any answer that a core asks for."""
+        parts, size = [], 0
         while part := await self.read():
             parts.append(part)
+            size += len(part)
+            if size > MAX_ANSWER_BYTES:
+                raise OSError(f"the answer has more than {MAX_ANSWER_BYTES} bytes")
         return b"".join(parts)
 
     def close(self) -> None:

@@ -1,12 +1,14 @@
 """The core's side of its engines: who is registered and alive, and what is asked of them.
 
-It decides when an engine counts as lost: its heartbeat is late, its task stream broke and a ping finds nobody, or another
-process registers at its address. Where a task runs, and what becomes of it when its engine is lost, is the core's affair.
+It decides when an engine counts as lost: its heartbeat is late, a heartbeat says that its loop stands still, its task stream
+broke and a ping finds nobody, another process registers at its address, or it registers as something else. Where a task runs,
+and what becomes of it when its engine is lost, is the core's affair.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Coroutine
 from typing import Any
@@ -16,7 +18,7 @@ import msgspec
 from parrot.protocol.engine import AbortRequest, EngineDescription, FreeContextRequest, RegisterAnswer, TaskId
 from parrot.protocol.errors import ParrotError
 from parrot.serve.effects import Abort, Dispatch, FreeContexts, Reply
-from parrot.serve.engine_http import EngineHttp
+from parrot.serve.engine_http import EngineHttp, Exchange
 from parrot.serve.events import ContextsEvicted, EngineLost, RegisterEngine, TaskFailed
 from parrot.serve.shell import Shell
 from parrot.serve.streams import OutputStreams
@@ -29,6 +31,10 @@ _log = logging.getLogger(__name__)
 #: Contexts that are freed within this time travel together; an engine that needs room sooner evicts them itself.
 _FREE_WINDOW_S = 0.01
 _ASK_S = 5.0
+
+#: What may follow the end of a task on its stream, for the connection to be used again.
+_TAIL_S = 1.0
+_TAIL_BYTES = 65536
 
 
 class EngineLink:
@@ -51,11 +57,14 @@ class EngineLink:
 class EngineLinks:
     """All live engines. `attach` gives it the shell before the first use."""
 
-    def __init__(self, texts: Texts, tokenization: Tokenization, streams: OutputStreams, heartbeat_s: float) -> None:
+    def __init__(
+        self, texts: Texts, tokenization: Tokenization, streams: OutputStreams, heartbeat_s: float, stall_s: float = 120.0
+    ) -> None:
         self._texts = texts
         self._tokenization = tokenization
         self._streams = streams
         self._heartbeat_s = heartbeat_s
+        self._stall_s = stall_s
         self._shell: Shell
         self._loop = asyncio.get_running_loop()
         self._links: dict[int, EngineLink] = {}
@@ -75,12 +84,13 @@ class EngineLinks:
     # ------------------------------------------------------------------------------------ registration, heartbeats
 
     async def register(self, description: EngineDescription, instance: str) -> RegisterAnswer:
-        """Registers an engine, or answers as before when the same process asks again.
+        """Registers an engine, or answers as before when the same process asks again. One that describes itself otherwise
+        than before (another model, another address) is another engine, which takes the place of the first.
 
         Raises ParrotError: its tokenizer cannot be loaded, or the core refuses it.
         """
         for link in self._links.values():
-            if instance and link.instance == instance:
+            if instance and link.instance == instance and link.description == description:
                 link.last_heard_s = self._shell.now()
                 return RegisterAnswer(link.engine_id, link.epoch)
         if instance in self._registering:
@@ -110,9 +120,7 @@ class EngineLinks:
                 f"engine {description.engine_name!r} puts {description.bos_tokens} tokens at the head of a chain, "
                 f"but tokenizer {name!r} has {'no' if self._tokenization.bos_id(name) is None else 'one'} BOS token",
             )
-        for link in list(self._links.values()):
-            if (link.description.host, link.description.port) == (description.host, description.port):
-                self._lose(link, f"engine {description.engine_name!r} registered at its address {link.http.url}")
+        self._displace(description, instance)
         lengths = {} if name in self._measured else self._texts.lengths(name)
 
         def on_reply(reply: Reply) -> None:
@@ -125,7 +133,16 @@ class EngineLinks:
         answer: RegisterAnswer = await self._shell.ask(event, on_reply)
         return answer
 
+    def _displace(self, description: EngineDescription, instance: str) -> None:
+        """Loses the engines in whose place this one comes."""
+        for link in list(self._links.values()):
+            if (link.description.host, link.description.port) == (description.host, description.port):
+                self._lose(link, f"engine {description.engine_name!r} registered at its address {link.http.url}")
+            elif instance and link.instance == instance:
+                self._lose(link, f"its process registered as engine {description.engine_name!r}, model {description.model!r}")
+
     def _add(self, answer: RegisterAnswer, description: EngineDescription, instance: str) -> None:
+        self._displace(description, instance)  # again: others may have registered at the same moment
         link = EngineLink(answer.engine_id, answer.epoch, description, instance, self._shell.now())
         self._links[answer.engine_id] = link
         _log.info(
@@ -134,23 +151,30 @@ class EngineLinks:
         if self._watch is None:
             self._watch_heartbeats()
 
-    def heartbeat(self, engine_id: int, evicted: tuple[int, ...], instance: str = "") -> None:
-        """The engine is alive. Raises `not_found` for one that is not registered (any more)."""
+    def heartbeat(self, engine_id: int, evicted: tuple[int, ...], instance: str = "", stalled_s: float = 0.0) -> None:
+        """The engine's process is alive; its loop, which works on tasks, last did something `stalled_s` ago. Raises
+        `not_found` for one that is not registered, or no longer as of now."""
         link = self._links.get(engine_id)
         if link is None or (instance and link.instance and instance != link.instance):
             # The id may belong to another process by now: a core that was restarted counts from one again.
             raise ParrotError("not_found", f"engine {engine_id} is not registered; register again", engine_id=engine_id)
         link.last_heard_s = self._shell.now()
+        if stalled_s > self._stall_s:
+            self._lose(link, f"its loop has work and has done nothing for {stalled_s:.1f} s (it may for {self._stall_s:g} s)")
+            raise ParrotError("not_found", f"engine {engine_id} stands still; register when it works", engine_id=engine_id)
         if evicted:
             self._shell.post(ContextsEvicted(engine_id, evicted))
 
     def _check_heartbeats(self) -> None:
         now = self._shell.now()
-        # A check that comes late says that this process stood still: heartbeats may lie unread in the sockets.
+        # A check that comes late says that this process stood still: heartbeats may lie unread in the sockets, and engines
+        # that got no answer wait before the next one. So everybody's silence begins anew.
         was_awake = now < self._watch_due_s + self._heartbeat_s / 4
         for link in list(self._links.values()):
+            if not was_awake:
+                link.last_heard_s = now
             silence_s = now - link.last_heard_s
-            if silence_s > self._heartbeat_s and was_awake:
+            if silence_s > self._heartbeat_s:
                 self._lose(link, f"no heartbeat for {silence_s:.1f} s")
         self._watch = None
         if self._links:
@@ -178,7 +202,8 @@ class EngineLinks:
         if link is None:
             self._fail(effect, f"engine {effect.engine_id} is not connected")
             return
-        stream = TaskStream(effect, link.description, self._texts, self._tokenization, self._streams, self._shell.post)
+        stores = (self._texts, self._tokenization, self._streams)
+        stream = TaskStream(effect, link.description, *stores, self._shell.post, link.instance)
         key = (effect.task, effect.attempt)
         task = self._loop.create_task(self._run(link, stream, effect))
         link.running[key] = task
@@ -196,13 +221,15 @@ class EngineLinks:
             exchange = await link.http.post("/task", body)
             try:
                 if exchange.status == 200:
-                    while chunk := await exchange.read():
+                    while not stream.ended and (chunk := await exchange.read()):
                         await stream.feed(chunk)
+                    if stream.ended and not stream.spoilt:
+                        await _read_tail(exchange)
                 else:
                     stream.refused(exchange.status, await exchange.read_all())
             finally:
                 exchange.close()
-        except (OSError, msgspec.MsgspecError) as error:
+        except OSError as error:
             reason = f"{type(error).__name__}: {error}"
         except Exception as error:
             _log.exception("task %s: its stream could not be taken in", effect.task)
@@ -234,10 +261,10 @@ class EngineLinks:
             self._loop.call_later(_FREE_WINDOW_S, self._send_freed, link)
         link.freed.extend(effect.context_ids)
 
-    def session_ended(self, session_id: int) -> None:
-        """Forgets the session's texts."""
-        self._texts.end(session_id)
+    def session_ended(self, session_id: int) -> list[str]:
+        """Forgets the session's texts; the keys of those that no other session names."""
         self._streams.end(session_id)
+        return self._texts.end(session_id)
 
     def _send_freed(self, link: EngineLink) -> None:
         ids, link.freed = tuple(link.freed), []
@@ -294,3 +321,13 @@ class EngineLinks:
         await asyncio.gather(*running, *self._background, return_exceptions=True)
         for link in links:
             await link.http.close()
+
+
+async def _read_tail(exchange: Exchange) -> None:
+    """Reads on to the end of an answer whose task has ended, so that its connection can be kept. An engine that does not come
+    to an end is not waited for."""
+    left = _TAIL_BYTES
+    with contextlib.suppress(OSError):  # a TimeoutError is one
+        async with asyncio.timeout(_TAIL_S):
+            while left > 0 and (part := await exchange.read()):
+                left -= len(part)

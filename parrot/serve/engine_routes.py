@@ -37,5 +37,5 @@ class EngineRoutes:
         """POST /engine_heartbeat"""
         body = decoded(await body_of(request), HeartbeatRequest)
         self._credentials.check_engine(body.secret)
-        self._links.heartbeat(body.engine_id, body.evicted, body.instance)
+        self._links.heartbeat(body.engine_id, body.evicted, body.instance, body.runtime_info.stalled_s)
         return answer(_EMPTY)

@@ -27,7 +27,8 @@ KEPT_LANES = 16
 
 class Engine(msgspec.Struct, eq=False):
     """A registered engine. `reserved` tokens: Σ(new prompt + max_gen_length) of its tasks in flight. `version` changes
-    whenever its capacity has changed in a way that could let in what it refused."""
+    whenever its capacity has changed in a way that could let in what it refused. `failures`: attempts that failed there in a
+    row, those that failed together counted once; `suspected_s`: when it was last suspected for it."""
 
     id: int
     description: EngineDescription
@@ -38,6 +39,8 @@ class Engine(msgspec.Struct, eq=False):
     latency_tasks: int = 0
     version: int = 0
     next_context_id: int = 0
+    failures: int = 0
+    suspected_s: float = -1.0
 
     @property
     def name(self) -> str:

@@ -11,6 +11,7 @@ import msgspec
 
 from parrot.protocol.api import Criteria, SamplingConfig
 from parrot.protocol.engine import EngineDescription, TaskId
+from parrot.protocol.errors import ErrorInfo
 
 
 class Event(msgspec.Struct, frozen=True, tag=True, tag_field="type", omit_defaults=True, gc=False):
@@ -215,9 +216,16 @@ class Tick(Event, frozen=True, gc=False):
 
 
 class Restarted(Event, frozen=True, gc=False):
-    """The core lives again after a recovery: engines are gone, what was in flight is queued again."""
+    """The core lives again after a recovery: engines and pending gets are gone, what was in flight is queued again."""
 
     epoch: int
+
+
+class TaskGivenUp(Event, frozen=True, gc=False):
+    """Only in a journal: this task failed for good. Whether it did depends on engines, which a recovery does not know."""
+
+    task: TaskId
+    error: ErrorInfo
 
 
 AnyEvent = (
@@ -240,4 +248,5 @@ AnyEvent = (
     | ContextsEvicted
     | Tick
     | Restarted
+    | TaskGivenUp
 )

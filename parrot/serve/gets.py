@@ -60,6 +60,14 @@ class PendingGets:
         variable.getters = None
         return requests
 
+    def clear(self) -> None:
+        """Nobody waits any longer: who asked is gone."""
+        for pending in self._gets.values():
+            pending.variable.getters = None
+            pending.session.waiting_gets = 0
+        self._gets.clear()
+        self._timeouts.clear()
+
     def next_deadline(self) -> float | None:
         while self._timeouts and self._timeouts[0][1] not in self._gets:
             heapq.heappop(self._timeouts)

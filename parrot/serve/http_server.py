@@ -58,6 +58,8 @@ def _configuration(flags: argparse.Namespace) -> ServeCoreConfig:
         if not 0 <= flags.port <= 65535:
             raise ConfigurationError(f"--port {flags.port} is no port; expected 0 to 65535")
         config = msgspec.structs.replace(config, port=flags.port)
+    if config.journal_path is msgspec.UNSET:
+        config = msgspec.structs.replace(config, journal_path=_default_journal(config, flags.log_dir))
     secret = config.engine_secret
     if secret is not None and secret.startswith("env:"):
         name = secret.removeprefix("env:")
@@ -65,6 +67,20 @@ def _configuration(flags: argparse.Namespace) -> ServeCoreConfig:
             raise ConfigurationError(f"{flags.config_path}: engine_secret is {secret!r}, but the environment has no {name}")
         config = msgspec.structs.replace(config, engine_secret=os.environ[name])
     return config
+
+
+def _default_journal(config: ServeCoreConfig, log_dir: str | None) -> str | None:
+    """`journal/core-PORT.sqlite` next to the log directory: a core that is started again with the same command finds it."""
+    if config.port == 0:
+        return None  # nobody could start this one again
+    folder = Path(log_dir or "log").absolute().parent / "journal"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"journal directory {str(folder)!r} cannot be made: {error.strerror}; set journal_path"
+        ) from error
+    return str(folder / f"core-{config.port}.sqlite")
 
 
 def _set_up_logging(flags: argparse.Namespace) -> None:
@@ -104,7 +120,7 @@ async def _serve(config: ServeCoreConfig, path: str) -> int:
         loop.add_signal_handler(number, stopped.set)
     try:
         server = Server(config)
-    except (ConfigurationError, ParrotError) as error:  # a policy or a record that cannot be had
+    except (ConfigurationError, ParrotError) as error:  # a policy or a journal that cannot be had
         raise ConfigurationError(f"{path}: {error}") from error
     try:
         addresses = await server.start()
@@ -114,6 +130,7 @@ async def _serve(config: ServeCoreConfig, path: str) -> int:
         gc.set_threshold(20_000, 20, 50)
         shown = ", ".join(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}" for host, port in addresses)
         print(f"ServeCore listens on {shown}", file=sys.stderr, flush=True)
+        logging.getLogger(__name__).info("journal: %s", config.journal_path or "none")
         await stopped.wait()
     finally:
         await server.stop()

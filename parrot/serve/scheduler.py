@@ -15,19 +15,17 @@ from parrot.protocol.engine import EngineDescription
 from parrot.protocol.errors import ErrorInfo
 from parrot.serve.config import ServeCoreConfig
 from parrot.serve.contexts import Context, PrefixStore
-from parrot.serve.effects import Abort, AnyEffect, ChainLink, Dispatch, FreeContexts
+from parrot.serve.effects import Abort, AnyEffect, ChainLink, Dispatch, FreeContexts, TaskEnded
 from parrot.serve.engines import Engine, Engines, Lane
 from parrot.serve.events import Constant, Content, TaskFailed, TaskFinished
 from parrot.serve.graph import Task, chain_of
+from parrot.serve.pauses import REOPEN_S, Pauses
 from parrot.serve.policies import build_policy
 from parrot.serve.policies.base import Cluster, Placement, admits, length_of, prompt_tokens, too_large
 from parrot.serve.policies.least_loaded import LeastLoaded
 from parrot.serve.queue import LAST, TaskQueue
 from parrot.serve.sessions import Session
 from parrot.serve.states import IN_FLIGHT
-
-#: An engine with nothing in flight that refused a task is asked again after this time (seconds).
-REOPEN_S = 1.0
 
 
 class Fault(NamedTuple):
@@ -62,21 +60,18 @@ class Scheduler:
         self.faults: list[Fault] = []
         self._fallback = LeastLoaded({}, None)  # type: ignore[arg-type]
         self.changed = False  # whether the policy has anything new to act on
+        self.event = 0  # the place in its instant of the event that is being handled
         self._sequence = 0
         self._stranded: OrderedDict[Task, float] = OrderedDict()  # no engine of their lane is live -> deadline
-        self._reopen: OrderedDict[int, float] = OrderedDict()  # engine id -> when it may be asked again
+        self._pauses = Pauses(self.engines.live)
         self.freed: dict[int, list[int]] = {}  # engine id -> contexts to be freed with this instant
 
     # ------------------------------------------------------------------------------------------- tasks in and out
 
     @staticmethod
     def least_span_s(config: ServeCoreConfig) -> float:
-        """No deadline of a scheduler is set closer than this."""
+        """No deadline of a scheduler is set closer than this, but for the end of a pause, which follows a failure."""
         return min(REOPEN_S, config.global_scheduler.engine_wait_timeout)
-
-    @property
-    def queue_full(self) -> bool:
-        return len(self.queue) >= self._config.max_queue_size
 
     def enqueue(self, task: Task, now: float) -> None:
         """A waiting task whose inputs are ready, or one whose attempt came to nothing."""
@@ -85,9 +80,8 @@ class Scheduler:
             task.links = chain_of(task)
             if not task.links:
                 # An engine needs something to begin from; the template held nothing but empty values.
-                task.move("fail")
-                task.ready_s = task.finished_s = now
-                self._failed(task, ErrorInfo("bad_template", f"call {call.number}: its prompt is empty"), now)
+                task.ready_s = now
+                self._end_failed(task, ErrorInfo("bad_template", f"call {call.number}: its prompt is empty"), now)
                 return
             task.path = self.prefixes.path(task.links, call.session.domain, _head_is_common(task))
         if task.ready_s is None:
@@ -133,9 +127,13 @@ class Scheduler:
         if task.state == "queued":
             self._leave_queue(task)
             self.changed = True  # it may have held others back
+        self._end_failed(task, error, now)
+
+    def _end_failed(self, task: Task, error: ErrorInfo, now: float) -> None:
         task.move("fail")
         task.finished_s = now
         self._forget(task)
+        self._effects.append(TaskEnded(task.id, task.attempt, task.output.id, error, self.event))
         self._failed(task, error, now)
 
     # ------------------------------------------------------------------------------------------- placement
@@ -184,7 +182,8 @@ class Scheduler:
         if task.state != "queued":
             raise ValueError(f"placed task {task.id}, which is {task.state}")
         if engine.state != "live" or engine.id not in task.call.lane.engines:
-            raise ValueError(f"placed task {task.id} on engine {engine.id}, which is not live for {task.call.lane.describe()}")
+            where = f"engine {engine.id}, which is {engine.state}, for {task.call.lane.describe()}"
+            raise ValueError(f"placed task {task.id} on {where}; only live engines of its lane take it")
         if not admits(engine, task):
             raise ValueError(f"placed task {task.id} on engine {engine.name!r} over its capacity")
 
@@ -274,18 +273,23 @@ class Scheduler:
     def lose(self, engine_id: int, reason: str, now: float) -> None:
         """The engine is gone, and its contexts with it. What ran there is queued again."""
         engine = self.engines.live.get(engine_id)
-        if engine is None:
-            return
-        lanes = self.engines.lose(engine)
-        self._reopen.pop(engine_id, None)
-        self.freed.pop(engine_id, None)
-        tasks = list(engine.tasks)
-        for task in tasks:
-            self._release(task, now)
-        for context in list(engine.contexts.values()):
-            if context.state != "gone":
-                self.prefixes.drop(context)
-        for task in tasks:
+        if engine is not None:
+            self._lose([engine], reason, now)
+
+    def _lose(self, engines: list[Engine], reason: str, now: float) -> None:
+        """All of them at once: no task of one is measured by another that goes too."""
+        lanes = dict.fromkeys(lane for engine in engines for lane in self.engines.lose(engine))
+        lost: list[tuple[Task, Engine]] = []
+        for engine in engines:
+            self._pauses.forget(engine.id)
+            self.freed.pop(engine.id, None)
+            for task in list(engine.tasks):
+                self._release(task, now)
+                lost.append((task, engine))
+            for context in list(engine.contexts.values()):
+                if context.state != "gone":
+                    self.prefixes.drop(context)
+        for task, engine in lost:
             self._again(task, "engine_failed", f"engine {engine.name!r} was lost: {reason}", now)
         for lane in lanes:
             self._without(lane, now)
@@ -336,9 +340,7 @@ class Scheduler:
         assert contexts is not None
         self.first_token(task, now)
         self._mark_filled(task)
-        task.prompt_tokens, task.cached_tokens = event.prompt_tokens, event.cached_tokens
-        task.output_tokens = event.output_tokens
-        task.decode_s, task.max_gap_s = event.decode_s, event.max_gap_s
+        engine.failures = 0
         generated = contexts[-1]
         generated.tokens = event.output_tokens
         generated.filled = True
@@ -348,9 +350,26 @@ class Scheduler:
             self._free(generated)
         self._release(task, now)
         task.move("finish")
+        self.changed = self.changed or len(self.queue) > 0
+        self._end_finished(task, event, now)
+
+    def recall(self, task: Task, event: TaskFinished, now: float) -> None:
+        """A queued task that finished in an earlier life, on an engine that nobody knows any more."""
+        self._leave_queue(task)
+        task.move("recall")
+        self._end_finished(task, event, now)
+
+    def give_up(self, task: Task, error: ErrorInfo, now: float) -> None:
+        """A queued task that failed for good in an earlier life."""
+        self._fail(task, error, now)
+
+    def _end_finished(self, task: Task, event: TaskFinished, now: float) -> None:
+        task.prompt_tokens, task.cached_tokens = event.prompt_tokens, event.cached_tokens
+        task.output_tokens = event.output_tokens
+        task.decode_s, task.max_gap_s = event.decode_s, event.max_gap_s
         task.finished_s = now
         self._forget(task)
-        self.changed = self.changed or len(self.queue) > 0
+        self._effects.append(TaskEnded(task.id, task.attempt, task.output.id, event=self.event))
         self._finished(task, event.content, now)
 
     def fail(self, task: Task, event: TaskFailed, now: float) -> None:
@@ -365,6 +384,8 @@ class Scheduler:
                 self._again(task, event.code, event.message, now)
                 return
         elif event.retryable:
+            assert task.dispatched_s is not None
+            self._pauses.suspect(engine, task.dispatched_s, now)
             self._again(task, event.code, event.message, now)
             return
         self._fail(task, ErrorInfo(event.code, event.message, {"engine": engine.name}), now)
@@ -377,7 +398,7 @@ class Scheduler:
         self._release(task, now, more_room=False)  # it has none, so that nobody else need ask
         task.refusals = {**(task.refusals or {}), engine.id: engine.version}
         if not engine.tasks:
-            self._reopen.setdefault(engine.id, now + REOPEN_S)
+            self._pauses.full(engine, now)
         self._again(task, "engine_rejected", f"engine {engine.name!r} rejected it: {message}", now)
 
     def evict(self, engine_id: int, context_ids: tuple[int, ...]) -> None:
@@ -401,10 +422,7 @@ class Scheduler:
         """Queued again for another attempt, or failed when all are used up."""
         task.engine = task.contexts = None
         if task.tries >= self._config.max_attempts:
-            task.move("fail")
-            task.finished_s = now
-            self._forget(task)
-            self._failed(task, ErrorInfo(code, f"{message} (attempt {task.tries} of {self._config.max_attempts})"), now)
+            self._end_failed(task, ErrorInfo(code, f"{message} (attempt {task.tries} of {self._config.max_attempts})"), now)
             return
         task.move("retry")
         task.dispatched_s = task.started_s = task.first_token_s = None
@@ -432,7 +450,7 @@ class Scheduler:
             if context.state == "gone":
                 continue
             self.prefixes.release(context, now)
-            if context.tasks == 0 and (context.node is None or not context.filled) and engine.state == "live":
+            if context.tasks == 0 and (context.node is None or not context.filled) and engine.state != "lost":
                 self._free(context)
 
     def _free(self, context: Context) -> None:
@@ -456,37 +474,52 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------- time
 
     def next_deadline(self) -> float | None:
-        deadlines = [self.prefixes.next_deadline()]
+        deadlines = [self.prefixes.next_deadline(), self._pauses.next_deadline()]
         if self._stranded:
             deadlines.append(next(iter(self._stranded.values())))
-        if self._reopen:
-            deadlines.append(next(iter(self._reopen.values())))
         return min((d for d in deadlines if d is not None), default=None)
 
     def tick(self, now: float) -> None:
         """Whatever is due: lifetimes of shared contexts, tasks without an engine, engines to be asked again."""
+        self.contain("freeing contexts whose lifetime is over", self._free_expired, now)
+        self.contain("giving up tasks that no engine came for", self._fail_stranded, now)
+        self.contain("asking engines again", self._ask_again, now)
+
+    def contain(self, what: str, step: Callable[..., None], *arguments: Any) -> None:
+        """Carries out a step whose failure, a bug of ours, must cost nothing else."""
+        try:
+            step(*arguments)
+        except Exception as error:
+            self.faults.append(Fault(f"the core failed at {what}", error))
+
+    def _free_expired(self, now: float) -> None:
         for context in self.prefixes.expired(now):
             if context.state == "retained":
                 self._free(context)
+
+    def _fail_stranded(self, now: float) -> None:
         while self._stranded and next(iter(self._stranded.values())) <= now:
             task, _ = self._stranded.popitem(last=False)
             waited = self._config.engine_wait_timeout
             message = f"no engine for {task.call.lane.describe()} came within {waited:g} s"
             self._fail(task, ErrorInfo("no_engine", message), now)
-        while self._reopen and next(iter(self._reopen.values())) <= now:
-            engine_id, _ = self._reopen.popitem(last=False)
-            engine = self.engines.live.get(engine_id)
-            if engine is not None:
-                self.engines.load_changed(engine, more_room=True)
-                self.changed = True
+
+    def _ask_again(self, now: float) -> None:
+        for engine in self._pauses.over(now):
+            self.engines.load_changed(engine, more_room=True)
+            self.changed = True
 
     def restart(self, epoch: int, now: float) -> None:
-        """The core lives again: no engine is known, what was in flight is queued again at no cost of attempts."""
+        """The core lives again: no engine is known, what was in flight is queued again at no cost of attempts, and
+        everybody waits for an engine anew."""
         self.epoch = epoch
-        for engine in list(self.engines.live.values()):
+        engines = list(self.engines.live.values())
+        for engine in engines:
             for task in engine.tasks:
                 task.tries -= 1
-            self.lose(engine.id, "the core was restarted", now)
+        self._lose(engines, "the core was restarted", now)
+        for task in self._stranded:
+            self._stranded[task] = now + self._config.engine_wait_timeout
 
 
 def _head_is_common(task: Task) -> bool:

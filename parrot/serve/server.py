@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import logging
 import socket
 from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from aiohttp import web
@@ -22,12 +24,17 @@ from parrot.serve.core import ServeCore
 from parrot.serve.credentials import Credentials
 from parrot.serve.engine_links import EngineLinks
 from parrot.serve.engine_routes import EngineRoutes
-from parrot.serve.record import Recorder
+from parrot.serve.events import Restarted
+from parrot.serve.ledger import Ledger, Past
+from parrot.serve.recovery import RecoveryError, recover, restore
 from parrot.serve.shell import Shell
 from parrot.serve.streams import OutputStreams
 from parrot.serve.texts import Texts
 from parrot.serve.tokenization import Tokenization, Tokenizer
 from parrot.serve.wire import answer, refusal
+
+if TYPE_CHECKING:
+    from parrot.serve.journal import Journal
 
 Handler = Callable[[web.BaseRequest, str, str], Awaitable[web.StreamResponse]]
 
@@ -45,19 +52,38 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 class Server:
-    """One ServeCore behind HTTP. Make it with a running loop, then `start`, and in the end `stop`."""
+    """One ServeCore behind HTTP. Make it with a running loop, then `start`, and in the end `stop`.
 
-    def __init__(self, config: ServeCoreConfig, *, epoch: int = 0, load: Callable[[str], Tokenizer] = load_tokenizer) -> None:
+    With a journal it goes on where its last life ended. Raises ConfigurationError, which says what is wrong with it.
+    """
+
+    def __init__(self, config: ServeCoreConfig, *, load: Callable[[str], Tokenizer] = load_tokenizer) -> None:
         self._config = config
-        self.core = ServeCore(config, epoch=epoch)
-        self._recorder = Recorder(config.record_path, config, epoch) if config.record_path else None
         texts = Texts()
         streams = OutputStreams()
+        self._journal, past = _open_journal(config)
+        try:
+            self.core = _recovered(config, past, texts, streams)
+            if self._journal is not None:
+                self._journal.begin(self.core.epoch, past.now, config)
+            credentials = Credentials(config.engine_secret, f"{config.journal_path}.key" if self._journal is not None else None)
+        except BaseException:
+            if self._journal is not None:
+                self._journal.close()
+            raise
         self._tokenization = Tokenization(texts, load)
-        self.links = EngineLinks(texts, self._tokenization, streams, config.engine_heartbeat_timeout)
-        self.shell = Shell(self.core, self.links, self._recorder)
+        self.links = EngineLinks(
+            texts, self._tokenization, streams, config.engine_heartbeat_timeout, config.engine_stall_timeout
+        )
+        ledger = Ledger(config.journal_mode, texts, past) if self._journal is not None else None
+        self.shell = Shell(self.core, self.links, self._journal, ledger, past.now)
         self.links.attach(self.shell)
-        credentials = Credentials(config.engine_secret)
+        if past.epoch:
+            self.shell.post(Restarted(self.core.epoch))
+            counts = self.core.counts()
+            _log.info(
+                "life %d goes on with %d sessions, %d tasks in the queue", self.core.epoch, counts["sessions"], counts["queue"]
+            )
         api = ApiRoutes(self.shell, self.core.models, texts, self._tokenization, streams, credentials)
         self._routes = _routes(api, EngineRoutes(self.links, credentials), self._health)
         self._runner: web.ServerRunner | None = None
@@ -94,8 +120,8 @@ class Server:
         if self._runner is not None:
             await self._runner.cleanup()
         self._tokenization.close()
-        if self._recorder is not None:
-            self._recorder.close()
+        if self._journal is not None:
+            self._journal.close()
 
     # ------------------------------------------------------------------------------------------------------ requests
 
@@ -133,6 +159,34 @@ class Server:
     async def _health(self, request: web.BaseRequest, _: str, query: str) -> web.StreamResponse:
         """GET /health: for scripts that wait for the cluster."""
         return answer({"status": "ok", "engines": len(self.links)})
+
+
+def _open_journal(config: ServeCoreConfig) -> tuple[Journal | None, Past]:
+    """The journal that the configuration names, and what it holds of the lives before."""
+    if not config.journal_path:  # None, or left out
+        return None, Past()
+    from parrot.serve.journal import Journal  # imported late: not every core has one
+
+    journal = Journal.open(config.journal_path, config.journal_mode, sync=config.journal_sync)
+    for note in journal.notes:
+        _log.warning("%s", note)
+    past, journal.past = journal.past, Past()
+    return journal, past
+
+
+def _recovered(config: ServeCoreConfig, past: Past, texts: Texts, streams: OutputStreams) -> ServeCore:
+    gc.disable()  # all of it stays: looking for garbage meanwhile would take as long again
+    try:
+        core = recover(config, past, past.epoch + 1 if config.journal_path else 0)
+        restore(past, texts, streams)
+    except RecoveryError as error:
+        raise ConfigurationError(
+            f"journal {config.journal_path!r} contradicts itself: {error}; what is whole in it can be saved with "
+            f"`python3 -m parrot.serve.journal salvage {config.journal_path} NEW`"
+        ) from error
+    finally:
+        gc.enable()
+    return core
 
 
 class _HttpServer(web.Server):

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from parrot.protocol.engine import TaskId
+from parrot.protocol.errors import ParrotError
 from parrot.serve import states
 from parrot.serve.contexts import Context
 from parrot.serve.graph import Call, Group, Task
@@ -51,6 +52,13 @@ class Session(msgspec.Struct, eq=False):
     def new_variable(self, name: str) -> Variable:
         variable = Variable(f"v{len(self.variables)}", name)
         self.variables[variable.id] = variable
+        return variable
+
+    def variable(self, var_id: str) -> Variable:
+        """Raises not_found."""
+        variable = self.variables.get(var_id)
+        if variable is None:
+            raise ParrotError("not_found", f"session {self.id} has no variable {var_id!r}", var_id=var_id)
         return variable
 
     def task(self, task_id: TaskId) -> Task | None:

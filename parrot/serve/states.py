@@ -28,6 +28,7 @@ TASK: Final[Table] = {
     ("waiting", "cancel"): "cancelled",
     ("queued", "place"): "dispatched",
     ("queued", "fail"): "failed",  # too large for every engine, or no engine came
+    ("queued", "recall"): "finished",  # in an earlier life, says the journal
     ("queued", "cancel"): "cancelled",
     ("dispatched", "start"): "running",
     ("dispatched", "finish"): "finished",  # a start that was not heard of
@@ -48,7 +49,10 @@ CONTEXT: Final[Table] = {
 }
 
 ENGINE: Final[Table] = {
+    ("live", "suspect"): "suspect",  # an attempt failed there: nothing is placed on it until a pause is over
     ("live", "lose"): "lost",
+    ("suspect", "trust"): "live",
+    ("suspect", "lose"): "lost",
 }
 
 #: Task states in which an engine works on it, and those that end it.

@@ -1,12 +1,13 @@
 """The text of outputs while it is being generated: it flows from engines to getters here and never enters the core.
 
 It decides what an attempt must go on from: what a getter was shown is never taken back, so that a task placed again
-continues behind it. Text that nobody has seen is forgotten with its attempt.
+continues behind it. Text that nobody has seen is forgotten with its attempt. It never waits: who wants to know of more
+text leaves a callback.
 """
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Callable
 
 from parrot.protocol.engine import GenerateSpec
 
@@ -17,9 +18,14 @@ class OutputStream:
     def __init__(self) -> None:
         self.text = ""
         self.ids: list[int] = []
+        self.tokenizer: str | None = None  #: whose ids these are; None: whoever goes on, as after a restart
         self.shown = False  #: some of it went to a getter
         self.watchers = 0
-        self._changed: asyncio.Future[None] | None = None
+        self.final = False  #: its variable is settled, or its session over: the journal has no use for pieces of it
+        #: how much of `ids` and `text` is in the journal, or on its way there
+        self.stored_ids = 0
+        self.stored_text = 0
+        self._on_change: list[Callable[[], None]] = []
 
     def add(self, ids: tuple[int, ...], text: str) -> None:
         """The engine generated these."""
@@ -29,16 +35,20 @@ class OutputStream:
             self.wake()
 
     def wake(self) -> None:
-        """Lets those who wait in `changed` look again."""
-        if self._changed is not None and not self._changed.done():
-            self._changed.set_result(None)
-        self._changed = None
+        """Calls those who wait for a change."""
+        waiting, self._on_change = self._on_change, []
+        for callback in waiting:
+            callback()
 
-    async def changed(self) -> None:
-        """Waits for more text, or for `wake`."""
-        if self._changed is None:
-            self._changed = asyncio.get_running_loop().create_future()
-        await asyncio.shield(self._changed)
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """Calls back once: when there is more text, or at `wake`."""
+        self._on_change.append(callback)
+
+    def take_unstored(self) -> tuple[list[int], str]:
+        """What is not in the journal yet; it counts as being on its way from now on."""
+        ids, text = self.ids[self.stored_ids :], self.text[self.stored_text :]
+        self.stored_ids, self.stored_text = len(self.ids), len(self.text)
+        return ids, text
 
 
 class OutputStreams:
@@ -61,6 +71,13 @@ class OutputStreams:
         stream.watchers += 1
         return stream
 
+    def restore(self, session_id: int, var_id: str, ids: list[int], text: str) -> None:
+        """An earlier life has shown this much of an output that is still to be finished."""
+        stream = OutputStream()
+        stream.ids, stream.text, stream.shown = list(ids), text, True
+        stream.stored_ids, stream.stored_text = len(ids), len(text)
+        self._sessions.setdefault(session_id, {})[var_id] = stream
+
     def leave(self, session_id: int, var_id: str, stream: OutputStream) -> None:
         """The getter is gone. A stream that no attempt has written goes with it."""
         stream.watchers -= 1
@@ -70,7 +87,9 @@ class OutputStreams:
     def finish(self, session_id: int, var_id: str) -> None:
         """The output has its content: the store answers from now on. Getters keep the object that they hold."""
         streams = self._sessions.get(session_id, {})
-        streams.pop(var_id, None)
+        stream = streams.pop(var_id, None)
+        if stream is not None:
+            stream.final = True
         if not streams:
             self._sessions.pop(session_id, None)
 
@@ -82,7 +101,8 @@ class OutputStreams:
 
     def end(self, session_id: int) -> None:
         """The session is over."""
-        self._sessions.pop(session_id, None)
+        for stream in self._sessions.pop(session_id, {}).values():
+            stream.final = True
 
     def __len__(self) -> int:
         return sum(map(len, self._sessions.values()))

@@ -43,17 +43,23 @@ def generated_key(text: str, tokenizer: str, ids: Iterable[int]) -> str:
 class Piece:
     """A text on its way to the core or in the store."""
 
-    __slots__ = ("holds", "ids", "key", "text")
+    __slots__ = ("generated_by", "holds", "ids", "key", "stored", "text")
 
-    def __init__(self, key: str, text: str) -> None:
+    def __init__(self, key: str, text: str, generated_by: str = "") -> None:
         self.key = key
         self.text = text
         self.ids: dict[str, Ids] = {}  #: by tokenizer name
+        self.generated_by = generated_by  #: the tokenizer under which its ids are not what it would make of the text
         self.holds = 0  #: sessions that name it
+        self.stored = False  #: it is in the journal, or on its way there
 
     def content(self) -> Content:
         """What the core is told of it."""
         return Content(self.key, {name: ids.tokens for name, ids in self.ids.items()})
+
+    def own_ids(self) -> dict[str, bytes]:
+        """The ids that no tokenizer could find again, as JSON lists."""
+        return {self.generated_by: self.ids[self.generated_by].json} if self.generated_by else {}
 
 
 class Texts:
@@ -62,6 +68,7 @@ class Texts:
     def __init__(self) -> None:
         self._pieces: dict[str, Piece] = {}
         self._sessions: dict[int, dict[str, int]] = {}  # session -> key -> how many requests of it brought the key
+        self._left: dict[str, None] = {}  # keys in the journal that no session names, to be told with the next end
 
     def __len__(self) -> int:
         return len(self._pieces)
@@ -70,10 +77,13 @@ class Texts:
         """From now on this session may hold texts."""
         self._sessions.setdefault(session_id, {})
 
-    def end(self, session_id: int) -> None:
-        """Drops what only this session named. An unknown session holds nothing."""
-        for key in self._sessions.pop(session_id, ()):
-            self._drop(key)
+    def end(self, session_id: int) -> list[str]:
+        """Drops what only this session named, and returns those keys, with those that the journal still has though nobody
+        names them. An unknown session holds nothing."""
+        dropped = [key for key in self._sessions.pop(session_id, ()) if self._drop(key)]
+        dropped.extend(self._left)
+        self._left.clear()
+        return dropped
 
     def find(self, key: str) -> Piece | None:
         """The stored piece of `key`."""
@@ -96,6 +106,9 @@ class Texts:
             held[piece.key] = 1
             stored = self._pieces.setdefault(piece.key, piece)
             stored.holds += 1
+            if piece.key in self._left:
+                del self._left[piece.key]
+                stored.stored = True
             if stored is not piece:
                 stored.ids.update(piece.ids)
         return keys
@@ -111,7 +124,9 @@ class Texts:
                 held[key] = count - 1
             elif count:
                 del held[key]
-                self._drop(key)
+                stored = self._pieces[key].stored
+                if self._drop(key) and stored:
+                    self._left[key] = None  # whoever brought it into the journal has ended meanwhile
 
     def without(self, tokenizer: str) -> list[Piece]:
         """The stored pieces that have no ids under `tokenizer`."""
@@ -136,8 +151,11 @@ class Texts:
                 parts.append(ids.json[1:-1])
         return msgspec.Raw(b"[" + b",".join(parts) + b"]")
 
-    def _drop(self, key: str) -> None:
+    def _drop(self, key: str) -> bool:
         piece = self._pieces[key]
         piece.holds -= 1
-        if not piece.holds:
-            del self._pieces[key]
+        if piece.holds:
+            return False
+        del self._pieces[key]
+        piece.stored = False  # whoever still has it in hand may bring it again
+        return True

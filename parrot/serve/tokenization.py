@@ -61,6 +61,10 @@ class Tokenization:
         """The id that stands at the head of a chain under this live tokenizer, if it has one."""
         return self._live[name].tokenizer.bos_id
 
+    def encode(self, name: str, text: str) -> list[int]:
+        """The ids of `text` under this live tokenizer, at once: for what is short, or rare."""
+        return self._live[name].encode(text)
+
     async def pieces(self, texts: Sequence[str]) -> list[Piece]:
         """`texts` with ids under every tokenizer that is live when this returns."""
         pieces = []
@@ -78,7 +82,7 @@ class Tokenization:
         packed = pack_ids(ids)
         piece = own
         if tokenizer not in own.ids or own.ids[tokenizer] != packed:
-            piece = Piece(generated_key(text, tokenizer, ids), text)
+            piece = Piece(generated_key(text, tokenizer, ids), text, tokenizer)
             piece.ids[tokenizer] = packed
         piece = self._texts.find(piece.key) or piece
         await self._complete([piece])

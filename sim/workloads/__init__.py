@@ -20,7 +20,7 @@ from sim.workloads.program import Program, WorkloadError, read_programs
 
 __all__ = ["Program", "WorkloadError", "open_workload"]
 
-LATER_KINDS = ("mooncake", "burstgpt", "sharegpt", "journal")
+LATER_KINDS = ("mooncake", "burstgpt", "sharegpt")
 
 
 def open_workload(
@@ -34,7 +34,7 @@ def open_workload(
 ) -> Iterator[Program]:
     """The programs that `spec` names, in order of arrival.
 
-    spec: FILE of programs, NAME[:parameter=value,…] of a generator, or KIND:PATH (azure, record).
+    spec: FILE of programs, NAME[:parameter=value,…] of a generator, or KIND:PATH (azure, journal).
     rate: programs per second. A generator's arrivals are Poisson (1 per second when left out); recorded gaps are scaled to
         it, and keep their length without it.
     count: how many, at most; a generator makes 100 when it is left out.
@@ -54,15 +54,15 @@ def open_workload(
         raise WorkloadError(f"workload {spec!r} takes no parameters, but {', '.join(options)} is given")
     if colon and name == "azure":
         return read_azure(rest, rate=rate, count=count, max_gen_length=max_gen_length)
-    if colon and name == "record":
-        from sim.workloads.record import read_record  # needs the whole core, which traces do not
+    if colon and name == "journal":
+        from sim.workloads.journal import read_journal  # needs the core's events, which traces do not
 
-        return _scaled(read_record(rest).programs, rate=rate, count=count, where=rest)
+        return _scaled(read_journal(rest).programs, rate=rate, count=count, where=rest)
     if name in LATER_KINDS:
-        raise WorkloadError(f"workload kind {name!r} comes with the simulator's release; now: azure:PATH, record:PATH")
+        raise WorkloadError(f"workload kind {name!r} comes with the simulator's release; now: azure:PATH, journal:PATH")
     if not Path(spec).is_file():
         names = ", ".join(GENERATORS)
-        raise WorkloadError(f"workload {spec!r}: no such file, and none of {names}, azure:PATH, record:PATH")
+        raise WorkloadError(f"workload {spec!r}: no such file, and none of {names}, azure:PATH, journal:PATH")
     return _read_file(spec, rate=rate, count=count)
 
 

@@ -1,25 +1,25 @@
-"""`python -m sim.workloads from-record RECORD OUT`: turns a core's record into a file of programs."""
+"""`python -m sim.workloads from-journal JOURNAL OUT`: turns what a core recorded into a file of programs."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
+from sim.workloads.journal import read_journal
 from sim.workloads.program import WorkloadError, write_programs
-from sim.workloads.record import read_record
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status; what it says goes to stderr."""
     parser = argparse.ArgumentParser(prog="python -m sim.workloads", description="Prepare workloads.")
     commands = parser.add_subparsers(dest="command", required=True)
-    convert = commands.add_parser("from-record", help="turn the record of a core (record_path) into a file of programs")
-    convert.add_argument("record", metavar="RECORD", help="the file that record_path named")
+    convert = commands.add_parser("from-journal", help="turn the journal of a core (mode record) into a file of programs")
+    convert.add_argument("journal", metavar="JOURNAL", help='a journal written with "journal_mode": "record"')
     convert.add_argument("out", metavar="OUT", help="where to write the programs, as JSONL")
-    convert.add_argument("--tokenizer", help="whose lengths to use (default: the first engine's of the record)")
+    convert.add_argument("--tokenizer", help="whose lengths to use (default: the first engine's of the journal)")
     arguments = parser.parse_args(argv)
     try:
-        recorded = read_record(arguments.record, arguments.tokenizer)
+        recorded = read_journal(arguments.journal, arguments.tokenizer)
         for reason in recorded.skipped:
             print(f"skipped {reason}", file=sys.stderr)
         written = write_programs(arguments.out, recorded.programs)

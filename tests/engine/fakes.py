@@ -128,6 +128,7 @@ def task(
     output: int,
     *,
     epoch: int = 0,
+    engine_id: int = 0,
     attempt: int = 1,
     max_gen_length: int = 5,
     forced: int = 0,
@@ -136,7 +137,7 @@ def task(
     """A task of the core: `chain` is (context, tokens) from its head, `output` the context of its generate."""
     forced_ids = tuple(range(100, 100 + forced))
     return TaskRequest(
-        engine_id=0,
+        engine_id=engine_id,
         epoch=epoch,
         task=TaskId(7, number, 0),
         attempt=attempt,

@@ -88,7 +88,20 @@ async def test_an_engine_that_the_core_no_longer_knows_registers_again_and_drops
         engine.runner.gate.set()
         await until(lambda: len(core.registrations) == 2)
         assert core.registrations[0] == core.registrations[1]
-        assert last(await engine.run(task(1, [(1, 32), (3, 1)], 4, attempt=2)), Finished).cached_tokens == 0
+        again = task(1, [(1, 32), (3, 1)], 4, engine_id=1, attempt=2)
+        assert last(await engine.run(again), Finished).cached_tokens == 0
+        late = task(3, [(1, 32), (3, 1)], 4)  # of the registration before: its context ids mean others now
+        assert last(await engine.run(late), Failed).retryable
+
+
+async def test_a_task_for_the_process_that_had_this_address_before_is_not_run() -> None:
+    async with FakeCore().served() as core, core.engine() as engine:
+        await until(lambda: core.heartbeats)
+        ours = msgspec.structs.replace(task(0, [(1, 3)], 2), instance=core.registrations[0].instance)
+        for_another = msgspec.structs.replace(task(1, [(1, 3)], 2), instance="another", engine_id=5)
+        refusal = last(await engine.run(for_another), Failed)
+        assert (refusal.code, refusal.retryable) == ("conflict", True)
+        last(await engine.run(ours), Finished)  # and what it said of epochs and ids was not believed
 
 
 async def test_an_engine_outlives_its_core_and_meets_the_next_one(caplog: pytest.LogCaptureFixture) -> None:
@@ -112,7 +125,7 @@ async def test_an_engine_outlives_its_core_and_meets_the_next_one(caplog: pytest
         next_core.registrations.append(core.registrations[0])  # another engine has the old one's number
         async with next_core.served():
             await until(lambda: next_core.heartbeats)
-            assert last(await engine.run(task(0, [(1, 32)], 2, epoch=4)), Finished).cached_tokens == 0
+            assert last(await engine.run(task(0, [(1, 32)], 2, epoch=4, engine_id=1)), Finished).cached_tokens == 0
             assert last(await engine.run(task(1, [(1, 32)], 2, epoch=0)), Failed).code == "conflict"
     finally:
         await context.__aexit__(None, None, None)

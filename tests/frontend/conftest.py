@@ -19,4 +19,4 @@ def server() -> Iterator[FakeServer]:
 
 @pytest.fixture
 def vm(server: FakeServer) -> P.VirtualMachine:
-    return P.VirtualMachine(server.address, retry=P.RetryPolicy(lost_retries=4, busy_retries=4, first_wait_s=0.001))
+    return P.VirtualMachine(server.address, retry=P.RetryPolicy(busy_retries=4, first_wait_s=0.001))

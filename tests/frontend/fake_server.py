@@ -2,6 +2,8 @@
 
 `faults` is a list of what to do to the next requests, one each: "drop" (close without an answer, after doing the work),
 "busy" (429, Retry-After 0), "unavailable" (503, Retry-After 0), "garbage" (a 500 that is no JSON), None (nothing).
+`die` cuts all its connections and frees its port, `come_back` listens there again; what it knows it keeps, as a core with
+a journal does.
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ class FakeServer:
     def __init__(self) -> None:
         self.faults: list[str | None] = []
         self.cut_stream_after: int | None = None
+        self.on_cut: Callable[[], None] | None = None
+        self.last_line: bytes | None = None  #: the end of the stream that is cut
         self.hold = threading.Event()
         self.hold.set()
         self.requests: list[tuple[str, str, Any]] = []
@@ -88,17 +92,48 @@ class FakeServer:
                 web.get("/v1/semantic_var/{id}", self._get),
             ]
         )
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        assert runner.addresses
-        self.address = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
+        await self._runner.setup()
+        self._site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await self._site.start()
+        assert self._runner.addresses
+        self._port = self._runner.addresses[0][1]
+        self.address = f"http://127.0.0.1:{self._port}"
         self._ready.set()
         await self._stop.wait()
         for task in self._tasks:
             task.cancel()
-        await runner.cleanup()
+        await self._runner.cleanup()
+
+    def die(self) -> None:
+        """From any thread but its own; returns when it is done."""
+        asyncio.run_coroutine_threadsafe(self._die(), self._loop).result(10)
+
+    async def _die(self) -> None:
+        server = self._runner.server
+        assert server is not None
+        for connection in list(server.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+        await self._site.stop()
+
+    def come_back(self) -> None:
+        """From any thread but its own; returns when it listens."""
+        asyncio.run_coroutine_threadsafe(self._come_back(), self._loop).result(10)
+
+    async def _come_back(self) -> None:
+        self._site = web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True)
+        await self._site.start()
+
+    async def die_for_a_while(self, seconds: float) -> None:
+        """In its own loop."""
+        await self._die()
+        await asyncio.sleep(seconds)
+        await self._come_back()
+
+    def start_dying(self, seconds: float) -> None:
+        """`die_for_a_while`, from its own thread or any other; returns at once."""
+        asyncio.run_coroutine_threadsafe(self.die_for_a_while(seconds), self._loop)
 
     @web.middleware
     async def _edge(
@@ -261,8 +296,15 @@ class FakeServer:
         async for position, delta in _slices(content, start):
             if position == self.cut_stream_after:
                 self.cut_stream_after = None
+                if self.last_line is not None:
+                    line, self.last_line = self.last_line, None
+                    await answer.write(line)
+                    await answer.write_eof()
+                    return answer
                 assert request.transport is not None
                 request.transport.close()
+                if self.on_cut is not None:
+                    self.on_cut()
                 return answer
             await answer.write(msgspec.json.encode({"delta": delta}) + b"\n")
         await answer.write(b'{"done":true}\n')

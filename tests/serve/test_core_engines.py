@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+
 from parrot.protocol.api import Criteria
 from parrot.serve import events as ev
 from parrot.serve.effects import Dispatch, FreeContexts
 from parrot.serve.engines import KEPT_LANES
-from parrot.serve.scheduler import REOPEN_S
+from parrot.serve.pauses import FIRST_PAUSE_S, LONGEST_PAUSE_S, REOPEN_S
 from tests.serve.driver import Driver, out, read, text, value
 
 
 def fetched(d: Driver, session: int, *segments: ev.Segment) -> int:
     (x,) = d.outputs(d.submit(session, *segments))
     return d.get(session, x)
+
+
+def tick(d: Driver) -> float:
+    """Lets time pass to the next deadline, as a shell does; how long that was."""
+    deadline = d.core.next_deadline()
+    if deadline is None:
+        return 0.0
+    passed_s, d.now = deadline - d.now, deadline
+    d.send(ev.Tick())
+    return passed_s
 
 
 def test_tasks_wait_for_an_engine_and_go_to_the_first_that_comes() -> None:
@@ -76,15 +90,171 @@ def test_attempts_are_bounded() -> None:
     for _ in range(3):
         assert request not in d.replies
         d.fail(d.dispatches[0], retryable=True)
+        tick(d)
     assert d.error(request).code == "generation_failed"
     assert "attempt 3 of 3" in d.error(request).message
+
+
+def test_an_engine_that_fails_a_task_gets_none_until_a_pause_is_over_and_others_take_the_work() -> None:
+    d = Driver()
+    bad = d.engine("bad")
+    good = d.engine("good", tasks_capacity=1)
+    session = d.open()
+    first = fetched(d, session, text("a"), out("x"))
+    assert d.dispatches[0].engine_id == bad
+    d.fail(d.dispatches[0], retryable=True)
+    assert d.core.engines[bad].state == "suspect"
+    assert [(e.engine_id, e.attempt) for e in d.dispatches] == [(good, 2)]  # the least loaded one is not asked
+    fetched(d, session, text("b"), out("x"))
+    assert len(d.dispatches) == 1  # the other is full: this one waits
+    assert tick(d) == FIRST_PAUSE_S
+    assert d.core.engines[bad].state == "live"
+    assert [e.engine_id for e in d.dispatches] == [good, bad]
+    d.finish(d.dispatches[0], "done")
+    assert d.payload(first) == "done"
+
+
+def test_the_pause_doubles_with_each_failure_in_a_row_up_to_its_bound() -> None:
+    d = Driver(scheduler={"max_attempts": 12})
+    d.engine()
+    fetched(d, d.open(), text("a"), out("x"))
+    pauses = []
+    while d.dispatches:
+        d.fail(d.dispatches[0], retryable=True)
+        before_s = d.now
+        tick(d)
+        pauses.append(round(d.now - before_s, 6))
+    doubled = [min(FIRST_PAUSE_S * 2**n, LONGEST_PAUSE_S) for n in range(11)]
+    assert pauses[:11] == [round(pause_s, 6) for pause_s in doubled]
+    assert pauses[10] == LONGEST_PAUSE_S
+
+
+def test_a_batch_that_dies_together_counts_once() -> None:
+    d = Driver()
+    engine = d.engine()
+    session = d.open()
+    for n in range(5):
+        fetched(d, session, text(f"t{n}"), out("x"))
+    batch = list(d.dispatches)
+    for dispatch in batch[:3]:
+        d.fail(dispatch, retryable=True)
+    assert d.core.engines[engine].failures == 1
+    assert tick(d) == FIRST_PAUSE_S
+    late = [dispatch for dispatch in d.dispatches if dispatch in batch]
+    assert len(late) == 2
+    for dispatch in late:  # sent before the pause: nothing new, though it is over
+        d.fail(dispatch, retryable=True)
+    assert (d.core.engines[engine].failures, d.core.engines[engine].state) == (1, "live")
+    d.fail(d.dispatches[0], retryable=True)
+    assert (d.core.engines[engine].failures, d.core.engines[engine].state) == (2, "suspect")
+
+
+def test_a_finished_task_ends_the_row() -> None:
+    d = Driver()
+    d.engine()
+    session = d.open()
+    for n in range(3):
+        fetched(d, session, text(f"t{n}"), out("x"))
+        d.fail(d.dispatches[0], retryable=True)
+        assert round(tick(d), 6) == FIRST_PAUSE_S
+        d.finish(d.dispatches[0])
+
+
+def test_final_failures_and_rejections_make_nobody_suspect() -> None:
+    d = Driver()
+    engine = d.engine()
+    session = d.open()
+    fetched(d, session, text("a"), out("x"))
+    fetched(d, session, text("b"), out("x"))
+    first, second = d.dispatches
+    d.fail(first, retryable=False)
+    d.dispatches.remove(second)
+    d.send(ev.TaskRejected(second.epoch, second.task, second.attempt, "full"))
+    assert (d.core.engines[engine].state, d.core.engines[engine].failures) == ("live", 0)
+
+
+def test_a_suspect_engine_that_is_lost_is_forgotten() -> None:
+    d = Driver()
+    engine = d.engine()
+    request = fetched(d, d.open(), text("a"), out("x"))
+    d.fail(d.dispatches[0], retryable=True)
+    d.lose(engine)
+    assert d.core.next_deadline() == 120.0  # only the wait for another engine
+    d.engine("next")
+    d.finish(d.dispatches[0], "done")
+    assert d.payload(request) == "done"
+
+
+def test_contexts_of_a_failed_attempt_are_freed_on_the_suspect_engine() -> None:
+    d = Driver()
+    engine = d.engine()
+    fetched(d, d.open(), text("a"), out("x"))
+    (failed,) = d.dispatches
+    effects = d.fail(failed, retryable=True)
+    made = {failed.generate_context_id, *(link.context_id for link in failed.chain)}
+    assert {i for e in effects if isinstance(e, FreeContexts) for i in e.context_ids} == made
+    assert not d.core.engines[engine].contexts
+
+
+def test_a_fault_at_a_deadline_costs_that_one_alone_and_no_deadline_stays_in_the_past(monkeypatch: pytest.MonkeyPatch) -> None:
+    d = Driver(session_life_span=10.0)
+    first, second = d.open(), d.open()
+    end = d.core._end_session
+
+    def fails(session: Any, by: str, now: float) -> None:
+        if session.id == first:
+            raise RuntimeError("a bug")
+        end(session, by, now)
+
+    monkeypatch.setattr(d.core, "_end_session", fails)
+    d.send(ev.Tick(), at=10.0)
+    assert [str(fault.error) for fault in d.faults] == ["a bug"]
+    assert d.error(d.ask(ev.DescribeSession, second, d.auths[second])).code == "session_expired"
+
+    def always_fails(now: float) -> None:
+        raise RuntimeError("another bug")
+
+    monkeypatch.setattr(d.core.scheduler, "_ask_again", always_fails)
+    get = d.get(first, d.variable(first), timeout=5.0)
+    d.send(ev.Tick(), at=15.0)
+    assert d.error(get).code == "timeout"
+    monkeypatch.setattr(d.core.scheduler, "next_deadline", lambda: 0.0)  # and what it waits for stays
+    d.send(ev.Tick(), at=16.0)
+    assert d.core.next_deadline() == 17.0
+    d.send(ev.CancelGet(1), at=16.5)
+    assert d.core.next_deadline() == 17.0
+
+
+def test_a_fault_at_placing_is_contained_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    d = Driver()
+    d.engine()
+    place = d.core.scheduler.place
+    broken = True
+
+    def fails(now: float) -> None:
+        if broken:
+            d.core.scheduler.changed = False
+            raise RuntimeError("a bug")
+        place(now)
+
+    monkeypatch.setattr(d.core.scheduler, "place", fails)
+    request = fetched(d, d.open(), text("a"), out("x"))
+    assert [str(fault.error) for fault in d.faults] == ["a bug"]
+    assert d.core.next_deadline() == 1.0
+    d.send(ev.Tick(), at=1.0)
+    assert len(d.faults) == 2
+    assert d.core.next_deadline() == 2.0
+    broken = False
+    d.send(ev.Tick(), at=2.0)
+    d.finish(d.dispatches[0], "done")
+    assert d.payload(request) == "done"
 
 
 def test_a_restart_costs_no_attempt() -> None:
     d = Driver(scheduler={"max_attempts": 1})
     d.engine()
     session = d.open()
-    request = fetched(d, session, text("t"), out("x"))
+    fetched(d, session, text("t"), out("x"))
     (old,) = d.dispatches
     d.dispatches.clear()
     d.send(ev.Restarted(1))
@@ -92,6 +262,7 @@ def test_a_restart_costs_no_attempt() -> None:
     (new,) = d.dispatches
     assert (new.epoch, new.attempt) == (1, 2)
     assert d.finish(old, "of an earlier life") == []
+    request = d.get(session, new.output_var)  # who asked before is gone
     d.finish(new, "done")
     assert d.payload(request) == "done"
 
@@ -162,10 +333,13 @@ def test_a_retried_tasks_times_are_those_of_its_last_attempt() -> None:
     d.start(d.dispatches[0])
     d.now = 2.0
     d.fail(d.dispatches[0], retryable=True)
+    tick(d)
+    again_s = d.now
     d.now = 3.0
     d.fail(d.dispatches[0])
     task = d.report(session).reports[0].tasks[0]
-    assert (task.dispatched_s, task.started_s, task.finished_s) == (2.0, None, 3.0)
+    assert (task.dispatched_s, task.started_s, task.finished_s) == (again_s, None, 3.0)
+    assert again_s == 2.0 + FIRST_PAUSE_S
 
 
 def test_a_prompt_too_long_for_every_engine_fails_at_once_and_names_the_numbers() -> None:

@@ -39,7 +39,7 @@ def test_an_idle_session_expires_and_says_so() -> None:
     var = d.variable(session)
     assert d.core.next_deadline() == 15.0
     effects = d.send(ev.Tick(), at=15.0)
-    assert effects == [SessionEnded(session)]
+    assert effects == [SessionEnded(session, "expired")]
     assert d.error(d.get(session, var)).code == "session_expired"
     assert d.core.next_deadline() is None
 

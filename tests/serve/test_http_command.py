@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import urllib.request
@@ -15,9 +16,16 @@ import pytest
 
 from parrot.configuration import load
 from parrot.serve.config import ServeCoreConfig
-from parrot.serve.http_server import main
+from parrot.serve.http_server import _configuration, _parser, main
+from parrot.serve.journal import read
 
 CONFIGURATIONS = sorted((Path(__file__).parents[2] / "sample_configs" / "core").glob("*.json"))
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default journal lies in the current directory: this test's own."""
+    monkeypatch.chdir(tmp_path)
 
 
 def _file(tmp_path: Path, text: str) -> str:
@@ -39,7 +47,10 @@ def test_the_sample_configurations_are_accepted(path: Path) -> None:
         ('{"port": 70000}', "port"),
         ('{"global_scheduler": {"max_queue_size": 0}}', "global_scheduler.max_queue_size"),
         ('{"global_scheduler": {"policy": "nobody_wrote_this"}}', "nobody_wrote_this"),
-        ('{"port": 0, "record_path": "/proc/nowhere/record.jsonl"}', "record_path"),
+        ('{"port": 0, "journal_path": "/proc/nowhere/journal.sqlite"}', "journal_path"),
+        ('{"port": 0, "journal_path": "."}', "directory"),
+        ('{"port": 0, "journal_mode": "everything"}', "journal_mode"),
+        ('{"port": 0, "record_path": "record.jsonl"}', "record_path"),
         ('{"host": "no.such.host.invalid"}', "no.such.host.invalid"),
         ("{", "core.json"),
         ('{"engine_secret": "env:NO_SUCH_VARIABLE_HERE"}', "NO_SUCH_VARIABLE_HERE"),
@@ -79,7 +90,7 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_command_serves_and_stops_cleanly(number: signal.Signals, tmp_path: Path) -> None:
-    configuration = _file(tmp_path, '{"port": 1, "record_path": "%s"} // overridden below' % (tmp_path / "record.jsonl"))
+    configuration = _file(tmp_path, '{"port": 1, "journal_path": "%s"} // overridden below' % (tmp_path / "journal.sqlite"))
     command = [sys.executable, "-m", "parrot.serve.http_server", "--config_path", configuration, "--port", "0"]
     command += ["--log_dir", str(tmp_path / "log"), "--log_filename", "my.log"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -99,4 +110,25 @@ def test_the_command_serves_and_stops_cleanly(number: signal.Signals, tmp_path: 
         assert process.stderr is not None
         process.stderr.close()
     assert (tmp_path / "log" / "my.log").exists()
-    assert (tmp_path / "record.jsonl").read_text().startswith('{"record":1')
+    with read(tmp_path / "journal.sqlite") as reading:
+        assert [life.epoch for life in reading.lives] == [1]
+
+
+def _journal_of(text: str, tmp_path: Path, *flags: str) -> object:
+    """The journal_path that the command settles on."""
+    return _configuration(_parser().parse_args(["--config_path", _file(tmp_path, text), *flags])).journal_path
+
+
+def test_the_journal_lies_next_to_the_log_directory(tmp_path: Path) -> None:
+    logs = str(tmp_path / "run" / "log")
+    expected = tmp_path / "run" / "journal" / "core-7001.sqlite"
+    assert _journal_of('{"port": 7001}', tmp_path, "--log_dir", logs) == str(expected)
+    assert stat.S_IMODE(expected.parent.stat().st_mode) == 0o700
+    assert _journal_of('{"port": 7001}', tmp_path, "--port", "7002") == str(tmp_path / "journal" / "core-7002.sqlite")
+
+
+def test_no_journal_where_it_is_null_or_nobody_could_start_the_core_again(tmp_path: Path) -> None:
+    assert _journal_of('{"port": 7001, "journal_path": null}', tmp_path) is None
+    assert _journal_of('{"port": 7001}', tmp_path, "--port", "0") is None
+    assert _journal_of('{"port": 7001, "journal_path": "mine"}', tmp_path) == "mine"
+    assert not (tmp_path / "journal").exists()

@@ -8,16 +8,29 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
-from parrot.configuration import ConfigurationError
 from parrot.protocol.errors import ErrorInfo, ParrotError
 from parrot.serve.config import ServeCoreConfig
-from parrot.serve.effects import AnyEffect, Dispatch, Reply, SessionEnded
-from parrot.serve.events import AnyEvent, CancelGet, CloseSession, Content, GetVariable, SetVariable, Tick
-from parrot.serve.record import Header, Instant, Recorder
+from parrot.serve.effects import AnyEffect, Dispatch, FreeContexts, Reply, SessionEnded
+from parrot.serve.events import (
+    AnyEvent,
+    CancelGet,
+    CloseSession,
+    Content,
+    CreateVariable,
+    DescribeSession,
+    GetVariable,
+    ListVariables,
+    OpenSession,
+    SetVariable,
+    SubmitCall,
+    Tick,
+)
+from parrot.serve.journal import Journal, read
+from parrot.serve.ledger import EFFECT, Entry, Ledger, decode_event
 from parrot.serve.shell import Shell
+from parrot.serve.streams import OutputStream
 from parrot.serve.texts import Piece, Texts, content_key, generated_key
 from parrot.serve.tokenization import INLINE_CHARACTERS, Tokenization
 from tests.serve.http_support import Tokenizers
@@ -51,8 +64,9 @@ class Outside:
     def dispatch(self, effect: Dispatch) -> None: ...
     def abort(self, effect: Any) -> None: ...
     def free_contexts(self, effect: Any) -> None: ...
-    def session_ended(self, session_id: int) -> None:
+    def session_ended(self, session_id: int) -> list[str]:
         self.ended.append(session_id)
+        return []
 
 
 def _get(shell: Shell) -> GetVariable:
@@ -93,11 +107,18 @@ async def test_a_refusal_is_the_error_that_the_core_gave() -> None:
 async def test_a_reply_is_seen_before_the_effects_behind_it() -> None:
     seen: list[str] = []
     outside = Outside()
-    outside.session_ended = lambda session_id: seen.append("ended")  # type: ignore[method-assign]
-    core = FakeCore(lambda events: [Reply(events[0].request, 1), SessionEnded(1)])
+    outside.free_contexts = lambda effect: seen.append("freed")  # type: ignore[method-assign]
+    core = FakeCore(lambda events: [Reply(events[0].request, 1), FreeContexts(1, (2,))])
     shell = Shell(core, outside)
     await shell.ask(_get(shell), lambda reply: seen.append("reply"))
-    assert seen == ["reply", "ended"]
+    assert seen == ["reply", "freed"]
+
+
+async def test_the_end_of_a_session_is_told_once() -> None:
+    outside = Outside()
+    shell = Shell(FakeCore(lambda events: [Reply(events[0].request, 1), SessionEnded(7)]), outside)
+    await shell.ask(_get(shell))
+    assert outside.ended == [7]
 
 
 async def test_a_deadline_brings_a_tick_once() -> None:
@@ -164,33 +185,201 @@ async def test_closing_answers_all_who_wait_and_refuses_new_requests() -> None:
         shell.ask(_get(shell))
 
 
-# ------------------------------------------------------------------------------------------------------------ the record
+# ----------------------------------------------------------------------------------------------------------- the journal
 
 
-async def test_the_record_holds_every_instant_and_no_secret(tmp_path: Path) -> None:
-    path = tmp_path / "record.jsonl"
-    config = ServeCoreConfig(engine_secret="open sesame")
-    recorder = Recorder(path, config)
+class FakeJournal:
+    """Commits what was appended when it is told to, or fails to."""
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+        self.waiting: list[Callable[[ErrorInfo | None], None]] = []
+        self.failing: ErrorInfo | None = None
+
+    def append(self, entry: Entry) -> None:
+        self.entries.append(entry)
+
+    def after_commit(self, callback: Callable[[ErrorInfo | None], None]) -> None:
+        self.waiting.append(callback)
+
+    def end(self, error: ErrorInfo | None = None) -> None:
+        """The attempt to commit ends."""
+        self.failing = error
+        waiting, self.waiting = self.waiting, []
+        for callback in waiting:
+            callback(error)
+
+
+FULL = ErrorInfo("unavailable", "journal x cannot be written: database or disk is full")
+
+
+def _journaled(
+    answer: Callable[[Sequence[AnyEvent]], list[AnyEffect]], texts: Texts | None = None
+) -> tuple[Shell, FakeJournal]:
+    journal = FakeJournal()
+    return Shell(FakeCore(answer), Outside(), journal, Ledger("recover", texts or Texts())), journal
+
+
+def _accept(events: Sequence[AnyEvent]) -> list[AnyEffect]:
+    """Every request is granted at once."""
+    numbers = [request for event in events if (request := getattr(event, "request", None)) is not None]
+    return [Reply(number, {}) for number in numbers]
+
+
+def _refuse(events: Sequence[AnyEvent]) -> list[AnyEffect]:
+    return [Reply(event.request, error=ErrorInfo("conflict", "taken")) for event in events]  # type: ignore[union-attr]
+
+
+def _open(shell: Shell) -> OpenSession:
+    return OpenSession(shell.number(), 1, "hash")
+
+
+def _create(shell: Shell) -> CreateVariable:
+    return CreateVariable(shell.number(), 1, "hash")
+
+
+def _set(shell: Shell) -> SetVariable:
+    return SetVariable(shell.number(), 1, "hash", "v", Content("k", {}))
+
+
+def _submit(shell: Shell) -> SubmitCall:
+    return SubmitCall(shell.number(), 1, "hash", ())
+
+
+def _describe(shell: Shell) -> DescribeSession:
+    return DescribeSession(shell.number(), 1, "hash")
+
+
+def _close(shell: Shell) -> CloseSession:
+    return CloseSession(shell.number(), 1, "hash")
+
+
+def _list(shell: Shell) -> ListVariables:
+    return ListVariables(shell.number(), 1, "hash")
+
+
+async def _turns() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("ask", [_open, _create, _set, _submit, _get])
+async def test_a_reply_that_promises_waits_until_its_instant_is_in_the_journal(ask: Callable[[Shell], Any]) -> None:
+    shell, journal = _journaled(_accept)
+    seen: list[Reply] = []
+    future = shell.ask(ask(shell), seen.append)
+    await _turns()
+    assert len(journal.entries) == len(seen) == 1
+    assert not future.done()
+    journal.end()
+    assert await future == {}
+
+
+@pytest.mark.parametrize("ask", [_describe, _list, _close])
+async def test_a_reply_that_promises_nothing_waits_for_no_disk(ask: Callable[[Shell], Any]) -> None:
+    shell, journal = _journaled(_accept)
+    assert await shell.ask(ask(shell)) == {}
+    assert not journal.waiting
+
+
+@pytest.mark.parametrize("ask", [_open, _create, _set, _submit])
+async def test_a_refusal_waits_for_no_disk(ask: Callable[[Shell], Any]) -> None:
+    shell, journal = _journaled(_refuse)
+    with pytest.raises(ParrotError, match="taken"):
+        await shell.ask(ask(shell))
+    assert not journal.waiting
+
+
+async def test_effects_that_go_to_engines_wait_for_no_disk() -> None:
+    sent: list[Any] = []
+    shell, journal = _journaled(lambda events: [*_accept(events), FreeContexts(3, (1,))])
+    shell._outside.free_contexts = sent.append  # type: ignore[method-assign]
+    future = shell.ask(_submit(shell))
+    await _turns()
+    assert sent == [FreeContexts(3, (1,))]
+    assert not future.done()
+    journal.end()
+    await future
+
+
+async def test_a_promise_that_cannot_be_written_is_answered_unavailable_and_the_core_keeps_what_it_took() -> None:
+    texts = Texts()
+    texts.open(1)
+    piece = _piece("kept")
+    shell, journal = _journaled(_accept, texts)
+    keys = texts.hold(1, [piece])
+    told: list[Reply] = []
+
+    def on_reply(reply: Reply) -> None:
+        told.append(reply)
+        if reply.error is not None:
+            texts.release(1, keys)
+
+    event = SetVariable(shell.number(), 1, "hash", "v", piece.content())
+    future = shell.ask(event, on_reply)
+    await _turns()
+    journal.end(FULL)
+    with pytest.raises(ParrotError, match="disk is full") as caught:
+        await future
+    assert (caught.value.code, caught.value.status, caught.value.info.retryable) == ("unavailable", 503, True)
+    assert [reply.error for reply in told] == [None]  # the core took it: a repeat under the same key will find it
+    assert texts.text(piece.key) == "kept"
+
+
+async def test_while_the_journal_fails_nothing_new_is_promised_and_the_rest_goes_on() -> None:
+    shell, journal = _journaled(_accept)
+    journal.failing = FULL
+    for ask in (_open, _create, _set, _submit):
+        with pytest.raises(ParrotError, match="disk is full"):
+            shell.ask(ask(shell))
+    assert await shell.ask(_describe(shell)) == {}
+    got = shell.ask(_get(shell))
+    await _turns()
+    journal.end()
+    assert await got == {}
+    opened = shell.ask(_open(shell))
+    await _turns()
+    journal.end()
+    assert await opened == {}
+
+
+async def test_a_getter_sees_streamed_text_when_it_is_in_the_journal() -> None:
+    shell, journal = _journaled(_accept)
+    stream = OutputStream()
+    stream.add((4, 5), "two words")
+    shown = asyncio.ensure_future(shell.show(1, "v", stream))
+    await _turns()
+    assert [piece.text for entry in journal.entries for piece in entry.shown] == ["two words"]
+    assert not shown.done()
+    journal.end()
+    await shown
+    again = asyncio.ensure_future(shell.show(1, "v", stream))
+    await _turns()
+    assert len(journal.entries) == 1  # the same text is not written twice
+    journal.end(FULL)
+    with pytest.raises(ParrotError, match="disk is full"):
+        await again
+
+
+async def test_the_journal_of_a_life_holds_every_instant_and_no_secret(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    journal = Journal.open(path, "record")
+    journal.begin(1, 0.0, ServeCoreConfig(engine_secret="open sesame"))
     core = FakeCore(_replies)
-    shell = Shell(core, Outside(), recorder)
+    shell = Shell(core, Outside(), journal, Ledger("record", Texts(), journal.past))
     await shell.ask(_get(shell))
     shell.post(SetVariable(7, 1, "hash", "v", Content("k", {"words": 3})))
     shell.post(CloseSession(8, 1, "hash"))
     await shell.flushed()
     shell.close()
-    recorder.close()
-    lines = path.read_bytes().splitlines()
-    header = msgspec.json.decode(lines[0], type=Header)
-    assert (header.record, header.config.engine_secret) == (1, None)
-    decoded = [msgspec.json.decode(line, type=Instant) for line in lines[1:]]
-    assert [(instant.t, instant.events) for instant in decoded] == core.instants
-    assert b"open sesame" not in path.read_bytes()
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-
-
-def test_a_record_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="nowhere"):
-        Recorder(tmp_path / "nowhere" / "record.jsonl", ServeCoreConfig())
+    journal.close()
+    with read(path) as reading:
+        found = [(row.t, decode_event(row.body)) for row in reading.rows() if row.kind != EFFECT]
+        assert reading.lives[0].config.engine_secret is None
+    assert found == [(now, event) for now, events in core.instants for event in events]
+    for file in tmp_path.iterdir():
+        assert b"open sesame" not in file.read_bytes()
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
 # ------------------------------------------------------------------------------------------------------------- the texts

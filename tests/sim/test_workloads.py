@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sim.workloads import WorkloadError, open_workload
@@ -29,6 +29,7 @@ def encoded(programs: list[Program]) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["chain", "map_reduce", "chat"])
+@settings(deadline=None)
 @given(seed=st.integers(0, 1000), chunks=st.integers(1, 6))
 def test_generated_programs_are_sound_ordered_and_the_same_for_the_same_seed(name: str, seed: int, chunks: int) -> None:
     options = {"turns" if name == "chat" else "chunks": chunks}
@@ -137,7 +138,8 @@ def test_a_file_that_is_no_azure_trace_is_refused(tmp_path: Path) -> None:
         ("chain:chunks", {}, "'chunks' is no parameter=value"),
         ("chain", {"options": {"chunks": "many"}}, "chunks"),
         ("mooncake:x", {}, "comes with the simulator's release"),
-        ("journal:x", {}, "comes with the simulator's release"),
+        ("record:x", {}, "no such file, and none of"),
+        ("journal:/nowhere/x.sqlite", {}, "no such journal"),
         ("nonsense", {}, "no such file, and none of chain"),
         ("azure:/nowhere/x.csv", {}, "cannot be read"),
         ("azure:x.csv", {"options": {"a": 1}}, "takes no parameters"),

@@ -31,7 +31,8 @@ class EmulatedLoop:
         self._loop = asyncio.get_running_loop()
         self._started = time.monotonic()
         self._jobs: dict[Hashable, Job] = {}
-        self._speaking: set[Hashable] = set()  # tasks that have begun to stream their output
+        self._output_keys: dict[Hashable, bytes] = {}
+        self._speaking: dict[Hashable, None] = {}  # tasks that have begun to stream their output, in that order
         self._recent_s: deque[float] = deque(maxlen=64)  # seconds a token, of tasks that finished
         self._pump_soon: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -48,13 +49,17 @@ class EmulatedLoop:
             return
         self._jobs[job.key] = job
         task, sampling = job.task, job.sampling
-        output_tokens = 0 if sampling is None else sampling.output_length or sampling.max_gen_length
+        output_tokens = 0
+        if sampling is not None:
+            output_tokens = sampling.output_length or sampling.max_gen_length
+            self._output_keys[job.key] = self._output.key(job.link_ids, sampling)
         self._engine.submit(task, output_tokens, self.now())
         self._schedule()
 
     def abort(self, key: Hashable) -> None:
         if self._jobs.pop(key, None) is not None:
-            self._speaking.discard(key)
+            self._output_keys.pop(key, None)
+            self._speaking.pop(key, None)
             self._engine.abort(key, self.now())
             self._schedule()
 
@@ -63,8 +68,14 @@ class EmulatedLoop:
         self._schedule()
         return freed
 
+    def context_ids(self) -> list[int]:
+        return [context.id for context in self._engine.core.contexts]
+
     def runtime_info(self) -> RuntimeInfo:
-        return runtime_info(self._engine.core, MemoryUse(), self._recent_s)
+        # Iterations that change nothing end unseen: it stands still when it is late for the next edge that matters.
+        edge = self._engine.next_edge() if self._jobs else None
+        stalled_s = 0.0 if edge is None else max(0.0, self.now() - edge)
+        return runtime_info(self._engine.core, MemoryUse(), self._recent_s, stalled_s)
 
     async def close(self, reason: str) -> None:
         self._closed = True
@@ -74,6 +85,7 @@ class EmulatedLoop:
         for job in self._jobs.values():
             job.fail("unavailable", reason, retryable=True)
         self._jobs.clear()
+        self._output_keys.clear()
 
     # --------------------------------------------------------------------------------------------------------- the edges
 
@@ -125,7 +137,7 @@ class EmulatedLoop:
             case "started":
                 job.start(event.cached_tokens)
             case "first_token" if not ends_now:  # else the whole output is one event
-                self._speaking.add(event.key)
+                self._speaking[event.key] = None
                 self._show(job, job.task.forced_tokens + 1)
             case "finished":
                 ids, text = self._said(job, event.output_tokens)
@@ -136,7 +148,8 @@ class EmulatedLoop:
                 job.refuse(event.code, event.message)
         if job.ended:
             del self._jobs[event.key]
-            self._speaking.discard(event.key)
+            self._output_keys.pop(event.key, None)
+            self._speaking.pop(event.key, None)
 
     def _show(self, job: Job, n_tokens: int) -> None:
         job.show(*self._said(job, n_tokens))
@@ -145,5 +158,5 @@ class EmulatedLoop:
         """The first tokens of the job's output. Another attempt at the same task says the same."""
         if n_tokens == 0:
             return (), ""
-        ids = self._output.ids(job.label.partition("#")[0], n_tokens)
+        ids = self._output.ids(self._output_keys[job.key], n_tokens)
         return ids, self._output.text(ids)

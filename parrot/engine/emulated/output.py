@@ -1,10 +1,15 @@
-"""What an emulated engine says: synthetic tokens drawn from the task's name, so that another attempt says the same."""
+"""What an emulated engine says: synthetic tokens drawn from the prompt and the seed, of which a model's are a function too.
+
+So another attempt, another engine, and another run of the same application say the same.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Iterable, Sequence
 
+from parrot.protocol.api import SamplingConfig
 from parrot.tokenizer import SYNTHETIC, Tokenizer
 
 _FILLER = " The quick brown fox jumps over the lazy dog."
@@ -17,11 +22,21 @@ class SyntheticOutput:
         self._decode = tokenizer.decode
         self._filler = None if tokenizer.name == SYNTHETIC else tuple(tokenizer.encode(_FILLER))
 
-    def ids(self, key: str, n_tokens: int) -> tuple[int, ...]:
+    def key(self, prompt: Iterable[Sequence[int]], sampling: SamplingConfig) -> bytes:
+        """Names the output of a prompt, whose tokens come in pieces. Greedy sampling knows no seed."""
+        if self._filler is not None:
+            return b""
+        name = hashlib.blake2b(digest_size=16)
+        for piece in prompt:
+            name.update(repr([*piece])[1:-1].encode() + b", ")  # where pieces begin must not tell
+        name.update(b"greedy" if sampling.temperature == 0.0 else b"seed %d" % (sampling.seed or 0))
+        return name.digest()
+
+    def ids(self, key: bytes, n_tokens: int) -> tuple[int, ...]:
         """The first `n_tokens` ids of the output named `key`."""
         if self._filler is not None:
             return (self._filler * (n_tokens // len(self._filler) + 1))[:n_tokens]
-        draws = hashlib.shake_128(key.encode()).digest(2 * n_tokens)
+        draws = hashlib.shake_128(key).digest(2 * n_tokens)
         return struct.unpack(f"<{n_tokens}H", draws)
 
     def text(self, ids: tuple[int, ...]) -> str:

@@ -115,6 +115,8 @@ def too_large(task: Task, engine: Engine) -> bool:
 
 
 def admits(engine: Engine, task: Task, bound: int | None = None) -> bool:
+    if engine.state != "live":
+        return False  # a suspect engine gets nothing, so that no policy need know of it
     if task.refusals is not None:
         refused = task.refusals.get(engine.id)
         if refused is not None and (refused == -1 or refused == engine.version):
@@ -136,9 +138,15 @@ def admits(engine: Engine, task: Task, bound: int | None = None) -> bool:
 
 class Policy(Protocol):
     """What the core asks of a policy. `name`: as in the configuration. `uses_prefix_groups`: the queue must index tasks
-    by prefix. `parameters`: name -> (type, default, meaning), checked before it is built."""
+    by prefix. `parameters`: name -> (type, default, meaning), checked before it is built.
+
+    `work_conserving`: it claims that after each instant no lane with queued tasks has a live engine that admits the first of
+    them in `order` (`Cluster.fits` without a bound; a suspect engine admits nothing, and one that has rejected a task is full
+    until its capacity changes). What stands behind a first task that no engine admits may wait, and so may tasks that a
+    bound of the policy's own parameters holds back."""
 
     name: ClassVar[str]
+    work_conserving: ClassVar[bool]
     uses_prefix_groups: bool
     parameters: ClassVar[dict[str, tuple[type, Any, str]]]
 
@@ -155,6 +163,7 @@ class InOrder:
     """A policy that takes the queue strictly in its order: a task that finds no engine holds those behind it back, so
     that none starves. A subclass says where one task (or the tasks that go with it) shall run."""
 
+    work_conserving: ClassVar[bool] = True
     uses_prefix_groups: bool = False
     parameters: ClassVar[dict[str, tuple[type, Any, str]]] = {}
 

@@ -1,31 +1,36 @@
-"""Turns what a core recorded (`record_path`, docs/record.md) into programs that can be run again, in simulation or not.
+"""Turns the journal of a core in mode `record` (docs/journal.md) into programs that can be run again, in simulation or not.
 
-The record holds the events that happened to a ServeCore, so a fresh ServeCore is fed with them and its replies say which
-variables the calls got and when each get was answered. Nothing is guessed but one thing: what a program was waiting for
-when it did the next step. A step follows the gets that had been answered since the program's step before it, and comes
-as long after the last of them as it did in the record (think time, tools, the network).
+The journal says what every client asked, what the core answered, and what was generated. Nothing is guessed but one thing:
+what a program was waiting for when it did the next step. A step follows the gets that had been answered since the program's
+step before it, and comes as long after the last of them as it did in the journal (think time, tools, the network). A
+session that lived through a restart of the core is one program: a get that the restart cut off and that is asked again is
+the same get, and what else a client waited for while the core was away counts as think time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from parrot.configuration import ConfigurationError
 from parrot.protocol.api import CallAnswer, Criteria
 from parrot.protocol.engine import TaskId
 from parrot.serve import events as ev
-from parrot.serve.core import ServeCore
-from parrot.serve.effects import Reply
-from parrot.serve.record import VERSION, Header, Instant
+from parrot.serve import journal
+from parrot.serve.effects import AnyEffect, Reply, SessionEnded
+from parrot.serve.ledger import EFFECT, KEPT, Row, decode_event
 from sim.workloads.program import After, Call, Get, Program, Read, Segment, Set, Text, WorkloadError, Write, check
+
+_EFFECTS = msgspec.msgpack.Decoder(AnyEffect)
 
 
 class Recorded(msgspec.Struct, frozen=True):
-    """The programs of a record in order of arrival, and why each other session is none: `session 12: …`."""
+    """The programs of a journal in order of arrival, and why each other session is none: `session 12: …`."""
 
     programs: list[Program]
     skipped: list[str]
@@ -53,14 +58,16 @@ class _Session:
 
     opened_s: float
     tenant: str
-    calls: list[_Call] = field(default_factory=list)
+    calls: dict[Any, _Call] = field(default_factory=dict)  #: by the call's id: a repeat is the same call
     gets: list[_Get] = field(default_factory=list)
-    sets: list[Set] = field(default_factory=list)
+    sets: dict[str, tuple[ev.Content, tuple[After, ...]]] = field(default_factory=dict)  #: by variable
     #: the gets answered since the last step, and the instant of the last of them
     answered: list[str] = field(default_factory=list)
     anchor: tuple[str, ...] = ()
     anchor_s: float = 0.0
     pending: int = 0
+    #: gets that waited when a life ended, by variable
+    cut_off: dict[str, list[_Get]] = field(default_factory=dict)
     fault: str | None = None
 
     def step(self, now: float) -> tuple[After, ...]:
@@ -74,51 +81,34 @@ class _Session:
         return tuple(After(get, delay_s) for get in self.anchor)
 
 
-def read_record(path: str | Path, tokenizer: str | None = None) -> Recorded:
-    """The sessions of a record as programs; lengths are those of `tokenizer`, or of the first engine's when left out.
+def read_journal(path: str | Path, tokenizer: str | None = None) -> Recorded:
+    """The sessions of a `record` journal as programs; lengths are those of `tokenizer`, or of the first engine's when left out.
 
-    A session that was still running at the record's end, or in which something failed, is skipped with its reason.
-    Raises WorkloadError with file, line and reason.
+    A session that was still running at the journal's end, or in which something failed, is skipped with its reason.
+    Raises WorkloadError: the journal cannot be read, or was not written in mode `record`.
     """
     reader = _Reader(path, tokenizer)
-    for instant in _instants(path, reader):
-        reader.take(instant)
+    try:
+        with journal.read(path) as reading:
+            if reading.mode != "record":
+                raise WorkloadError(
+                    f"{path}: its journal_mode is {reading.mode!r}, which forgets sessions as they end; "
+                    'set "journal_mode": "record", with a journal_path of its own, and run again'
+                )
+            ends = [life.instant for life in reading.lives[1:]]
+            for begin, end in zip([0, *ends], [*ends, None], strict=True):
+                for _, rows in groupby(reading.rows(begin, end), lambda row: row.instant):
+                    reader.take(list(rows))
+                reader.end_life()
+    except ConfigurationError as error:
+        raise WorkloadError(str(error)) from error
+    except msgspec.DecodeError as error:
+        raise WorkloadError(f"{path}: a row cannot be read: {error}: is it of another version?") from error
     return reader.result()
 
 
-def _instants(path: str | Path, reader: _Reader) -> Iterator[Instant]:
-    header = msgspec.json.Decoder(Header)
-    decoder = msgspec.json.Decoder(Instant)
-    number, last_s = 0, 0.0
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if number == 1:
-                    first = header.decode(line)
-                    if first.record != VERSION:
-                        raise WorkloadError(f"{path}:1: record format {first.record}; this reader knows {VERSION}")
-                    reader.core = ServeCore(first.config, epoch=first.epoch)
-                    continue
-                if not line.endswith(b"\n"):
-                    return  # the core was killed while it wrote
-                instant = decoder.decode(line)
-                if instant.t < last_s:
-                    raise WorkloadError(f"{path}:{number}: time {instant.t} is before the line above it ({last_s})")
-                last_s = instant.t
-                yield instant
-    except msgspec.DecodeError as error:
-        what = "not a record of a core" if number == 1 else "not an instant of a record"
-        raise WorkloadError(f"{path}:{number}: {what}: {error}") from error
-    except OSError as error:
-        raise WorkloadError(f"{path}: cannot be read: {error.strerror}") from error
-    if number == 0:
-        raise WorkloadError(f"{path}: empty: a core's record begins with a header line")
-
-
 class _Reader:
-    """Feeds a fresh core and keeps, for every session, what it did."""
-
-    core: ServeCore
+    """Keeps, for every session, what it did."""
 
     def __init__(self, path: str | Path, tokenizer: str | None) -> None:
         self.path = path
@@ -126,21 +116,38 @@ class _Reader:
         self.sessions: dict[int, _Session] = {}
         self.output_tokens: dict[TaskId, int] = {}
         self.keys: dict[TaskId, str] = {}
-        self._asked: dict[int, Any] = {}  # request -> its event, or the get that it began
+        self._asked: dict[int, Any] = {}  # request of this life -> its event, or the get that it began
+        self._later_lengths: dict[str, dict[str, int]] = {}  # tokenizer -> key -> tokens, of contents that came before it
 
-    def take(self, instant: Instant) -> None:
-        for event in instant.events:
-            self._before(event, instant.t)
-        for effect in self.core.handle(instant.events, instant.t):
-            if isinstance(effect, Reply):
-                self._reply(effect, instant.t)
+    def take(self, instant: Sequence[Row]) -> None:
+        """Takes in the rows of an instant."""
+        for row in instant:
+            if row.kind != EFFECT:
+                self._before(decode_event(row.body), row.kind == KEPT, row.t)
+        for row in instant:
+            if row.kind == EFFECT:
+                effect = _EFFECTS.decode(row.body)
+                if isinstance(effect, Reply):
+                    self._reply(effect, row.t)
+                elif isinstance(effect, SessionEnded) and effect.session_id in self.sessions:
+                    self.sessions[effect.session_id].cut_off.clear()  # nobody asked for these again
 
-    def _before(self, event: ev.AnyEvent, now: float) -> None:
+    def end_life(self) -> None:
+        """The core stopped: nobody is answered any more. Clients of the next life number their requests anew."""
+        for event, get in self._asked.values():
+            if isinstance(get, _Get):
+                session = self.sessions[event.session_id]
+                session.pending -= 1
+                session.cut_off.setdefault(get.var, []).append(get)
+        self._asked.clear()
+
+    def _before(self, event: ev.AnyEvent, kept: bool, now: float) -> None:
         match event:
             case ev.RegisterEngine():
                 self.tokenizer = self.tokenizer or event.engine.tokenizer
+                self._later_lengths.setdefault(event.engine.tokenizer, {}).update(event.lengths)
             case ev.OpenSession():
-                self.sessions.setdefault(event.session_id, _Session(now, event.tenant))
+                self._asked[event.request] = (event, ())
             case ev.SubmitCall() | ev.SetVariable():
                 session = self.sessions.get(event.session_id)
                 self._asked[event.request] = (event, session.step(now) if session else ())
@@ -148,7 +155,7 @@ class _Reader:
                 self._begin_get(event, now)
             case ev.CancelGet():
                 self._end_get(event.request, now, answered=False)
-            case ev.TaskFinished():
+            case ev.TaskFinished() if kept:  # else it came too late
                 self.output_tokens[event.task] = event.output_tokens
                 self.keys[event.task] = event.content.key
             case _:
@@ -158,8 +165,12 @@ class _Reader:
         session = self.sessions.get(event.session_id)
         if session is None:
             return
-        get = _Get(f"get{len(session.gets)}", event.var_id, event.criteria or Criteria.THROUGHPUT, session.step(now))
-        session.gets.append(get)
+        if again := session.cut_off.get(event.var_id):
+            get = again.pop(0)
+        else:
+            criteria = event.criteria or Criteria.THROUGHPUT
+            get = _Get(f"get{len(session.gets)}", event.var_id, criteria, session.step(now))
+            session.gets.append(get)
         session.pending += 1
         self._asked[event.request] = (event, get)
 
@@ -182,14 +193,20 @@ class _Reader:
                 self._fault(event.session_id, f"variable {event.var_id} failed: {reply.error.message}")
             return
         self._asked.pop(reply.request, None)
-        session = self.sessions.get(event.session_id) if event is not None else None
-        if session is None or reply.error is not None:
+        if event is None or reply.error is not None:
             return  # refused, so it changed nothing
-        if isinstance(event, ev.SubmitCall) and isinstance(reply.payload, CallAnswer):
-            if all(call.answer.request_id != reply.payload.request_id for call in session.calls):  # else a repeat
-                session.calls.append(_Call(event, reply.payload, after))
-        elif isinstance(event, ev.SetVariable) and all(known.var != event.var_id for known in session.sets):
-            session.sets.append(Set(event.var_id, event.content.key, self._length(event.content), after))
+        if isinstance(event, ev.OpenSession):
+            if reply.payload == event.session_id:  # else a repeat, answered with the session that it opened before
+                self.sessions[event.session_id] = _Session(now, event.tenant)
+            return
+        session = self.sessions.get(event.session_id)
+        if session is None:
+            return
+        if isinstance(event, ev.SubmitCall):
+            answer = msgspec.convert(reply.payload, CallAnswer)
+            session.calls.setdefault(answer.request_id, _Call(event, answer, after))
+        elif isinstance(event, ev.SetVariable):
+            session.sets.setdefault(event.var_id, (event.content, after))
 
     def _fault(self, session_id: int, reason: str) -> None:
         session = self.sessions[session_id]
@@ -197,15 +214,14 @@ class _Reader:
 
     def _length(self, content: ev.Content) -> int:
         name = self.tokenizer or next(iter(content.lengths), "")
-        if name not in content.lengths:
+        length = content.lengths.get(name, self._later_lengths.get(name, {}).get(content.key))
+        if length is None:
             known = ", ".join(content.lengths) or "none"
             raise WorkloadError(f"{self.path}: text {content.key} has no length under tokenizer {name!r}; it has: {known}")
-        return content.lengths[name]
+        return length
 
     def result(self) -> Recorded:
         """The programs; their arrivals are relative to the first session."""
-        if not hasattr(self, "core"):
-            raise WorkloadError(f"{self.path}: empty: a core's record begins with a header line")
         start_s = min((s.opened_s for s in self.sessions.values()), default=0.0)
         programs, skipped = [], []
         for session_id, session in self.sessions.items():
@@ -223,8 +239,9 @@ class _Reader:
         return Recorded(sorted(programs, key=lambda p: p.arrival_s), skipped)
 
     def _program(self, session_id: int, session: _Session, arrival_s: float) -> Program:
-        sets, calls, gets = list(session.sets), [], []
-        for index, call in enumerate(session.calls):
+        sets = [Set(var, content.key, self._length(content), after) for var, (content, after) in session.sets.items()]
+        calls, gets = [], []
+        for index, call in enumerate(session.calls.values()):
             event = call.event
             sets += self._given(call)
             calls.append(
@@ -279,8 +296,8 @@ class _Reader:
 
 
 def _why_not(session: _Session) -> str | None:
-    if session.pending:
-        return f"{session.pending} of its gets still waited when the record ended"
+    if waiting := session.pending + sum(map(len, session.cut_off.values())):
+        return f"{waiting} of its gets still waited when the journal ended"
     if not any(get.answered for get in session.gets):
         return "it fetched nothing"
     return None

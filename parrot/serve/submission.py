@@ -1,0 +1,87 @@
+"""What a submitted call must be before it changes anything, and which variables it gets. All of it is refused, or none.
+
+It decides nothing about when the call runs. The template's own rules are checked before, at the server's edge.
+"""
+
+from __future__ import annotations
+
+from parrot.protocol.errors import ParrotError
+from parrot.serve import events as ev
+from parrot.serve.config import ServeCoreConfig
+from parrot.serve.graph import depends_on
+from parrot.serve.sessions import Session
+from parrot.serve.variables import Variable
+
+
+def check_form(event: ev.SubmitCall) -> None:
+    """Raises bad_template."""
+    if not any(type(segment) is ev.Output for segment in event.segments):
+        raise ParrotError("bad_template", "the call has no output")
+    if type(event.segments[0]) is ev.Output:
+        raise ParrotError("bad_template", "the call has an output before any text")
+
+
+def check_room(session: Session, event: ev.SubmitCall, config: ServeCoreConfig, queued: int) -> None:
+    """Raises queue_full for a session that would begin anew, too_many_tasks for one that has too many. `queued`: tasks that
+    wait for an engine now."""
+    outputs = sum(type(segment) is ev.Output for segment in event.segments)
+    most = config.max_tasks_per_session
+    if outputs > most:
+        raise ParrotError("bad_template", f"the call has {outputs} outputs; max_tasks_per_session allows {most}")
+    limit = config.global_scheduler.max_queue_size
+    if session.unfinished == 0 and queued >= limit:
+        raise ParrotError("queue_full", f"{queued} tasks wait for an engine; max_queue_size is {limit}")
+    if session.unfinished + outputs > most:
+        raise ParrotError(
+            "too_many_tasks", f"session {session.id} has {session.unfinished} unfinished tasks; max_tasks_per_session is {most}"
+        )
+
+
+def check_variables(session: Session, event: ev.SubmitCall) -> None:
+    """Raises not_found, conflict or cyclic_dependency; nothing is changed yet."""
+    inputs: list[tuple[int, Variable]] = []  # with the number of the call's task that reads it
+    outputs: dict[Variable, int] = {}  # the number of the task that writes it
+    number = 0
+    for segment in event.segments:
+        if type(segment) is ev.Input and segment.var_id is not None:
+            inputs.append((number, session.variable(segment.var_id)))
+        elif type(segment) is ev.Output:
+            if segment.var_id is not None:
+                variable = session.variable(segment.var_id)
+                if variable.state != "empty" or variable in outputs:
+                    raise ParrotError(
+                        "conflict",
+                        f"output {segment.name!r}: variable {segment.var_id!r} already has a producer or a content",
+                        var_id=segment.var_id,
+                    )
+                outputs[variable] = number
+            number += 1
+    # A task may read what an earlier task of its call writes. Only what has a reader, or is read here, can be waited for.
+    read = {variable for _, variable in inputs}
+    if not any(variable.consumers or variable in read for variable in outputs):
+        return
+    for reader in dict.fromkeys(number for number, _ in inputs):
+        targets = {variable for variable, writer in outputs.items() if writer >= reader}
+        if targets and depends_on((variable for number, variable in inputs if number == reader), targets):
+            raise ParrotError("cyclic_dependency", f"call {event.func_name!r} would wait for its own output")
+
+
+def bind(session: Session, event: ev.SubmitCall) -> tuple[Variable | None, ...]:
+    """The variable of each segment; values and new outputs get variables of their own."""
+    bound: list[Variable | None] = []
+    values: dict[str, Variable] = {}
+    for segment in event.segments:
+        if isinstance(segment, ev.Constant):
+            bound.append(None)
+            continue
+        if segment.var_id is not None:
+            variable = session.variables[segment.var_id]
+        elif segment.name in values:
+            variable = values[segment.name]
+        else:
+            variable = values[segment.name] = session.new_variable(segment.name)
+            if isinstance(segment, ev.Input):
+                variable.move("set")
+                variable.content = segment.value
+        bound.append(variable)
+    return tuple(bound)

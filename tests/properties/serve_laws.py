@@ -1,0 +1,137 @@
+"""The laws of a ServeCore that hold after every instant, whatever clients and engines do: invariants 1, 3, 6, 7, 8 and 9.
+
+`ServeCoreMachine` is the play of `serve_machine` under these laws; test modules make their machines of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis.stateful import invariant
+
+from parrot.serve import events as ev
+from parrot.serve import states
+from parrot.serve.policies.base import admits
+from tests.properties.serve_machine import ServeCorePlay
+
+
+class ServeCoreMachine(ServeCorePlay):
+    """Random programs on random engines."""
+
+    def tasks(self) -> list[Any]:
+        return [t for s in self.core._sessions.values() for c in s.calls for t in c.tasks]
+
+    @invariant()
+    def conservation(self) -> None:
+        """Invariant 1, as far as sessions are open: every task is in one state, and the books agree with the tasks."""
+        if not hasattr(self, "core"):
+            return
+        tasks = self.tasks()
+        counts = self.core.counts()
+        assert sum(counts.get(s, 0) for s in {*states.ENDED, *states.IN_FLIGHT, "queued", "waiting"}) == len(tasks)
+        assert counts["queue"] == sum(t.state == "queued" for t in tasks)
+        assert {(t.id, t.attempt) for t in tasks if t.state in states.IN_FLIGHT} == set(self.flying)
+        for session in self.core._sessions.values():
+            own = [t for c in session.calls for t in c.tasks]
+            assert session.unfinished == sum(not t.ended for t in own)
+            assert session.active == sum(t.state in states.IN_FLIGHT or t.state == "queued" for t in own)
+            assert session.waiting_gets == sum(len(v.getters or ()) for v in session.variables.values())
+        assert counts["gets"] == len(self.asked)
+
+    @invariant()
+    def causality(self) -> None:
+        """Invariant 3."""
+        for task in self.tasks() if hasattr(self, "core") else ():
+            times = [task.call.submitted_s, task.ready_s, task.dispatched_s, task.first_token_s, task.finished_s]
+            if task.state == "finished" and task.engine_name is not None:
+                assert None not in times
+            known = [t for t in times if t is not None]
+            if task.state in {"finished", "running", "dispatched"}:
+                assert known == sorted(known)
+
+    @invariant()
+    def capacity(self) -> None:
+        """Invariant 8, by the core's own count; and the count is the sum of what is in flight."""
+        for engine in self.core.engines.values() if hasattr(self, "core") else ():
+            assert engine.reserved == sum(t.reserved for t in engine.tasks)
+            assert engine.latency_tasks == sum(t.counted_latency for t in engine.tasks)
+            if len(engine.tasks) > 1:
+                assert len(engine.tasks) <= engine.description.tasks_capacity
+                assert engine.reserved <= engine.description.tokens_capacity
+            for lane in self.core.scheduler.engines.lanes.values():
+                for index in lane.indexes.values():
+                    assert [load for load, _ in index._entries] == sorted(index._of.values())
+                    assert index._of == {e.id: index._key(e) for e in lane.engines.values()}
+
+    @invariant()
+    def contexts_agree(self) -> None:
+        """The engines hold what the core believes them to hold; a context is live while a task uses it; isolation."""
+        for engine in self.core.engines.values() if hasattr(self, "core") else ():
+            assert set(engine.contexts) == self.contexts[engine.id]
+            used: dict[int, int] = {}
+            for task in engine.tasks:
+                for context in task.contexts:
+                    used[context.id] = used.get(context.id, 0) + 1
+                domains = {node.domain for node in task.path[1:]}
+                assert domains <= {task.call.session.domain}
+                assert task.path[0].domain in {"", task.call.session.domain}
+            for context in engine.contexts.values():
+                assert context.tasks == used.get(context.id, 0)
+                assert context.state == ("live" if context.tasks else "retained")
+                if context.owner is not None and context.node is not None:
+                    assert context in (context.owner.contexts or ())
+                    assert context.owner.id in self.core._sessions
+
+    @invariant()
+    def liveness(self) -> None:
+        """Invariant 7: with nothing in flight and no deadline ahead, no task is queued."""
+        if hasattr(self, "core") and not self.flying and self.core.scheduler.next_deadline() is None:
+            assert len(self.core.scheduler.queue) == 0
+
+    @invariant()
+    def work_conservation(self) -> None:
+        """Invariant 9: the first task of a lane waits only if no engine of the lane admits it."""
+        if not hasattr(self, "core") or not self.core.scheduler.policy.work_conserving:
+            return
+        queue = self.core.scheduler.queue
+        for lane in queue.lanes():
+            head = queue.head(lane)
+            assert head is not None
+            for engine in lane.engines.values():
+                assert self.full.get(engine.id) == engine.version or not admits(engine, head)
+
+    @invariant()
+    def only_what_is_wanted_runs(self) -> None:
+        """A task is queued or in flight only if a get or a call asked for an output that needs it."""
+        for session in self.core._sessions.values() if hasattr(self, "core") else ():
+            needed = closure(session, self.wanted.get(session.id, set()))
+            for call in session.calls:
+                for task in call.tasks:
+                    assert task in needed or task.state not in states.IN_FLIGHT | {"queued"}
+
+    def close_everything(self) -> None:
+        """Nothing is left behind when all sessions are closed and all lifetimes are over."""
+        for session in sorted(self.core._sessions):
+            self.ask(self.request_for(ev.CloseSession, session, f"auth{session}"))
+        assert self.asked == {}
+        assert self.core.counts() == {"sessions": 0, "gets": 0, "queue": 0}
+        for engine in self.core.engines.values():
+            assert engine.reserved == 0
+            assert not engine.tasks
+        self.time_passes(100.0)
+        for engine in self.core.engines.values():
+            assert not engine.contexts
+        assert not self.core.scheduler.prefixes._roots, "prefixes that nobody needs are pruned"
+        assert not self.core.scheduler.policy_errors
+
+
+def closure(session: Any, wanted: set[str]) -> set[Any]:
+    """The tasks that the `wanted` outputs need, as the session's calls say."""
+    found: set[Any] = set()
+    stack = [session.variables[var_id] for var_id in sorted(wanted) if var_id in session.variables]
+    while stack:
+        producer = stack.pop().producer
+        if producer is not None and producer not in found:
+            found.add(producer)
+            stack.extend(producer.inputs())
+    return found
