@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
-from parrot.protocol.engine import TaskId
 from parrot.serve import events as ev
 from parrot.serve.effects import AnyEffect, Reply, SessionEnded, TaskEnded
 from parrot.serve.events import AnyEvent
@@ -29,7 +28,7 @@ _EVENTS = msgspec.msgpack.Decoder(AnyEvent)
 _ENCODER = msgspec.msgpack.Encoder()
 
 #: Requests whose answer promises something: it must not be lost when the process dies right after it was given.
-_PROMISING = (ev.OpenSession, ev.SubmitCall, ev.CreateVariable, ev.SetVariable)
+PROMISING = (ev.OpenSession, ev.SubmitCall, ev.CreateVariable, ev.SetVariable)
 #: A get that is answered with one of these was refused; other errors are what became of its variable.
 _REFUSALS = frozenset({"unauthorized", "forbidden", "not_found", "session_closed", "session_expired", "internal"})
 
@@ -112,7 +111,7 @@ class Piece(Protocol):
 class Texts(Protocol):
     """Where the texts are that events name."""
 
-    def find(self, key: str) -> Any: ...
+    def find(self, key: str) -> Piece | None: ...
 
 
 def encode(message: AnyEvent | AnyEffect) -> bytes:
@@ -156,20 +155,20 @@ class Ledger:
         """
         entry, record = Entry(), self.mode == "record"
         ended: dict[int, SessionEnded] = {}
-        outcomes: dict[tuple[TaskId, int], TaskEnded] = {}
+        outcomes: list[TaskEnded] = []
         answered: dict[int, Reply] = {}
         for effect in effects:
             kind = type(effect)
             if kind is Reply:
                 answered[effect.request] = effect  # type: ignore[union-attr,assignment]
             elif kind is TaskEnded:
-                outcomes[effect.task, effect.attempt] = effect  # type: ignore[union-attr,assignment]
+                outcomes.append(effect)  # type: ignore[arg-type]
             elif kind is SessionEnded:
                 ended[effect.session_id] = effect  # type: ignore[union-attr,assignment]
         promised = set(answered)
         failures: dict[int, list[TaskEnded]] = {}  # by the place of the event that brought them about
         results: set[int] = set()  # places of the events that brought one
-        for outcome in outcomes.values():
+        for outcome in outcomes:
             if outcome.error is None:
                 results.add(outcome.event)
             else:
@@ -186,7 +185,7 @@ class Ledger:
             if place in failures:
                 self._give_up(entry, now, failures[place], ended)
         self._give_up(entry, now, failures.get(len(events), ()), ended)
-        self._settle(entry, outcomes.values())
+        self._settle(entry, outcomes)
         if record:
             for effect in effects:
                 self._add(entry, now, session_of(effect), EFFECT, effect)
@@ -237,12 +236,12 @@ def _promises(event: AnyEvent, answered: Mapping[int, Reply]) -> bool:
     error = answered[request].error
     if type(event) is ev.GetVariable:
         return error is None or error.code not in _REFUSALS
-    return isinstance(event, _PROMISING) and error is None
+    return isinstance(event, PROMISING) and error is None
 
 
 def _is_kept(event: AnyEvent, answered: Mapping[int, Reply], brought_result: bool) -> bool:
     """Whether a restarted core needs the event: what was accepted, and what made work begin or end."""
-    if isinstance(event, ev.OpenSession | ev.SubmitCall | ev.CreateVariable | ev.SetVariable):
+    if isinstance(event, PROMISING):
         reply = answered.get(event.request)
         if reply is None or reply.error is not None:
             return False

@@ -15,16 +15,14 @@ from typing import Any, Protocol
 from parrot.protocol.errors import ErrorInfo, ParrotError
 from parrot.serve.clock import Clock
 from parrot.serve.effects import Abort, AnyEffect, Dispatch, FreeContexts, Reply, SessionEnded
-from parrot.serve.events import AnyEvent, CancelGet, CreateVariable, OpenSession, SetVariable, SubmitCall, Tick
-from parrot.serve.ledger import Entry, Ledger
+from parrot.serve.events import AnyEvent, CancelGet, Tick
+from parrot.serve.ledger import PROMISING, Entry, Ledger
 from parrot.serve.streams import OutputStream
 
 _log = logging.getLogger(__name__)
 
 #: After an exception inside the core its deadline may still be in the past: wait this long before the next try.
 _RECOVERY_S = 1.0
-#: What a server whose journal cannot be written does not take in.
-_NEW_PROMISES = (OpenSession, SubmitCall, CreateVariable, SetVariable)
 
 OnReply = Callable[[Reply], None]
 
@@ -118,7 +116,7 @@ class Shell:
         """
         if self._closing:
             raise ParrotError("unavailable", "the server is shutting down")
-        if self._journal is not None and self._journal.failing is not None and isinstance(event, _NEW_PROMISES):
+        if self._journal is not None and self._journal.failing is not None and isinstance(event, PROMISING):
             raise ParrotError.of(self._journal.failing)
         future: asyncio.Future[Any] = self._loop.create_future()
 
