@@ -76,19 +76,26 @@ class LatencyProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     versions: dict[str, str] = {}
     trace: str = ""
     seen: dict[str, tuple[float, float]] = {}  #: BatchShape field (and rows, tokens) -> least, most in the trace
+    spread: NonNegative = 0.0  #: standard deviation of log(measured / predicted) of the total time of a whole held-out run
     error: dict[str, float] = {}  #: on held-out iterations: mean and p99 of |predicted / measured − 1|, and their number
     notes: str = ""
 
 
 class LatencyModel:
-    """A profile made ready to evaluate. Pure: the same shape gives the same seconds."""
+    """A profile made ready to evaluate. Pure: the same shape gives the same seconds.
 
-    def __init__(self, profile: LatencyProfile) -> None:
+    `factor` multiplies every duration: one engine's deviation from the profile in one run (drawn from `spread`), 1 without.
+    """
+
+    def __init__(self, profile: LatencyProfile, factor: float = 1.0) -> None:
         self.profile = profile
         self._fixed = {
-            path: tuple(sorted((c.max_rows, c.seconds) for c in profile.fixed if c.graph is path)) for path in (False, True)
+            path: tuple(sorted((c.max_rows, c.seconds * factor) for c in profile.fixed if c.graph is path))
+            for path in (False, True)
         }
-        self._hinges = tuple((h.knot, h.slope) for h in profile.hinges)
+        self._hinges = tuple((h.knot, h.slope * factor) for h in profile.hinges)
+        self._pair_s = profile.pair_s * factor
+        self._kv_s = profile.kv_s * factor
 
     def fixed_s(self, rows: int, graph: bool = False) -> float:
         """The fixed cost of an iteration of `rows` rows; beyond the largest bucket, the largest bucket's."""
@@ -110,13 +117,13 @@ class LatencyModel:
         return (
             self.fixed_s(shape.rows, shape.graph)
             + self.tokens_s(shape.tokens)
-            + profile.pair_s * shape.prefill_pairs
-            + profile.kv_s * kv
+            + self._pair_s * shape.prefill_pairs
+            + self._kv_s * kv
         )
 
     def decode_run(self, shape: BatchShape) -> DecodeRun:
         """The run of iterations that begins with `shape`, all of whose rows decode (`prefill_rows` 0)."""
-        return DecodeRun(self.duration(shape), self.profile.kv_s * shape.decode_rows)
+        return DecodeRun(self.duration(shape), self._kv_s * shape.decode_rows)
 
 
 class DecodeRun(NamedTuple):

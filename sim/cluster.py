@@ -36,11 +36,12 @@ Observe = Callable[[str, Any], None]  #: engine name, what the engine shows of e
 
 
 class EngineModel(NamedTuple):
-    """An engine as the simulator needs it."""
+    """An engine as the simulator needs it. `factor` multiplies every duration that its profile says."""
 
     description: EngineDescription
     limits: EngineLimits
     profile: LatencyProfile
+    factor: float = 1.0
 
 
 class Timeline(simpy.Environment):
@@ -201,7 +202,7 @@ class Cluster:
 
     def _register(self, model: EngineModel, jump: bool, observe: Observe | None) -> None:
         watch = functools.partial(observe, model.description.engine_name) if observe else None
-        emulated = EmulatedEngine(model.limits, LatencyModel(model.profile), jump=jump, observe=watch)
+        emulated = EmulatedEngine(model.limits, LatencyModel(model.profile, model.factor), jump=jump, observe=watch)
 
         def registered(answer: Any, error: ErrorInfo | None) -> None:
             if error is not None:
