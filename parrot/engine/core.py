@@ -108,6 +108,16 @@ class EngineCore:
         return bool(self._tasks or self._in_flight)
 
     @property
+    def can_issue(self) -> bool:
+        """Whether `pipeline_depth` lets another batch be issued now."""
+        return len(self._in_flight) <= self.limits.pipeline_depth
+
+    @property
+    def waits(self) -> bool:
+        """Whether a task waits for room."""
+        return bool(self._waiting)
+
+    @property
     def num_total_tasks(self) -> int:
         return len(self._tasks)
 

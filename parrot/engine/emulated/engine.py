@@ -156,7 +156,6 @@ class EmulatedEngine:
     def submit(self, task: EngineTask, output_tokens: int, now: float, stream: bool = False) -> None:
         """A task, and how many tokens it would generate if max_gen_length allowed (ignored for one that only fills).
         Whether it is taken is told by an event."""
-        self._catch_up(now)
         task = self.core.limits.fit(task)
         if task.generate_context_id is not None:
             output = max(1, task.forced_tokens, min(output_tokens, task.max_gen_length))
@@ -164,6 +163,8 @@ class EmulatedEngine:
                 task = msgspec.structs.replace(task, max_gen_length=task.forced_tokens + 1)
         else:
             output = 0
+        if task.key in self._jobs:
+            self._catch_up(now)
         if task.key in self._jobs:
             message = f"task {task.key!r} is on this engine already"
             self._events.append(EmulatedEvent("failed", task.key, now, code="conflict", message=message))
@@ -191,7 +192,8 @@ class EmulatedEngine:
         """Nobody will ask for these again; the tokens that they added. Those in use go later."""
         self._catch_up(now)
         tokens = self.core.free_contexts(ids)
-        self._changed(now)
+        if self.core.waits:
+            self._changed(now)
         return tokens
 
     def take_evicted(self) -> tuple[int, ...]:
@@ -245,7 +247,9 @@ class EmulatedEngine:
         self._skip_to(now)
 
     def _changed(self, now: float) -> None:
-        self._wake = now
+        """Something may be issued now, or at the end of the iteration under way."""
+        if self.core.can_issue:
+            self._wake = now
         self._look_ahead()
 
     def _pass(self, now: float, inclusive: bool) -> None:
@@ -288,7 +292,8 @@ class EmulatedEngine:
     def _issue(self, at: float) -> None:
         """Issues what the core has, as far ahead as it may."""
         self._wake = None
-        while (batch := self.core.next_batch(at)) is not None:
+        core = self.core
+        while core.can_issue and (batch := core.next_batch(at)) is not None:
             for key in batch.preempted:
                 self._leave(self._jobs[key])
             for key, cached in batch.admitted:
@@ -296,7 +301,7 @@ class EmulatedEngine:
                 self._tell(EmulatedEvent("started", key, at, cached))
             if not self._busy:
                 self._start(batch, at)
-        for key, refusal in self.core.take_failed():
+        for key, refusal in core.take_failed():
             self._refuse(key, refusal, at)
         self._previous = None
         self._look_ahead()
@@ -333,15 +338,13 @@ class EmulatedEngine:
         """Ends the quiet iterations whose edges lie before `at`, or at it."""
         if not self._jump or not self._busy or self._last == self._k:
             return
-        low, high = self._k, self._last
-        while low < high:
-            middle = (low + high) // 2
-            edge = self._edge(middle)
-            if edge > at or (edge == at and not inclusive):
-                high = middle
-            else:
-                low = middle + 1
-        self._skip(low - self._k)
+        t0, run, low, high = self._t0, self._run, self._k, self._last
+        k = min(max(run.after(at - t0), low), high)  # from where the first edge that stays is near
+        while k < high and ((edge := t0 + run.at(k)) < at or (inclusive and edge == at)):
+            k += 1
+        while k > low and ((edge := t0 + run.at(k - 1)) > at or (not inclusive and edge == at)):
+            k -= 1
+        self._skip(k - low)
 
     def _skip(self, count: int) -> None:
         """Ends `count` quiet iterations."""
