@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import get_type_hints
 
 import msgspec
@@ -93,6 +94,12 @@ def _convert(arguments: argparse.Namespace, workload: str) -> int:
 
 
 def _describe(arguments: argparse.Namespace) -> int:
+    if arguments.out is not None:
+        try:
+            Path(arguments.out).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            print(f"{arguments.out}: cannot be written: {error.strerror}", file=sys.stderr)
+            return 1
     notes: list[str] = []
     description = describe(_programs(arguments, arguments.workload, notes), arguments.workload)
     _say(notes)
@@ -100,12 +107,7 @@ def _describe(arguments: argparse.Namespace) -> int:
     if arguments.out is not None:
         from sim.workloads.pictures import write_pictures  # matplotlib, only when it is needed
 
-        try:
-            path = write_pictures(description, arguments.out)
-        except OSError as error:
-            print(f"{arguments.out}: cannot be written: {error.strerror}", file=sys.stderr)
-            return 1
-        print(f"pictures written to {path}", file=sys.stderr)
+        print(f"pictures written to {write_pictures(description, arguments.out)}", file=sys.stderr)
     return 0
 
 

@@ -12,11 +12,12 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from sim.workloads.arrivals import stream
 from sim.workloads.azure import azure_source
 from sim.workloads.burstgpt import BurstGPTParameters, burstgpt_source
 from sim.workloads.generators import GENERATORS, generator_source
 from sim.workloads.mooncake import MooncakeParameters, mooncake_source
-from sim.workloads.program import Program, WorkloadError, read_programs
+from sim.workloads.program import Program, Read, Segment, WorkloadError, read_programs
 from sim.workloads.sharegpt import ShareGPTParameters, sharegpt_source
 from sim.workloads.source import Row, Source, parameters_of
 
@@ -115,9 +116,28 @@ def _paper(spec: str, rest: str, setting: Setting) -> Source:
     if importlib.util.find_spec(PAPER) is None:
         raise WorkloadError(f"workload {spec!r}: the paper's workloads are not installed")
     open_paper = importlib.import_module(PAPER).open_paper
-    rate, seed, count = setting.rate, setting.seed, setting.count
-    source = _of_programs(spec, lambda: open_paper(rest, rate=rate, seed=seed, count=count), setting.label)
-    return replace(source, paced=True)
+    label, seed = setting.label, setting.seed
+    if label:  # other parts of a mix may be of the paper too: each draws its own
+        seed = int(stream(seed, f"{label}paper").integers(1 << 62))
+
+    def programs() -> Iterator[Program]:
+        for program in open_paper(rest, rate=setting.rate, seed=seed, count=setting.count):
+            yield _with_own_texts(program, label) if label else program
+
+    return replace(_of_programs(spec, programs, label), paced=True)
+
+
+def _with_own_texts(program: Program, label: str) -> Program:
+    """The same program, of whose texts all keys begin with `label`."""
+
+    def own(segment: Segment) -> Segment:
+        if isinstance(segment, Read) or segment.key is None:
+            return segment
+        return msgspec.structs.replace(segment, key=label + segment.key)
+
+    calls = tuple(msgspec.structs.replace(call, segments=tuple(map(own, call.segments))) for call in program.calls)
+    sets = tuple(msgspec.structs.replace(source, key=label + source.key) for source in program.sets)
+    return msgspec.structs.replace(program, calls=calls, sets=sets)
 
 
 def _of_programs(
