@@ -32,6 +32,8 @@ FLUSH = 2  #: SimPy priority: after all clients of the instant (urgent 0, normal
 FLUSH_EDGES = 3.5  #: after all engines' edges, before those at which nothing happens (4, only when stepping)
 
 OnReply = Callable[[Any, ErrorInfo | None], None]
+#: The tokens that an engine generates for a dispatch, and what gives the content of as many of them as it did generate.
+Generate = Callable[[effects.Dispatch], tuple[int, Callable[[int], events.Content]]]
 Observe = Callable[[str, Any], None]  #: engine name, what the engine shows of each iteration or run of iterations
 
 
@@ -85,6 +87,7 @@ class _Attempt(NamedTuple):
 
     epoch: int
     output_var: str
+    content: Callable[[int], events.Content] | None = None
 
 
 class Cluster:
@@ -103,6 +106,8 @@ class Cluster:
         self.timeline = timeline
         self.core = ServeCore(config)
         self.engines: dict[int, SimEngine] = {}
+        #: says what engines generate, where a task's length and its output's name (`name_output`) do not say it
+        self.generate: Generate | None = None
         self._tokenizers = tuple(dict.fromkeys(model.description.tokenizer for model in engines))
         self._delay_s = engine_delay_s
         self._waiting: dict[int, OnReply] = {}
@@ -221,14 +226,16 @@ class Cluster:
     def _dispatch(self, effect: effects.Dispatch) -> None:
         key = (effect.task, effect.attempt)
         sampling = effect.sampling
-        self._attempts[key] = _Attempt(effect.epoch, effect.output_var)
+        output_tokens, content = sampling.output_length or sampling.max_gen_length, None
+        if self.generate is not None:
+            output_tokens, content = self.generate(effect)
+        self._attempts[key] = _Attempt(effect.epoch, effect.output_var, content)
         task = EngineTask(
             key=key,
             links=tuple([Link(link.context_id, link.tokens) for link in effect.chain]),
             generate_context_id=effect.generate_context_id,
             max_gen_length=sampling.max_gen_length,
         )
-        output_tokens = sampling.output_length or sampling.max_gen_length
         self._to_engine(functools.partial(self.engines[effect.engine_id].submit, task, output_tokens))
 
     def _abort(self, effect: effects.Abort) -> None:
@@ -261,12 +268,16 @@ class Cluster:
         kind, epoch = event.kind, attempt.epoch
         if kind == "finished":
             del self._attempts[key]
-            content_key = self._output_keys[task.session_id][attempt.output_var]
+            if attempt.content is not None:
+                content = attempt.content(event.output_tokens)
+            else:
+                key_of_output = self._output_keys[task.session_id][attempt.output_var]
+                content = self.content(key_of_output, event.output_tokens)
             return events.TaskFinished(
                 epoch,
                 task,
                 number,
-                self.content(content_key, event.output_tokens),
+                content,
                 event.output_tokens,
                 event.prompt_tokens,
                 event.cached_tokens,
