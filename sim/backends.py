@@ -33,10 +33,10 @@ def run_on_cluster(run: Run, tables: bool, watch: Callable[[], None] | None) -> 
 
     Raises ConfigurationError for what cannot be run or a process that dies; KeyboardInterrupt after everything has stopped.
     """
-    programs = list(
+    programs = [] if run.program is not None else list(
         open_workload(run.workload, rate=run.rate, seed=run.seed, count=run.count, max_gen_length=run.max_gen_length)
     )
-    if not programs:
+    if not programs and run.program is None:
         raise ConfigurationError(f"workload {run.workload!r} has no programs")
     recorder = Recorder(run.client, tables)
     if run.core_url is not None:
@@ -88,6 +88,9 @@ async def _play_on_running(
     watch: Callable[[], None] | None,
 ) -> None:
     """On a cluster that is not ours: its engines are known by their models alone."""
+    if run.program is not None:
+        await _play_all(run, url, programs, recorder, style, watch)
+        return
     async with aiohttp.ClientSession() as http:
         try:
             answer = msgspec.json.decode(await Api(url, http).call("GET", "/v1/models"))
@@ -112,6 +115,11 @@ async def _play_all(
     watch: Callable[[], None] | None,
 ) -> None:
     """Starts each program when it arrives and waits for the last."""
+    if run.program is not None:
+        from sim.programs import play_programs
+
+        await play_programs(run, url, recorder, watch)
+        return
     network = open_network(run.rtt_ms, run.seed)
     loop = asyncio.get_running_loop()
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)

@@ -46,6 +46,15 @@ def parser() -> argparse.ArgumentParser:
         "--workload", metavar="FILE|NAME|KIND:PATH", help="program JSONL, a generator (chain, map_reduce, chat), or azure:PATH"
     )
     p.add_argument(
+        "--program", metavar="FILE.py:FUNCTION", help="instead of a workload: an application's own code, as many instances"
+    )
+    p.add_argument("--inputs", metavar="FILE.jsonl", help="with --program: an instance's arguments a line (none)")
+    p.add_argument(
+        "--outputs",
+        metavar="FILE.py:FUNCTION|journal:PATH|synthetic:mean=N,cv=N",
+        help="with --program: what the model says (synthetic text of lognormal length, mean 128 tokens, cv 1)",
+    )
+    p.add_argument(
         "--policy", metavar="A,B", help="round_robin, least_loaded, parrot, parrot:all, parrot:SWITCH+SWITCH (parrot)"
     )
     p.add_argument("--client", choices=[m.value for m in Mode], help="semantic: submit, then get; request: a round trip a call")
@@ -87,7 +96,8 @@ def parser() -> argparse.ArgumentParser:
 def specification_of(arguments: argparse.Namespace) -> Specification:
     """The specification that the flags say, over that of --spec. Raises ConfigurationError."""
     given: dict[str, Any] = {}
-    for name in ("core", "workload", "count", "max_gen_length", "backend", "core_url", "repeats", "jump", "engine_delay_ms"):
+    names = ("core", "workload", "program", "inputs", "outputs", "count", "max_gen_length", "backend", "core_url", "repeats")
+    for name in (*names, "jump", "engine_delay_ms"):
         if (value := getattr(arguments, name)) is not None:
             given[name] = value
     if arguments.client is not None:
@@ -108,8 +118,8 @@ def specification_of(arguments: argparse.Namespace) -> Specification:
         given["settings"] = dict(_setting(text) for text in arguments.settings)
     if arguments.spec is not None:
         return msgspec.structs.replace(load_specification(arguments.spec), **given)
-    if "workload" not in given:
-        raise ConfigurationError("--workload is needed (or --spec)")
+    if "workload" not in given and "program" not in given:
+        raise ConfigurationError("--workload or --program is needed (or --spec)")
     return Specification(**given)
 
 

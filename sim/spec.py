@@ -43,10 +43,14 @@ class Specification(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     rates: programs per second; null keeps a trace's recorded times. settings: a configuration key (`engine.` in front of an
     engine's) -> the values to try. rtt_ms: milliseconds, or a file of measured ones. profiles: files or shipped names,
-    which stand above the engines' own. core_url: a cluster that already runs.
+    which stand above the engines' own. core_url: a cluster that already runs. program: in the place of a workload, the
+    application's own code, with the inputs of its instances and where outputs come from (`sim.programs`).
     """
 
-    workload: str
+    workload: str = ""
+    program: str | None = None
+    inputs: str | None = None
+    outputs: str | None = None
     core: str | None = None
     engines: tuple[EngineGroup, ...] = ()
     policies: tuple[str, ...] = ("parrot",)
@@ -70,6 +74,9 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     workload: str
+    program: str | None
+    inputs: str | None
+    outputs: str | None
     core: str | None
     engines: tuple[EngineGroup, ...]
     policy: str
@@ -114,6 +121,12 @@ def runs_of(spec: Specification) -> list[Run]:
 
 
 def _check(spec: Specification) -> None:
+    if bool(spec.workload) == bool(spec.program):
+        raise ConfigurationError("one of workload and program is needed, and only one")
+    if spec.program is None and (spec.inputs or spec.outputs):
+        raise ConfigurationError("inputs and outputs are a program's; there is none")
+    if spec.program is not None and spec.client is not Mode.SEMANTIC:
+        raise ConfigurationError(f"client {spec.client}: a program sends what its own code sends; leave it out")
     for name in ("policies", "rates", "seeds"):
         if not getattr(spec, name):
             raise ConfigurationError(f"{name}: at least one is needed")
@@ -232,6 +245,10 @@ def engine_models_of(run: Run) -> list[EngineModel]:
 def check_files(run: Run) -> None:
     """Raises ConfigurationError for whatever in the run's files would stop it, before anything starts."""
     read_round_trips(run.rtt_ms)
+    if run.program is not None:
+        from sim.programs import check_program  # what only programs need, the server's code for one
+
+        check_program(run)
     if run.core_url is not None:
         return
     core_config_of(run)

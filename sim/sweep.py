@@ -90,7 +90,7 @@ def run_one(run: Run, output: Output | None, on_program: Callable[[Run], None] |
         policy=run.policy,
         rate=run.rate,
         seed=run.seed,
-        workload=run.workload,
+        workload=run.workload or run.program,
         client=run.client.value,
         backend=run.backend,
         engines=engines,
@@ -103,6 +103,13 @@ def run_one(run: Run, output: Output | None, on_program: Callable[[Run], None] |
 
 
 def _simulate(run: Run, tables: bool, watch: Callable[[], None] | None) -> tuple[Recorder, int]:
+    if run.program is not None:
+        from sim.programs import OutputError, simulate_programs
+
+        try:
+            return simulate_programs(run, tables, watch)
+        except OutputError as error:
+            raise RunError(str(error)) from error
     engines = engine_models_of(run)
     programs = _programs(run, engines)
     config = core_config_of(run)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
 
 import msgspec
 

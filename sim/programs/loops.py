@@ -47,9 +47,9 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def _write_to_self(self) -> None:
         self.strand.wake()
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> Any:
+    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> Any:  # type: ignore[override]
         if not self._inline:
-            _refuse("runs a function in a thread (run_in_executor, asyncio.to_thread)")
+            refuse("runs a function in a thread (run_in_executor, asyncio.to_thread)")
         future = self.create_future()
         try:
             future.set_result(func(*args))
@@ -57,21 +57,32 @@ class VirtualLoop(asyncio.BaseEventLoop):
             future.set_exception(error)
         return future
 
-    def _no_network(self, *_: Any, **__: Any) -> NoReturn:
-        _refuse("opens a connection or a file descriptor of its own in asyncio")
 
-    def _no_process(self, *_: Any, **__: Any) -> NoReturn:
-        _refuse("starts a process")
-
-    create_connection = create_server = create_datagram_endpoint = _no_network
-    create_unix_connection = create_unix_server = connect_accepted_socket = sendfile = start_tls = _no_network
-    connect_read_pipe = connect_write_pipe = add_reader = add_writer = _no_network
-    sock_recv = sock_recv_into = sock_recvfrom = sock_sendall = sock_sendto = sock_connect = sock_accept = _no_network
-    getaddrinfo = getnameinfo = _no_network
-    subprocess_shell = subprocess_exec = _no_process
+#: What would reach out of the process, by what it does.
+_OUTSIDE = {
+    "opens a connection, or waits for a file descriptor, in asyncio": (
+        "create_connection create_server create_datagram_endpoint create_unix_connection create_unix_server "
+        "connect_accepted_socket sendfile start_tls connect_read_pipe connect_write_pipe add_reader add_writer "
+        "sock_recv sock_recv_into sock_recvfrom sock_sendall sock_sendto sock_connect sock_accept getaddrinfo getnameinfo"
+    ),
+    "starts a process in asyncio": "subprocess_shell subprocess_exec",
+}
 
 
-def _refuse(what: str) -> NoReturn:
+def _refuser(what: str) -> Callable[..., NoReturn]:
+    def refuser(self: VirtualLoop, *_: Any, **__: Any) -> NoReturn:
+        refuse(what)
+
+    return refuser
+
+
+for _what, _names in _OUTSIDE.items():
+    for _name in _names.split():
+        setattr(VirtualLoop, _name, _refuser(_what))
+
+
+def refuse(what: str) -> NoReturn:
+    """Raises Refused for a program that does that."""
     raise Refused(
         f"the program {what}: in virtual time it may talk to the core through P, sleep, and compute, and nothing else; "
         "run it with --backend real"

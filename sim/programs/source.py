@@ -92,7 +92,7 @@ class Source:
 
 
 def load_function(spec: str, flag: str) -> Callable[..., Any]:
-    """A function that is no program, of `FILE.py:FUNCTION` or `MODULE:FUNCTION`; its module stays. Raises ConfigurationError."""
+    """A function that is no program, `FILE.py:FUNCTION` or `MODULE:FUNCTION`; its module stays. Raises ConfigurationError."""
     source = Source(spec, flag)
     try:
         with source.importable():

@@ -30,7 +30,7 @@ class Stopped(BaseException):
     """A strand cannot go on, and neither can the run. No `except Exception` of a program holds it up."""
 
 
-class Strand(greenlet.greenlet):
+class Strand(greenlet.greenlet):  # type: ignore[misc]
     """`run_it` on a stack of its own. A program's strand is refused what would block for real (`surroundings`)."""
 
     def __init__(
@@ -62,7 +62,7 @@ class Strand(greenlet.greenlet):
         self._enter()
 
     def wait(self, until_s: float = math.inf) -> None:
-        """Lets the timeline go on until `wake`, or until `until_s`. It may return early: look whether what you wait for is so."""
+        """Lets the timeline go on until `wake`, or `until_s`. It may return early: look whether what you wait for is so."""
         assert greenlet.getcurrent() is self, f"{self.name} is made to wait by another"
         if self._dying:
             raise greenlet.GreenletExit

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from sim.network import stream
-from sim.programs.loops import Refused, VirtualPolicy, _refuse
+from sim.programs.loops import Refused, VirtualPolicy, refuse
 from sim.programs.strands import Strand, Strands, running_program
 
 EPOCH_S = 1_704_067_200  #: what time.time() says when a run begins: 2024-01-01 00:00 UTC, the same in every run
@@ -132,7 +132,7 @@ def _install_audit_hook() -> None:
 def _audit(event: str, _: tuple[Any, ...]) -> None:
     what = _REFUSED.get(event)
     if what is not None and running_program() is not None:
-        _refuse(what)
+        refuse(what)
 
 
 @contextlib.contextmanager
