@@ -27,7 +27,7 @@ def check_program(run: Run) -> None:
     if run.backend == "sim":
         open_outputs(run.outputs, run.seed)
     elif run.outputs is not None:
-        raise ConfigurationError(f"--outputs {run.outputs}: on backend {run.backend} the engines say what they say; leave it out")
+        raise ConfigurationError(f"--outputs {run.outputs}: the engines of backend {run.backend} say what they say")
 
 
 def simulate_programs(run: Run, tables: bool, watch: Callable[[], None] | None) -> tuple[Recorder, int]:

@@ -191,7 +191,10 @@ class Door:
         self._strand.begin()
 
     def close(self) -> None:
-        """The run is over, and nothing is under way any more."""
+        """The run is over. What is still under way is given up."""
+        if not self._strand.dead:
+            self.loop.stop()
+            self._strand.go_on()
         self._tokenization.close()
         self.loop.close()
 
@@ -231,6 +234,11 @@ class Door:
         for name in dict.fromkeys(self._tokenizer_of.values()):
             self.loop.run_until_complete(self._tokenization.learn(name))
         self.loop.run_forever()
+        left = asyncio.all_tasks(self.loop)
+        for task in left:
+            task.cancel()
+        if left:
+            self.loop.run_until_complete(asyncio.wait(left))
 
     def _arrive(self, exchange: Exchange) -> None:
         if not exchange.ended:

@@ -5,6 +5,7 @@ The same for both worlds: in virtual time each runs in a strand (`simulated`), i
 
 from __future__ import annotations
 
+import contextvars
 import itertools
 import traceback
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from types import TracebackType
 
 from parrot.configuration import ConfigurationError
 from parrot.frontend.link import CARRIERS, Carriers
+from parrot.frontend.pfunc import environment
 from parrot.protocol.errors import ErrorInfo, ParrotError
 from sim.programs.accounts import Account
 from sim.programs.loops import Refused
@@ -30,10 +32,15 @@ def arrivals(rate: float | None, seed: int) -> Iterator[float]:
 
 def check_source(source: Source, inputs: Sequence[Arguments]) -> None:
     """Imports the program once, with no core, and looks whether it can be called. Raises ConfigurationError."""
-    before = CARRIERS.set(Carriers(lambda _: _NoCore(), lambda _: _NoCore()))
-    try:
+
+    def look() -> None:
+        environment.isolate()
+        CARRIERS.set(Carriers(lambda _: _NoCore(), lambda _: _NoCore()))
         with source.loaded() as function:
             check_arguments(function, inputs, source.spec)
+
+    try:
+        contextvars.Context().run(look)
     except ConfigurationError:
         raise
     except Exception as error:
@@ -41,8 +48,6 @@ def check_source(source: Source, inputs: Sequence[Arguments]) -> None:
         raise ConfigurationError(
             f"--program {source.spec}: {where}: it cannot be imported: {type(error).__name__}: {error}"
         ) from error
-    finally:
-        CARRIERS.reset(before)
 
 
 class _NoCore:

@@ -41,6 +41,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def time(self) -> float:
         return self.strand.now
 
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        if not self.strand.dying:  # what is left undone at the end of a run is nobody's fault
+            super().call_exception_handler(context)
+
     def _process_events(self, event_list: list[Any]) -> None:
         pass
 

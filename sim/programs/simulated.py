@@ -158,7 +158,7 @@ def simulate_instances(
     except Stopped as stopped:
         raise StuckError(str(stopped)) from None
     finally:
-        strands.kill_all()
+        strands.kill_programs()
         door.close()
     if instances.failures:
         print(instances.failures.tell(source.spec, count), file=sys.stderr)

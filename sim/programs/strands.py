@@ -49,7 +49,7 @@ class Strand(greenlet.greenlet):  # type: ignore[misc]
         self._waiting = False
         self._woken = False
         self._turns = 0
-        self._dying = False
+        self.dying = False  #: the run is over, and so is this strand
 
     @property
     def now(self) -> float:
@@ -64,7 +64,7 @@ class Strand(greenlet.greenlet):  # type: ignore[misc]
     def wait(self, until_s: float = math.inf) -> None:
         """Lets the timeline go on until `wake`, or `until_s`. It may return early: look whether what you wait for is so."""
         assert greenlet.getcurrent() is self, f"{self.name} is made to wait by another"
-        if self._dying:
+        if self.dying:
             raise greenlet.GreenletExit
         if self._woken:
             self._woken = False
@@ -103,13 +103,18 @@ class Strand(greenlet.greenlet):  # type: ignore[misc]
         while self.now < end_s:
             self.wait(end_s)
 
+    def go_on(self) -> None:
+        """Ends its wait at once, where the timeline goes on no more."""
+        if self._waiting:
+            self._enter()
+
     def progressed(self) -> None:
         """It has asked the core for something."""
         self._turns = 0
 
     def kill(self) -> None:
         """Ends it where it waits; its `finally` blocks run, and may wait no more."""
-        self._dying = True
+        self.dying = True
         if self._waiting:
             try:
                 self.throw(greenlet.GreenletExit)
@@ -125,7 +130,7 @@ class Strand(greenlet.greenlet):  # type: ignore[misc]
         try:
             self._run_it()
         except greenlet.GreenletExit:
-            if not self._dying:
+            if not self.dying:
                 raise
         finally:
             self._strands.alive.pop(self, None)
@@ -157,10 +162,10 @@ class Strands:
         self.failure = Stopped(message)
         return self.failure
 
-    def kill_all(self) -> None:
-        """The run is over."""
+    def kill_programs(self) -> None:
+        """The run is over: whatever program still waits, waits no more."""
         self.failure = None
-        for strand in list(self.alive):
+        for strand in [strand for strand in self.alive if strand.is_program]:
             strand.kill()
 
 

@@ -31,7 +31,7 @@ MOST_LOOKS = 1_000_000  #: at clocks, with no wait in between: time does not pas
 
 #: Audit events of what would block for real, by what they mean.
 _REFUSED = {
-    "time.sleep": "sleeps in real time (time.sleep, taken from the module before the run)",
+    "time.sleep": "sleeps in real time (with a time.sleep that was taken from its module before the run)",  # from Python 3.13
     "socket.connect": "connects to another host",
     "socket.bind": "listens on the network",
     "socket.sendto": "sends to another host",
@@ -43,10 +43,9 @@ _REFUSED = {
     "os.exec": "starts a process",
     "os.fork": "starts a process",
     "os.forkpty": "starts a process",
-    "_thread.start_new_thread": "starts a thread (threading, concurrent.futures; use an async program and asyncio.gather)",
-    "_thread.start_joinable_thread": "starts a thread (threading, concurrent.futures; use an async program and asyncio.gather)",
     "builtins.input": "asks a person for input",
 }
+_THREAD = "starts a thread (threading, concurrent.futures; use an async program and asyncio.gather)"
 _hooked = False
 
 
@@ -65,6 +64,8 @@ def virtual_surroundings(strands: Strands, seed: int) -> Iterator[None]:
             setattr(time, name, function)
         stack.callback(asyncio.set_event_loop_policy, asyncio.get_event_loop_policy())
         asyncio.set_event_loop_policy(VirtualPolicy())
+        stack.callback(setattr, threading.Thread, "start", threading.Thread.start)
+        threading.Thread.start = _starting(threading.Thread.start)  # type: ignore[method-assign]
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # standard output is for results
         if threading.current_thread() is threading.main_thread():
             stack.enter_context(_watched(strands))
@@ -133,6 +134,17 @@ def _audit(event: str, _: tuple[Any, ...]) -> None:
     what = _REFUSED.get(event)
     if what is not None and running_program() is not None:
         refuse(what)
+
+
+def _starting(real: Callable[[threading.Thread], None]) -> Callable[[threading.Thread], None]:
+    """`threading.Thread.start`, for everybody but a program."""
+
+    def start(thread: threading.Thread) -> None:
+        if running_program() is not None:
+            refuse(_THREAD)
+        real(thread)
+
+    return start
 
 
 @contextlib.contextmanager

@@ -27,8 +27,7 @@ def enter(machine: VirtualMachine) -> VirtualMachine | None:
     before = _current.get()
     _current.set(machine)
     with _lock:
-        for running in _lists():
-            running.append(machine)
+        _machines().append(machine)
     return before
 
 
@@ -37,9 +36,9 @@ def leave(machine: VirtualMachine, before: VirtualMachine | None) -> None:
     if _current.get() is machine:
         _current.set(before)
     with _lock:
-        for running in _lists():
-            if machine in running:
-                running.remove(machine)
+        running = _machines()
+        if machine in running:
+            running.remove(machine)
 
 
 def current() -> VirtualMachine | None:
@@ -47,10 +46,9 @@ def current() -> VirtualMachine | None:
     machine that runs. Raises `bad_request` where several do and nothing says which."""
     machine = _current.get()
     with _lock:
-        known = _lists()[-1]
-        if machine is not None and machine in known:
+        if machine is not None and machine in _machines():
             return machine
-        running = set(known)
+        running = set(_machines())
     if len(running) > 1:
         raise ParrotError(
             "bad_request",
@@ -60,7 +58,7 @@ def current() -> VirtualMachine | None:
     return next(iter(running), None)
 
 
-def _lists() -> list[list[VirtualMachine]]:
-    """Those of the process and, where there is one, of this context."""
+def _machines() -> list[VirtualMachine]:
+    """Those that run in the process, or in this context where it is isolated."""
     own = _own.get()
-    return [_running] if own is None else [_running, own]
+    return _running if own is None else own
