@@ -27,7 +27,7 @@ from sim.programs.strands import Strand, Strands, running_program
 
 EPOCH_S = 1_704_067_200  #: what time.time() says when a run begins: 2024-01-01 00:00 UTC, the same in every run
 PATIENCE_S = 30.0  #: of real time, after which a program that neither waits nor ends is stopped
-MOST_LOOKS = 1_000_000  #: at clocks, with no wait in between: time does not pass for who only looks
+MOST_LOOKS = 200_000  #: at clocks, with no wait in between: time does not pass for who only looks
 
 #: Audit events of what would block for real, by what they mean.
 _REFUSED = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import count as counting
 from pathlib import Path
 from typing import Any
@@ -87,9 +87,9 @@ class Runner:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Runner]:
+def run(tmp_path: Path) -> Runner:
     told.clear()
-    yield Runner(tmp_path)
+    return Runner(tmp_path)
 
 
 def says(answer: Callable[..., str]) -> Outputs:
