@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 from parrot.configuration import ConfigurationError
 from sim.network import open_network
-from sim.programs.outputs import OutputError, open_outputs
+from sim.programs.outputs import open_outputs
 from sim.programs.source import Arguments, Source, read_inputs
 from sim.spec import Run, core_config_of, engine_models_of
 
 if TYPE_CHECKING:
     from sim.metrics import Recorder
 
-__all__ = ["OutputError", "check_program", "play_programs", "simulate_programs"]
+__all__ = ["check_program", "play_programs", "simulate_programs"]
 
 
 def check_program(run: Run) -> None:
@@ -30,48 +30,59 @@ def check_program(run: Run) -> None:
         raise ConfigurationError(f"--outputs {run.outputs}: the engines of backend {run.backend} say what they say")
 
 
-def simulate_programs(run: Run, tables: bool, watch: Callable[[], None] | None) -> tuple[Recorder, int]:
+def simulate_programs(
+    run: Run, rows: bool, expect: Callable[[int], None], ended: Callable[[], None]
+) -> tuple[Recorder, int]:
     """Carries out the run in virtual time; returns what it measured and the number of engines.
 
-    Raises ConfigurationError, OutputError, and StuckError for a run that cannot end.
+    rows: whether the recorder keeps them. expect: told the number of instances. ended: called as each ends. Raises
+    ConfigurationError, and StuckError for a run that cannot end.
     """
     from sim.programs.simulated import simulate_instances
 
     engines = engine_models_of(run)
     inputs = read_inputs(run.inputs)
+    count = count_of(run, inputs)
+    expect(count)
     recorder = simulate_instances(
         _source_of(run),
         inputs,
-        count_of(run, inputs),
+        count,
         core_config_of(run),
         engines,
         outputs=open_outputs(run.outputs, run.seed),
         network=open_network(run.rtt_ms, run.seed),
         rate=run.rate,
+        clients=run.clients,
         seed=run.seed,
         jump=run.jump,
         engine_delay_s=run.engine_delay_ms / 1000.0,
-        tables=tables,
-        on_ended=watch,
+        tables=rows,
+        on_ended=ended,
     )
     return recorder, len(engines)
 
 
-async def play_programs(run: Run, url: str, recorder: Recorder, watch: Callable[[], None] | None) -> None:
+async def play_programs(
+    run: Run, url: str, recorder: Recorder, expect: Callable[[int], None], ended: Callable[[], None]
+) -> None:
     """Carries out the run on the cluster at `url`, in real time. Raises ConfigurationError."""
     from sim.programs.real import play_instances
 
     inputs = read_inputs(run.inputs)
+    count = count_of(run, inputs)
+    expect(count)
     await play_instances(
         url,
         _source_of(run),
         inputs,
-        count_of(run, inputs),
+        count,
         recorder,
         network=open_network(run.rtt_ms, run.seed),
         rate=run.rate,
+        clients=run.clients,
         seed=run.seed,
-        on_ended=watch,
+        on_ended=ended,
     )
 
 

@@ -62,7 +62,7 @@ class Wanted(Protocol):
 Outputs = Callable[[Wanted], str]
 
 
-class OutputError(Exception):
+class OutputError(ConfigurationError):
     """An outputs function that failed, or gave what is no text. The run ends."""
 
 

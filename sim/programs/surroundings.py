@@ -65,7 +65,7 @@ def virtual_surroundings(strands: Strands, seed: int) -> Iterator[None]:
         stack.callback(asyncio.set_event_loop_policy, asyncio.get_event_loop_policy())
         asyncio.set_event_loop_policy(VirtualPolicy())
         stack.callback(setattr, threading.Thread, "start", threading.Thread.start)
-        threading.Thread.start = _starting(threading.Thread.start)  # type: ignore[method-assign]
+        threading.Thread.start = _starting(threading.Thread.start)  # type: ignore[method-assign,assignment]
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # standard output is for results
         if threading.current_thread() is threading.main_thread():
             stack.enter_context(_watched(strands))

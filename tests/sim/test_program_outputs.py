@@ -293,8 +293,8 @@ def test_the_agent_of_the_examples_loops_and_branches(
         (["--program", "{good}:main", "--outputs", "synthetic:mean=0"], "'mean=0': expected mean=TOKENS"),
         (["--program", "{good}:main", "--outputs", "{good}:more"], "parameter 'x' is none of name, prompt"),
         (["--program", "{good}:main", "--outputs", "{good}:more", "--backend", "emulated"], "say what they say"),
-        (["--program", "{good}:main", "--client", "request"], "a program sends what its own code sends"),
-        (["--program", "{good}:main", "--workload", "chat"], "one of workload and program"),
+        (["--program", "{good}:main", "--client", "request"], "a program sends what it sends"),
+        (["--program", "{good}:main", "--workload", "chat"], "workloads, program: one of the two"),
         (["--workload", "chat", "--outputs", "synthetic"], "inputs and outputs are a program's"),
     ],
 )
