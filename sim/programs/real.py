@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
+import functools
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlencode
@@ -184,7 +186,7 @@ async def play_instances(
         threading.Thread(target=live, args=(account, over), name=f"instance {serial}", daemon=True).start()
         return ended
 
-    with contextlib.redirect_stdout(sys.stderr), source.importable():
+    with contextlib.redirect_stdout(sys.stderr), source.importable(), inherited_contexts():
         check_source(source, inputs)
         instances = []
         for serial in range(count):
@@ -195,6 +197,22 @@ async def play_instances(
         await asyncio.gather(*instances)
     if ledger.failures:
         print(ledger.failures.tell(source.spec, count), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def inherited_contexts() -> Iterator[None]:
+    """Threads that a program starts belong to its instance: they begin in the context of who starts them."""
+    real = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        thread.run = functools.partial(contextvars.copy_context().run, thread.run)  # type: ignore[method-assign]
+        real(thread)
+
+    threading.Thread.start = start  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        threading.Thread.start = real  # type: ignore[method-assign]
 
 
 async def _check_core(url: str) -> None:

@@ -13,8 +13,12 @@ import pytest
 
 from parrot import P
 from parrot.configuration import ConfigurationError
+from sim.clients import Mode
 from sim.metrics import Recorder
+from sim.network import Constant
 from sim.programs.outputs import OutputError
+from sim.programs.real import play_instances
+from sim.programs.source import Source, read_inputs
 from sim.run import main
 from tests.serve.http_support import cluster
 from tests.sim.clusters import processes_with, write_files
@@ -189,6 +193,41 @@ def test_a_journal_that_forgets_is_refused(run: Runner, tmp_path: Path) -> None:
         run(REPEAT, outputs=f"journal:{path}")
     with pytest.raises(ConfigurationError, match="no such journal"):
         run(REPEAT, outputs=f"journal:{tmp_path / 'missing'}")
+
+
+# ---------------------------------------------------------------------------------------------------- in real time
+
+
+def test_on_a_real_core_instances_may_use_threads(run: Runner) -> None:
+    program = run.write(
+        """
+        from concurrent.futures import ThreadPoolExecutor
+
+        def main(vm):
+            with ThreadPoolExecutor(2) as pool:
+                outputs = list(pool.map(ask, ["a", "b"]))
+            told.append([output.get() for output in outputs])
+            time.sleep(0.01)
+            if len(told) > 1:
+                raise KeyError("second")
+        """
+    )
+
+    async def serve() -> Recorder:
+        recorder = Recorder(Mode.SEMANTIC)
+        async with cluster() as running:
+            await running.engine()
+            given = (Source(f"{program}:main"), read_inputs(None), 2, recorder)
+            await play_instances(running.client.url, *given, network=Constant(0.001), clients=1)
+        return recorder
+
+    recorder = asyncio.run(serve())
+    assert told == [["fine thanks"] * 2] * 2
+    assert [(row.state, row.calls, row.gets, row.error) for row in recorder.programs] == [
+        ("finished", 2, 2, None),
+        ("failed", 2, 2, "KeyError: 'second'"),
+    ]
+    assert recorder.counts["calls_finished"] == 4
 
 
 # ------------------------------------------------------------------------------------------------------- the command
