@@ -172,9 +172,8 @@ class Cluster:
             for fault in self.core.scheduler.faults and self.core.take_faults():
                 raise fault.error  # a simulation stops where a server would log and go on
         self._flushing = False
-        deadline_s = self.core.next_deadline()
-        if deadline_s is not None and deadline_s < self._timer_s:
-            self._set_timer(deadline_s)
+        if self.core.due_at < self._timer_s:  # no deadline is before; `_tick` asks for the exact one
+            self._set_timer(self.core.due_at)
 
     def _set_timer(self, deadline_s: float) -> None:
         self._timer_s = deadline_s

@@ -54,7 +54,7 @@ class Context(msgspec.Struct, eq=False):
     last_use_s: float = 0.0
 
     def move(self, by: str) -> None:
-        self.state = states.move(states.CONTEXT, self.state, by)
+        self.state = states.CONTEXT[self.state, by]
 
 
 class PrefixStore:

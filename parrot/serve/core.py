@@ -56,7 +56,7 @@ class ServeCore:
         self._sequence = 0
         self._deduction = Deduction(self._activated)
         self._now = 0.0
-        self._due_at = math.inf  # a time before which nothing is due
+        self.due_at = math.inf  #: a time before which there is no deadline; `next_deadline` is exact, and costs more
         self._quiet_until = 0.0  # no deadline before, after a fault
         self._place_again_at = math.inf  # placing failed
         self._recalling = False  # what is taken in was accepted in an earlier life
@@ -108,7 +108,7 @@ class ServeCore:
             except Exception as error:  # a bug of ours: it costs this event, and no other
                 self._fault(event, error)
         scheduler.event = len(events)
-        if now >= self._due_at:
+        if now >= self.due_at:
             self._due(now)
         if scheduler.changed:
             try:
@@ -116,13 +116,13 @@ class ServeCore:
             except Exception as error:  # a bug of ours; a policy's is contained in there
                 scheduler.faults.append(Fault("the core failed at placing", error))
                 self._place_again_at = now + FAULT_PAUSE_S
-                self._due_at = min(self._due_at, self._place_again_at)
+                self.due_at = min(self.due_at, self._place_again_at)
         if scheduler.freed:
             scheduler.flush_freed()
         # Nothing that came up in this instant is due before the shortest span there is (gets see to themselves).
         due_at = now + self._least_span_s
-        if due_at < self._due_at:
-            self._due_at = due_at
+        if due_at < self.due_at:
+            self.due_at = due_at
         effects = self._effects[:]
         self._effects.clear()
         return effects
@@ -184,11 +184,11 @@ class ServeCore:
 
     def next_deadline(self) -> float | None:
         """When `Tick` is wanted at the latest, in seconds of the same clock; None: not before the next event."""
-        deadlines = (self._gets.next_deadline(), self._idle.next_deadline(), self.scheduler.next_deadline())
-        first = min((d for d in deadlines if d is not None), default=math.inf)
-        if first < self._quiet_until:
-            first = self._quiet_until
-        first = min(first, self._place_again_at)
+        first = math.inf
+        for deadline in (self._gets.next_deadline(), self._idle.next_deadline(), self.scheduler.next_deadline()):
+            if deadline is not None and deadline < first:
+                first = deadline
+        first = min(max(first, self._quiet_until), self._place_again_at)
         return None if first == math.inf else first
 
     @property
@@ -415,7 +415,7 @@ class ServeCore:
         deadline = None if event.timeout is None else now + event.timeout
         self._gets.add(event.request, session, variable, deadline)
         if deadline is not None:
-            self._due_at = min(self._due_at, deadline)
+            self.due_at = min(self.due_at, deadline)
         self._idle.touch(session, now)
         variable.criteria = tighter(variable.criteria, event.criteria or Criteria.THROUGHPUT)
         if variable.producer is not None:
@@ -497,7 +497,6 @@ class ServeCore:
     def _enqueue(self, task: Task, now: float) -> None:
         session = task.call.session
         session.active += 1
-        self._idle.remove(session)
         self.scheduler.enqueue(task, now)
 
     # =============================================================================================== tasks end
@@ -566,7 +565,7 @@ class ServeCore:
         if (task := self._in_flight(event)) is not None:
             self.scheduler.fail(task, event, now)
             # It may have begun a pause, which is shorter than all that `handle` reckons with.
-            self._due_at = min(self._due_at, self.scheduler.next_deadline() or math.inf)
+            self.due_at = min(self.due_at, self.scheduler.next_deadline() or math.inf)
 
     def _on_rejected(self, event: ev.TaskRejected, now: float) -> None:
         if (task := self._in_flight(event)) is not None:
@@ -592,7 +591,7 @@ class ServeCore:
         if len(scheduler.faults) > faults:
             self._quiet_until = now + FAULT_PAUSE_S
         deadline = self.next_deadline()
-        self._due_at = math.inf if deadline is None else deadline
+        self.due_at = math.inf if deadline is None else deadline
 
     def _time_out(self, request: int, now: float) -> None:
         pending = self._drop_get(request, now)

@@ -56,7 +56,7 @@ class Engine(msgspec.Struct, eq=False):
         return self.next_context_id
 
     def move(self, by: str) -> None:
-        self.state = states.move(states.ENGINE, self.state, by)
+        self.state = states.ENGINE[self.state, by]
 
 
 def by_load(engine: Engine) -> Load:

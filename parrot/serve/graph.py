@@ -123,7 +123,7 @@ class Task(msgspec.Struct, eq=False):
     max_gap_s: float = 0.0
 
     def move(self, by: str) -> None:
-        self.state = states.move(states.TASK, self.state, by)
+        self.state = states.TASK[self.state, by]
 
     @property
     def ended(self) -> bool:

@@ -474,10 +474,15 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------- time
 
     def next_deadline(self) -> float | None:
-        deadlines = [self.prefixes.next_deadline(), self._pauses.next_deadline()]
+        first = self.prefixes.next_deadline()
+        pause = self._pauses.next_deadline()
+        if pause is not None and (first is None or pause < first):
+            first = pause
         if self._stranded:
-            deadlines.append(next(iter(self._stranded.values())))
-        return min((d for d in deadlines if d is not None), default=None)
+            stranded = next(iter(self._stranded.values()))
+            if first is None or stranded < first:
+                first = stranded
+        return first
 
     def tick(self, now: float) -> None:
         """Whatever is due: lifetimes of shared contexts, tasks without an engine, engines to be asked again."""
