@@ -259,7 +259,7 @@ class ServeCore:
                 self._opened.popitem(last=False)
             known = self._opened.get(key)
             if known is not None:
-                self._reply(event.request, known[0])
+                self._effects.append(Reply(event.request, known[0]))
                 return
         if event.session_id in self._sessions:
             raise ParrotError("conflict", f"session id {event.session_id} is in use")
@@ -274,12 +274,12 @@ class ServeCore:
         self._idle.touch(session, now)
         if key is not None:
             self._opened[key] = (session.id, now + self.config.session_life_span)
-        self._reply(event.request, session.id)
+        self._effects.append(Reply(event.request, session.id))
 
     def _close_session(self, event: ev.CloseSession, now: float) -> None:
         session = self._session(event.session_id, event.auth, now)
         self._end_session(session, "close", now)
-        self._reply(event.request, _EMPTY)
+        self._effects.append(Reply(event.request, _EMPTY))
 
     def _end_session(self, session: Session, by: str, now: float) -> None:
         """Cancels its work, answers its gets, frees its contexts, forgets its variables."""
@@ -318,17 +318,14 @@ class ServeCore:
         idle_since = session.last_access_s if session is not None and not session.busy else now
         session = self._session(event.session_id, event.auth, now)
         report = session_report(session, now, event.calls)
-        self._reply(event.request, msgspec.structs.replace(report, idle_s=now - idle_since))
-
-    def _reply(self, request: int, payload: Any) -> None:
-        self._effects.append(Reply(request, payload))
+        self._effects.append(Reply(event.request, msgspec.structs.replace(report, idle_s=now - idle_since)))
 
     def _repeated(self, session: Session, event: _Repeatable) -> bool:
         """Answers a request that was answered before under the same Idempotency-Key. A key names one request of one kind."""
         key = event.idempotency_key
         if key is None or session.answers is None or (type(event), key) not in session.answers:
             return False
-        self._reply(event.request, session.answers[type(event), key])
+        self._effects.append(Reply(event.request, session.answers[type(event), key]))
         return True
 
     def _answer(self, session: Session, event: _Repeatable, payload: Any) -> None:
@@ -336,7 +333,7 @@ class ServeCore:
             if session.answers is None:
                 session.answers = {}
             session.answers[type(event), event.idempotency_key] = payload
-        self._reply(event.request, payload)
+        self._effects.append(Reply(event.request, payload))
 
     # =============================================================================================== variables
 
@@ -371,14 +368,15 @@ class ServeCore:
             )
             for variable in session.variables.values()
         ]
-        self._reply(event.request, listed)
+        self._effects.append(Reply(event.request, listed))
 
     def _became_ready(self, session: Session, variable: Variable, now: float) -> None:
         """The variable has its content: whoever waited for it goes on."""
         content = variable.content
         assert content is not None
-        for request in self._gets.settle(session, variable):
-            self._effects.append(Reply(request, content.key))
+        if variable.getters:
+            for request in self._gets.settle(session, variable):
+                self._effects.append(Reply(request, content.key))
         if variable.consumers:
             for task in variable.consumers:
                 task.missing -= 1
@@ -407,7 +405,7 @@ class ServeCore:
         variable = session.variable(event.var_id)
         if variable.state == "ready":
             assert variable.content is not None
-            self._reply(event.request, variable.content.key)
+            self._effects.append(Reply(event.request, variable.content.key))
             return
         if variable.state == "failed":
             self._effects.append(Reply(event.request, None, variable.error))
@@ -436,9 +434,9 @@ class ServeCore:
         session = self._session(event.session_id, event.auth, now)
         if self._repeated(session, event):
             return
-        check_form(event)
+        outputs = check_form(event)
         if not self._recalling:  # how full it was then is not known any more
-            check_room(session, event, self.config, len(self.scheduler.queue))
+            check_room(session, outputs, self.config, len(self.scheduler.queue))
         check_variables(session, event)
         call = Call(
             number=len(session.calls),
@@ -458,17 +456,17 @@ class ServeCore:
         session.unfinished += len(tasks)
         self._answer(session, event, call_answer(call))
         for task in tasks:
-            self._connect(session, task, now)
+            self._connect(task, now)
         if event.output_criteria is not None and not tasks[-1].ended:
             self._deduction.fetch(tasks[-1], event.output_criteria)
 
-    def _connect(self, session: Session, task: Task, now: float) -> None:
+    def _connect(self, task: Task, now: float) -> None:
         """Puts a new task into the graph: what it waits for, and who waits for it already."""
         output = task.output
         output.producer = task
         output.move("produce")
         failed: Variable | None = None
-        for variable in dict.fromkeys(task.inputs()):
+        for variable in task.inputs():
             if variable.state == "failed":
                 failed = failed or variable
             elif variable.state != "ready":
@@ -537,7 +535,7 @@ class ServeCore:
                 if tokenizer not in content.lengths and content.key in event.lengths:
                     content.lengths[tokenizer] = event.lengths[content.key]
         engine = self.scheduler.register(event.engine, now)
-        self._reply(event.request, RegisterAnswer(engine.id, self.scheduler.epoch))
+        self._effects.append(Reply(event.request, RegisterAnswer(engine.id, self.scheduler.epoch)))
 
     def _in_flight(self, event: _TaskEvent) -> Task | None:
         """The task that the event speaks of, if that attempt is the present one; stale events are dropped."""

@@ -59,7 +59,10 @@ class TaskQueue:
     def remove(self, task: Task) -> None:
         lane = task.call.lane
         line = self._lines[lane]
-        del line[bisect_left(line, (task.order, task.sequence))]
+        if line[0][2] is task:
+            del line[0]
+        else:
+            del line[bisect_left(line, (task.order, task.sequence))]
         if not line:
             del self._lines[lane]
         self._size -= 1

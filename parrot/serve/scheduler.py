@@ -115,7 +115,8 @@ class Scheduler:
 
     def _leave_queue(self, task: Task) -> None:
         self.queue.remove(task)
-        self._stranded.pop(task, None)
+        if self._stranded:
+            self._stranded.pop(task, None)
 
     def _forget(self, task: Task) -> None:
         """Drops what only a task that may still run needs."""
@@ -205,8 +206,8 @@ class Scheduler:
         task.reserved = new_tokens + task.sampling.max_gen_length
         engine.tasks[task] = None
         engine.reserved += task.reserved
-        engine.latency_tasks += task.latency_sensitive
         task.counted_latency = task.latency_sensitive
+        engine.latency_tasks += task.counted_latency
         self.engines.load_changed(engine)
         self._effects.append(
             Dispatch(
@@ -232,28 +233,32 @@ class Scheduler:
         chain: list[ChainLink] = []
         contexts: list[Context] = []
         new_tokens, parent, cached_links = 0, -1, 0
+        engine_id, owner, prefixes = engine.id, self._owner(task), self.prefixes
+        bos_tokens = engine.description.bos_tokens
         for depth, (node, link) in enumerate(zip(task.path, task.links, strict=True)):
-            context = node.contexts.get(engine.id) if node.contexts else None
+            contents = link.contents
+            context = node.contexts.get(engine_id) if node.contexts else None
             if context is None:
-                tokens = engine.description.bos_tokens if depth == 0 else 0
-                for content in link.contents:
+                tokens = 0 if depth else bos_tokens
+                for content in contents:
                     tokens += length_of(content.lengths, tokenizer)
-                owner = None if node.domain != task.call.session.domain else self._owner(task)
-                context = Context(engine.new_context_id(), engine, node, tokens, owner)
+                context = Context(engine.new_context_id(), engine, node, tokens, owner if node.domain else None)
                 engine.contexts[context.id] = context
-                self.prefixes.add(context)
+                prefixes.add(context)
                 new_tokens += tokens
             elif context.filled and cached_links == depth:
                 parent, cached_links = context.id, depth + 1
-            self.prefixes.use(context)
+            prefixes.use(context)
             contexts.append(context)
-            chain.append(ChainLink(context.id, tuple(c.key for c in link.contents), context.tokens, link.output))
+            keys = (contents[0].key,) if len(contents) == 1 else tuple([c.key for c in contents])
+            chain.append(ChainLink(context.id, keys, context.tokens, link.output))
         task.contexts = contexts
         return tuple(chain), parent, cached_links, new_tokens
 
     @staticmethod
     def _owner(task: Task) -> Session | None:
-        """Whose end frees a context of the task's own domain: the session's, unless a whole tenant may share it."""
+        """Whose end frees a context of the task's own domain: the session's, unless a whole tenant may share it. (Nobody's
+        end frees one of the common domain, whose name is empty.)"""
         session = task.call.session
         return None if session.tenant else session
 
@@ -338,8 +343,10 @@ class Scheduler:
         engine, contexts, path = task.engine, task.contexts, task.path
         assert engine is not None
         assert contexts is not None
-        self.first_token(task, now)
-        self._mark_filled(task)
+        if task.first_token_s is None:
+            self.first_token(task, now)
+        else:
+            self._mark_filled(task)  # what was evicted since is computed again
         engine.failures = 0
         generated = contexts[-1]
         generated.tokens = event.output_tokens
@@ -446,10 +453,11 @@ class Scheduler:
         self.engines.load_changed(engine, more_room)
         if len(self.queue):
             self.changed = True
+        release = self.prefixes.release
         for context in reversed(contexts):
             if context.state == "gone":
                 continue
-            self.prefixes.release(context, now)
+            release(context, now)
             if context.tasks == 0 and (context.node is None or not context.filled) and engine.state != "lost":
                 self._free(context)
 

@@ -175,12 +175,13 @@ class InOrder:
         return task.sequence
 
     def place(self, queue: TaskQueue, cluster: Cluster, now: float) -> Iterator[Placement]:
-        for lane in [lane for lane in self._stalled if not queue.waiting(lane)]:
-            del self._stalled[lane]
+        if self._stalled:
+            for lane in [lane for lane in self._stalled if not queue.waiting(lane)]:
+                del self._stalled[lane]
         for lane in queue.lanes():
+            stalled, version = self._stalled.get(lane, (None, 0))
             while (task := queue.head(lane)) is not None:
-                stalled = self._stalled.get(lane)
-                if stalled is not None and stalled[0] is task and stalled[1] == lane.version:
+                if task is stalled and version == lane.version:
                     break
                 placed = False
                 for placement in self.choose(task, queue, cluster):
