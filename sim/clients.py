@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from parrot.protocol.api import Criteria
 from parrot.protocol.errors import ErrorInfo
@@ -41,16 +41,6 @@ from sim.workloads.program import Call, Get, Program, Read, Set, Text, Write
 class Mode(enum.StrEnum):
     SEMANTIC = "semantic"
     REQUEST = "request"
-
-
-class Outcome(NamedTuple):
-    """A get's times on the client's clock, in seconds; `returned_s` None: it never came back."""
-
-    id: str
-    var: str
-    criteria: Criteria
-    issued_s: float
-    returned_s: float | None
 
 
 class Player:
@@ -118,14 +108,6 @@ class Player:
         self.error = error
         self.ended_s = now
         return self._leave(action)
-
-    def outcomes(self) -> list[Outcome]:
-        """The gets that were issued, in the order of the file."""
-        return [
-            Outcome(get.id, get.var, get.criteria, self.issued[number], self.returned.get(number))
-            for number, get in enumerate(self.program.gets)
-            if number in self.issued
-        ]
 
     def waits_for(self) -> str:
         """What the program waits for, for a person to read."""

@@ -223,6 +223,12 @@ class ServeCore:
             raise self._no_session(session_id)
         return session_report(session, now, calls)
 
+    def calls(self, session_id: int) -> Sequence[Call]:
+        """The calls of a session with their tasks, () when it is gone: for who measures in the same process. To be read
+        only, and at once: they are emptied when the session ends."""
+        session = self._sessions.get(session_id)
+        return session.calls if session is not None else ()
+
     def counts(self) -> dict[str, int]:
         """Tasks of live sessions by state, queued ones, sessions and pending gets: for invariants and for operators."""
         found: dict[str, int] = {"sessions": len(self._sessions), "gets": len(self._gets), "queue": len(self.scheduler.queue)}
