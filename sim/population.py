@@ -79,6 +79,8 @@ class Population:
         del self._live[conversation.player.serial]
         if self._on_ended is not None:
             self._on_ended()
+        if self.is_over():
+            self.cluster.timeline.stop()
 
     def is_over(self) -> bool:
         """Whether every program has arrived and ended."""
@@ -373,6 +375,6 @@ def simulate(
     cluster = Cluster(timeline, config, engines, engine_delay_s=engine_delay_s, jump=jump, observe=observe)
     recorder = Recorder(mode, tables)
     population = Population(cluster, iter(programs), mode, network, recorder, max_gen_length, on_ended)
-    if not timeline.run_until(population.is_over):
+    if not population.is_over() and not timeline.run_to_stop():
         raise StuckError(f"nothing more can happen, but {population.waiting()}")
     return recorder
