@@ -248,8 +248,7 @@ class Recorder:
             tasks = call.tasks
             number, output = outputs.get(tasks[0].output.id, (-1, 0)) if tasks else (-1, 0)
             for place, task in enumerate(tasks):
-                criteria = task.criteria.value if task.criteria is not None else None
-                self._task(serial, number, output + place, task, task.attempt, task.engine_name, criteria)
+                self._task(serial, number, output + place, task, task.attempt, task.engine_name, task.criteria)
             self._call(serial, number, output, call, tasks)
 
     def _call(

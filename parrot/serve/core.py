@@ -61,7 +61,9 @@ class ServeCore:
         self._place_again_at = math.inf  # placing failed
         self._recalling = False  # what is taken in was accepted in an earlier life
         self._recalled_gets = 0
-        self._least_span_s = min(config.session_life_span, config.constant_prefix_var_timeout, Scheduler.least_span_s(config))
+        self._least_span_s = min(  # no deadline is set closer than this, but for a get's and the end of a pause
+            config.session_life_span, config.constant_prefix_var_timeout, config.global_scheduler.engine_wait_timeout
+        )
         self.scheduler = Scheduler(config, epoch, self._effects, self._task_finished, self._task_failed)
         self._handlers: dict[type, Callable[[Any, float], None]] = {
             ev.OpenSession: self._open_session,
@@ -81,7 +83,7 @@ class ServeCore:
             ev.TaskFailed: self._on_failed,
             ev.TaskRejected: self._on_rejected,
             ev.ContextsEvicted: lambda event, now: self.scheduler.evict(event.engine_id, event.context_ids),
-            ev.Tick: lambda event, now: None,
+            ev.Tick: self._tick,
             ev.Restarted: self._restarted,
             ev.TaskGivenUp: self._refuse_journal_event,
         }
@@ -119,7 +121,7 @@ class ServeCore:
                 self.due_at = min(self.due_at, self._place_again_at)
         if scheduler.freed:
             scheduler.flush_freed()
-        # Nothing that came up in this instant is due before the shortest span there is (gets see to themselves).
+        # Nothing that came up in this instant is due before the shortest span there is (gets and pauses see to themselves).
         due_at = now + self._least_span_s
         if due_at < self.due_at:
             self.due_at = due_at
@@ -547,8 +549,9 @@ class ServeCore:
         """The task that the event speaks of, if that attempt is the present one; stale events are dropped."""
         if event.epoch != self.scheduler.epoch:
             return None
-        session = self._sessions.get(event.task.session_id)
-        task = session.task(event.task) if session is not None else None
+        task_id = event.task
+        session = self._sessions.get(task_id.session_id)
+        task = session.task(task_id) if session is not None else None
         if task is None or task.attempt != event.attempt or task.state not in IN_FLIGHT:
             return None
         return task
@@ -568,14 +571,21 @@ class ServeCore:
     def _on_failed(self, event: ev.TaskFailed, now: float) -> None:
         if (task := self._in_flight(event)) is not None:
             self.scheduler.fail(task, event, now)
-            # It may have begun a pause, which is shorter than all that `handle` reckons with.
-            self.due_at = min(self.due_at, self.scheduler.next_deadline() or math.inf)
+            self._paused()
 
     def _on_rejected(self, event: ev.TaskRejected, now: float) -> None:
         if (task := self._in_flight(event)) is not None:
             self.scheduler.reject(task, event.message, now)
+            self._paused()
+
+    def _paused(self) -> None:
+        """A pause may have begun, which is shorter than all that `handle` reckons with."""
+        self.due_at = min(self.due_at, self.scheduler.next_deadline() or math.inf)
 
     # =============================================================================================== time
+
+    def _tick(self, event: ev.Tick, now: float) -> None:
+        self.due_at = now
 
     def _due(self, now: float) -> None:
         """Everything whose deadline has come: gets that time out, sessions that expire, what the scheduler waits for. A

@@ -19,7 +19,7 @@ from parrot.serve.effects import Abort, AnyEffect, ChainLink, Dispatch, FreeCont
 from parrot.serve.engines import Engine, Engines, Lane
 from parrot.serve.events import Constant, Content, TaskFailed, TaskFinished
 from parrot.serve.graph import Task, chain_of
-from parrot.serve.pauses import REOPEN_S, Pauses
+from parrot.serve.pauses import Pauses
 from parrot.serve.policies import build_policy
 from parrot.serve.policies.base import Cluster, Placement, admits, length_of, prompt_tokens, too_large
 from parrot.serve.policies.least_loaded import LeastLoaded
@@ -67,11 +67,6 @@ class Scheduler:
         self.freed: dict[int, list[int]] = {}  # engine id -> contexts to be freed with this instant
 
     # ------------------------------------------------------------------------------------------- tasks in and out
-
-    @staticmethod
-    def least_span_s(config: ServeCoreConfig) -> float:
-        """No deadline of a scheduler is set closer than this, but for the end of a pause, which follows a failure."""
-        return min(REOPEN_S, config.global_scheduler.engine_wait_timeout)
 
     def enqueue(self, task: Task, now: float) -> None:
         """A waiting task whose inputs are ready, or one whose attempt came to nothing."""
@@ -198,9 +193,8 @@ class Scheduler:
         task.engine_name = engine.name
         task.dispatched_s = now
         chain, parent, cached_links, new_tokens = self._hold_chain(task, engine)
-        generate = Context(engine.new_context_id(), engine, None, 0, self._owner(task))
+        generate = Context(engine.new_context_id(), engine, None, 0, self._owner(task), tasks=1)
         engine.contexts[generate.id] = generate
-        self.prefixes.use(generate)
         assert task.contexts is not None
         task.contexts.append(generate)
         task.reserved = new_tokens + task.sampling.max_gen_length
@@ -242,13 +236,14 @@ class Scheduler:
                 tokens = 0 if depth else bos_tokens
                 for content in contents:
                     tokens += length_of(content.lengths, tokenizer)
-                context = Context(engine.new_context_id(), engine, node, tokens, owner if node.domain else None)
+                context = Context(engine.new_context_id(), engine, node, tokens, owner if node.domain else None, tasks=1)
                 engine.contexts[context.id] = context
                 prefixes.add(context)
                 new_tokens += tokens
-            elif context.filled and cached_links == depth:
-                parent, cached_links = context.id, depth + 1
-            prefixes.use(context)
+            else:
+                if context.filled and cached_links == depth:
+                    parent, cached_links = context.id, depth + 1
+                prefixes.use(context)
             contexts.append(context)
             keys = (contents[0].key,) if len(contents) == 1 else tuple([c.key for c in contents])
             chain.append(ChainLink(context.id, keys, context.tokens, link.output))

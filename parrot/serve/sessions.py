@@ -38,10 +38,10 @@ class Session(msgspec.Struct, eq=False):
     contexts: dict[Context, None] | None = None  # those that only this session can share
     groups: dict[tuple[TaskId, int], Group] | None = None
     watched: bool = False  # whether IdleSessions has it
+    domain: str = ""
 
-    @property
-    def domain(self) -> str:
-        return f"tenant:{self.tenant}" if self.tenant else f"session:{self.id}"
+    def __post_init__(self) -> None:
+        self.domain = f"tenant:{self.tenant}" if self.tenant else f"session:{self.id}"
 
     @property
     def busy(self) -> bool:
@@ -64,10 +64,11 @@ class Session(msgspec.Struct, eq=False):
 
     def task(self, task_id: TaskId) -> Task | None:
         """The task of that id, if there is one."""
-        if 0 <= task_id.call < len(self.calls):
-            tasks = self.calls[task_id.call].tasks
-            if 0 <= task_id.output < len(tasks):
-                return tasks[task_id.output]
+        call, output = task_id.call, task_id.output
+        if 0 <= call < len(self.calls):
+            tasks = self.calls[call].tasks
+            if 0 <= output < len(tasks):
+                return tasks[output]
         return None
 
     def group(self, root: TaskId, depth: int) -> Group:
