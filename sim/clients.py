@@ -67,10 +67,11 @@ class Player:
         self._blocked = [len(step.after) for step in self._steps]
         self._left = len(self._steps)
         self._on_get: dict[str, list[tuple[int, float]]] = {}
-        for node, step in enumerate(self._steps):
-            for edge in step.after:
-                if edge.get is not None:
-                    self._on_get.setdefault(edge.get, []).append((node, edge.delay_s))
+        if any(self._blocked):
+            for node, step in enumerate(self._steps):
+                for edge in step.after:
+                    if edge.get is not None:
+                        self._on_get.setdefault(edge.get, []).append((node, edge.delay_s))
 
     # ------------------------------------------------------------------------------------- what a shell calls
 
@@ -214,8 +215,8 @@ class SemanticPlayer(Player):
         for var in self._to_create:
             if var in producers:  # its call names the variable, so it needs the id
                 self._hold_until_id(self._first_call + producers[var], var)
-        for number in range(self._first_call):
-            self._hold_until_id(number, program.sets[number].var)
+        for number, source in enumerate(program.sets):
+            self._hold_until_id(number, source.var)
 
     def start(self, now: float) -> list[Action]:
         self.started_s = now

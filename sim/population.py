@@ -263,10 +263,7 @@ class Conversation:
                 answer = payload["var_id"]
             elif kind is Fetch:
                 answer = Value(payload, 0)
-        if half_s:
-            self.send_back(action, half_s, answer, error)
-        else:
-            self._answer(action, answer, error)
+        self.send_back(action, half_s, answer, error)
 
     def send_back(self, action: Action, half_s: float, answer: Any, error: ErrorInfo | None) -> None:
         if half_s:

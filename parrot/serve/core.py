@@ -233,7 +233,7 @@ class ServeCore:
 
     def counts(self) -> dict[str, int]:
         """Tasks of live sessions by state, queued ones, sessions and pending gets: for invariants and for operators."""
-        found: dict[str, int] = {"sessions": len(self._sessions), "gets": len(self._gets), "queue": len(self.scheduler.queue)}
+        found: dict[str, int] = {"sessions": len(self._sessions), "gets": len(self._gets), "queue": self.scheduler.queue.size}
         for session in self._sessions.values():
             for call in session.calls:
                 for task in call.tasks:
@@ -251,7 +251,9 @@ class ServeCore:
             raise ParrotError("unauthorized", f"session {session_id}: session_auth is missing")
         if auth != session.auth:
             raise ParrotError("forbidden", f"session {session_id}: session_auth is wrong")
-        self._idle.touch(session, now)
+        session.last_access_s = now
+        if not session.watched:
+            self._idle.touch(session, now)
         return session
 
     def _no_session(self, session_id: int) -> ParrotError:
@@ -444,7 +446,7 @@ class ServeCore:
             return
         outputs = check_form(event)
         if not self._recalling:  # how full it was then is not known any more
-            check_room(session, outputs, self.config, len(self.scheduler.queue))
+            check_room(session, outputs, self.config, self.scheduler.queue.size)
         check_variables(session, event)
         call = Call(
             number=len(session.calls),

@@ -21,7 +21,7 @@ from parrot.serve.events import Constant, Content, TaskFailed, TaskFinished
 from parrot.serve.graph import Task, chain_of
 from parrot.serve.pauses import Pauses
 from parrot.serve.policies import build_policy
-from parrot.serve.policies.base import Cluster, Placement, admits, length_of, prompt_tokens, too_large
+from parrot.serve.policies.base import Cluster, Placement, length_of, prompt_tokens, too_large
 from parrot.serve.policies.least_loaded import LeastLoaded
 from parrot.serve.queue import LAST, TaskQueue
 from parrot.serve.sessions import Session
@@ -138,14 +138,14 @@ class Scheduler:
         """Asks the policy; to be called when `changed`. A policy that raises or answers nonsense is
         contained: the rest of this round is placed by `least_loaded`."""
         self.changed = False
-        if not len(self.queue) or not self.engines.live:
+        if not self.queue.size or not self.engines.live:
             return
-        started = False
-        placements: Iterator[Placement] = iter(())
+        self.cluster.forget()
+        placements: Iterator[Placement] | None = None
         while True:
             try:
-                if not started:
-                    started, placements = True, iter(self.policy.place(self.queue, self.cluster, now))
+                if placements is None:
+                    placements = iter(self.policy.place(self.queue, self.cluster, now))
                 placement = next(placements)
                 self._check(placement)
             except StopIteration:
@@ -172,15 +172,14 @@ class Scheduler:
         if self.policy_errors[kind] == 1:
             self.faults.append(Fault(f"policy {self._config.policy!r} failed; least_loaded placed in its stead", error))
 
-    @staticmethod
-    def _check(placement: Placement) -> None:
+    def _check(self, placement: Placement) -> None:
         task, engine = placement.task, placement.engine
         if task.state != "queued":
             raise ValueError(f"placed task {task.id}, which is {task.state}")
         if engine.state != "live" or engine.id not in task.call.lane.engines:
             where = f"engine {engine.id}, which is {engine.state}, for {task.call.lane.describe()}"
             raise ValueError(f"placed task {task.id} on {where}; only live engines of its lane take it")
-        if not admits(engine, task):
+        if not self.cluster.still_fits(task, engine):
             raise ValueError(f"placed task {task.id} on engine {engine.name!r} over its capacity")
 
     def _dispatch(self, placement: Placement, now: float) -> None:
@@ -352,7 +351,7 @@ class Scheduler:
             self._free(generated)
         self._release(task, now)
         task.move("finish")
-        self.changed = self.changed or len(self.queue) > 0
+        self.changed = self.changed or self.queue.size > 0
         self._end_finished(task, event, now)
 
     def recall(self, task: Task, event: TaskFinished, now: float) -> None:
@@ -446,7 +445,7 @@ class Scheduler:
         engine.reserved -= task.reserved
         engine.latency_tasks -= task.counted_latency
         self.engines.load_changed(engine, more_room)
-        if len(self.queue):
+        if self.queue.size:
             self.changed = True
         release = self.prefixes.release
         for context in reversed(contexts):
