@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 from typing import Any, NamedTuple
 
+import msgspec
 import simpy
 
 from parrot.engine.core import EngineLimits, EngineTask, Link
@@ -125,7 +126,7 @@ class Timeline(simpy.Environment):
 _Key = tuple[TaskId, int]  #: a task and the number of the attempt: the engine's key of it
 
 
-class _Attempt(NamedTuple):
+class _Attempt(msgspec.Struct, frozen=True, gc=False):
     """What the shell keeps of a dispatch until its end. `content`: what gives the output that was generated, by its tokens."""
 
     epoch: int
@@ -259,7 +260,7 @@ class Cluster:
         def registered(answer: Any, error: ErrorInfo | None) -> None:
             if error is not None:
                 raise ParrotError.of(error)
-            deliver = functools.partial(self._from_engine, answer.engine_id)
+            deliver = functools.partial(self._from_engine if self._delay_s else self._deliver, answer.engine_id)
             self.engines[answer.engine_id] = SimEngine(self.timeline, emulated, deliver)
 
         self._pending.append(events.RegisterEngine(self.expect(registered), model.description))
@@ -294,11 +295,8 @@ class Cluster:
         self._to_engine(self.engines[effect.engine_id].free_contexts, effect.context_ids)
 
     def _from_engine(self, engine_id: int, emulated: Sequence[EmulatedEvent]) -> None:
-        if self._delay_s:
-            arrive = functools.partial(self._deliver, engine_id, emulated)
-            self.timeline.call_at(self.timeline.now + self._delay_s, arrive)
-        else:
-            self._deliver(engine_id, emulated)
+        arrive = functools.partial(self._deliver, engine_id, emulated)
+        self.timeline.call_at(self.timeline.now + self._delay_s, arrive)
 
     def _deliver(self, engine_id: int, emulated: Sequence[EmulatedEvent]) -> None:
         """An engine's events in the core's terms. Those of an attempt that was given up go no further."""
@@ -308,7 +306,10 @@ class Cluster:
             key: _Key = event.key  # type: ignore[assignment]
             attempt = self._attempts.get(key)
             if attempt is not None:
-                self.post(self._told(event, key, attempt), FLUSH_EDGES)
+                self._pending.append(self._told(event, key, attempt))
+        if self._pending and not self._flushing:
+            self._flushing = True
+            self.timeline.call_now(self._flush, FLUSH_EDGES)
 
     def _told(self, event: EmulatedEvent, key: _Key, attempt: _Attempt) -> events.AnyEvent:
         task, number = key

@@ -85,9 +85,10 @@ class PrefixStore:
 
     def leave(self, path: list[PrefixNode]) -> None:
         """The task of that path no longer needs its nodes."""
-        if path:
-            path[-1].users -= 1
-            self._prune(path[-1])
+        last = path[-1]
+        last.users -= 1
+        if not (last.users or last.contexts):
+            self._prune(last)
 
     def _root(self, domain: str) -> PrefixNode:
         root = self._roots.get(domain)

@@ -551,12 +551,10 @@ class ServeCore:
         """The task that the event speaks of, if that attempt is the present one; stale events are dropped."""
         if event.epoch != self.scheduler.epoch:
             return None
-        task_id = event.task
-        session = self._sessions.get(task_id.session_id)
-        task = session.task(task_id) if session is not None else None
-        if task is None or task.attempt != event.attempt or task.state not in IN_FLIGHT:
+        session = self._sessions.get(event.task.session_id)
+        if session is None or (task := session.task(event.task)) is None:
             return None
-        return task
+        return task if task.attempt == event.attempt and task.state in IN_FLIGHT else None
 
     def _task_started(self, event: ev.TaskStarted, now: float) -> None:
         if (task := self._in_flight(event)) is not None:

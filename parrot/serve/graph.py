@@ -156,7 +156,11 @@ class Task(msgspec.Struct, eq=False):
         """The variables that must be ready before it can run, each once, in template order; the output that it continues
         included."""
         first = self.begin - 1 if self.begin else 0
-        return dict.fromkeys([v for v in self.call.variables[first : self.end - 1] if v is not None])
+        found: dict[Variable, None] = {}
+        for variable in self.call.variables[first : self.end - 1]:
+            if variable is not None:
+                found[variable] = None
+        return found
 
     def producers(self) -> list[Task]:
         """The tasks that still have to end before it can run, each once."""

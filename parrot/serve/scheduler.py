@@ -115,7 +115,7 @@ class Scheduler:
 
     def _forget(self, task: Task) -> None:
         """Drops what only a task that may still run needs."""
-        if task.path is not None:
+        if task.path:
             self.prefixes.leave(task.path)
         task.path = task.links = task.tokens = task.refusals = task.contexts = task.engine = None
 
@@ -431,7 +431,8 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------------------- contexts
 
-    def _mark_filled(self, task: Task) -> None:
+    @staticmethod
+    def _mark_filled(task: Task) -> None:
         for context in task.contexts or ():
             context.filled = True
 
