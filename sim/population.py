@@ -10,6 +10,8 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import msgspec
+
 from parrot.protocol.api import CallAnswer, SamplingConfig
 from parrot.protocol.errors import ERRORS, ErrorInfo
 from parrot.serve import events
@@ -46,7 +48,11 @@ class StuckError(Exception):
 
 
 class Population:
-    """The clients of a run: starts each program when it arrives, reading the workload as it goes, and ends with the last."""
+    """The clients of a run: starts each program when it arrives, reading the workload as it goes, and ends with the last.
+
+    clients: None: programs arrive at their `arrival_s`. A number: a closed loop of so many clients, each of which starts the
+    next program, whatever its `arrival_s`, in the instant in which its last one ended.
+    """
 
     def __init__(
         self,
@@ -57,6 +63,7 @@ class Population:
         recorder: Recorder,
         max_gen_length: int,
         on_ended: Callable[[], None] | None = None,
+        clients: int | None = None,
     ) -> None:
         self.cluster = cluster
         self.network = network
@@ -70,8 +77,12 @@ class Population:
         self._serial = 0
         self._sessions = 0
         self._samplings: dict[tuple[int, int], SamplingConfig] = {}
-        self._next: Program | None = None
-        self._await_next()
+        self._next: Program | None = next(self._programs, None)
+        self._closed = clients is not None
+        if clients is None:
+            self._await_next()
+        for _ in range(clients or 0):
+            self.cluster.timeline.call_at(0.0, self._arrive)
 
     def ended(self, conversation: Conversation) -> None:
         """A program has ended, well or badly."""
@@ -81,6 +92,8 @@ class Population:
             self._on_ended()
         if self.is_over():
             self.cluster.timeline.stop()
+        elif self._closed:
+            self.cluster.timeline.call_at(0.0, self._arrive)
 
     def is_over(self) -> bool:
         """Whether every program has arrived and ended."""
@@ -114,14 +127,17 @@ class Population:
         return "; ".join(lines) + more
 
     def _await_next(self) -> None:
-        self._next = next(self._programs, None)
         if self._next is not None:
             self.cluster.timeline.call_at(self._next.arrival_s, self._arrive)
 
     def _arrive(self) -> None:
         program = self._next
-        assert program is not None
         timeline = self.cluster.timeline
+        if program is None:  # more clients than programs
+            return
+        self._next = next(self._programs, None)
+        if self._closed:
+            program = msgspec.structs.replace(program, arrival_s=timeline.now)
         serial = self._serial
         self._serial += 1
         far = not self.network.is_local
@@ -129,7 +145,8 @@ class Population:
         if not self._live:
             self.answered_s = timeline.now
         conversation = self._live[serial] = Conversation(self, player)
-        self._await_next()
+        if not self._closed:
+            self._await_next()
         conversation.perform(player.start(timeline.now))
 
 
@@ -364,12 +381,18 @@ def simulate(
     tables: bool = True,
     observe: Observe | None = None,
     on_ended: Callable[[], None] | None = None,
+    clients: int | None = None,
 ) -> Recorder:
-    """Runs `programs`, which arrive in order of `arrival_s`, to the end of the last. Raises StuckError when there is none."""
+    """Runs `programs`, which arrive in order of `arrival_s`, to the end of the last. Raises StuckError when there is none.
+
+    clients: a closed loop of so many clients (see `Population`). Raises ValueError when it is below 1.
+    """
+    if clients is not None and clients < 1:
+        raise ValueError(f"clients is {clients}; a closed loop has at least 1")
     timeline = Timeline()
     cluster = Cluster(timeline, config, engines, engine_delay_s=engine_delay_s, jump=jump, observe=observe)
     recorder = Recorder(mode, tables)
-    population = Population(cluster, iter(programs), mode, network, recorder, max_gen_length, on_ended)
+    population = Population(cluster, iter(programs), mode, network, recorder, max_gen_length, on_ended, clients)
     if not population.is_over() and not timeline.run_to_stop():
         raise StuckError(f"nothing more can happen, but {population.waiting()}")
     return recorder
