@@ -17,7 +17,6 @@ import msgspec
 from parrot.frontend.wire import Answer, Request
 from parrot.protocol.api import CallAnswer, Criteria, SessionAnswer
 from parrot.protocol.errors import ErrorInfo
-from sim.clients import Outcome
 from sim.workloads.program import Call, Get, Program
 
 SESSIONS, VARIABLES, CALLS = "/v1/session", "/v1/semantic_var", "/v1/semantic_call"
@@ -53,13 +52,15 @@ class Account:
         self.refusals = 0
         self.sessions: list[int] = []  #: in the order in which they were opened
         self.outputs: dict[int, dict[str, tuple[int, int]]] = {}  #: session -> variable -> (call, output) of the instance
+        self.issued: dict[int, float] = {}  #: gets by number, with the times of their requests and answers
+        self.returned: dict[int, float] = {}
         self._name = name
         self._application = application
         self._arrival_s = arrival_s
         self._begun = False
         self._calls: list[str] = []
         self._vars: dict[str, str] = {}
-        self._gets: list[Outcome] = []
+        self._gets: list[Get] = []
 
     # ------------------------------------------------------------------------------------------- what carriers tell
 
@@ -71,8 +72,10 @@ class Account:
             return Sent(request)
         var_id = unquote(request.path.rpartition("/")[2])
         criteria = Criteria(_asked(request.body).criteria or Criteria.THROUGHPUT)
-        self._gets.append(Outcome(f"get{len(self._gets)}", self._vars.get(var_id, var_id), criteria, now, None))
-        return Sent(request, len(self._gets) - 1)
+        number = len(self._gets)
+        self._gets.append(Get(f"get{number}", self._vars.get(var_id, var_id), criteria))
+        self.issued[number] = now
+        return Sent(request, number)
 
     def answered(self, sent: Sent, status: int, body: bytes, now: float) -> int | None:
         """The whole answer has come. Returns the session that it opened, if it did."""
@@ -80,7 +83,7 @@ class Account:
         if status != 200:
             return None
         if sent.get >= 0:
-            self._gets[sent.get] = self._gets[sent.get]._replace(returned_s=now)
+            self.returned[sent.get] = now
         elif sent.request.method == "POST" and sent.request.path == SESSIONS:
             session_id = _session_answer_of(body).session_id
             self.sessions.append(session_id)
@@ -103,8 +106,7 @@ class Account:
     def end(self, now: float, error: ErrorInfo | None = None) -> None:
         """The instance has ended, well or with `error`."""
         self.error = error
-        answered = [get.returned_s for get in self._gets if get.returned_s is not None]
-        self.ended_s = now if error is not None or not answered else max(answered)
+        self.ended_s = now if error is not None else max(self.returned.values(), default=now)
 
     # ------------------------------------------------------------------------------------------ what a recorder asks
 
@@ -112,11 +114,7 @@ class Account:
     def program(self) -> Program:
         """The instance in the terms of a workload: what it called and fetched, with no more than names."""
         calls = tuple(Call((), name) for name in self._calls)
-        gets = tuple(Get(get.id, get.var, get.criteria) for get in self._gets)
-        return Program(self._name, self._arrival_s, calls, gets, application=self._application)
-
-    def outcomes(self) -> list[Outcome]:
-        return self._gets
+        return Program(self._name, self._arrival_s, calls, tuple(self._gets), application=self._application)
 
 
 class _Told:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -22,6 +22,7 @@ from parrot.protocol.errors import ErrorInfo, ParrotError
 from parrot.serve import events as ev
 from parrot.serve.api_routes import ApiRoutes
 from parrot.serve.effects import Dispatch, Reply
+from parrot.serve.graph import Call
 from parrot.serve.routing import Routes
 from parrot.serve.streams import OutputStream, OutputStreams
 from parrot.serve.texts import Piece, Texts, content_key, pack_ids
@@ -150,7 +151,7 @@ class _Session:
 
 
 class Door:
-    """Takes requests for `cluster`. `closed` gets each session's report as it closes, for the account that it belongs to."""
+    """Takes requests for `cluster`. `closed` gets each session's calls as it closes, with the account that it belongs to."""
 
     def __init__(
         self,
@@ -159,7 +160,7 @@ class Door:
         tokenizers: dict[str, Tokenizer],
         strands: Strands,
         outputs: Outputs,
-        closed: Callable[[Account, Any, Any], None],
+        closed: Callable[[Account, Sequence[Call], Mapping[str, tuple[int, int]]], None],
     ) -> None:
         self._cluster = cluster
         self._timeline = cluster.timeline
@@ -267,9 +268,7 @@ class Door:
         """The session is about to close: what the core knows of it is taken down."""
         session = self._sessions.get(session_id)
         if session is not None and session.owner is not None:
-            report = self._cluster.report(session_id)
-            if report is not None:
-                self._closed(session.owner, report, outputs_of(session.owner, session_id))
+            self._closed(session.owner, self._cluster.calls(session_id), outputs_of(session.owner, session_id))
 
     def forget(self, session_id: int) -> None:
         """The session has closed."""

@@ -7,12 +7,12 @@ through the server's own code to the core (`door`), and it waits in a strand of 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from parrot.frontend.link import CARRIERS, Carriers
 from parrot.frontend.pfunc import environment
 from parrot.serve.config import ServeCoreConfig
+from parrot.serve.graph import Call
 from sim.clients import Mode
 from sim.cluster import Cluster, EngineModel, Timeline
 from sim.metrics import Recorder
@@ -141,8 +141,8 @@ def simulate_instances(
     cluster = Cluster(timeline, config, fitted, engine_delay_s=engine_delay_s, jump=jump)
     recorder = Recorder(Mode.SEMANTIC, tables)
 
-    def closed(account: Account, report: Any, known: Any) -> None:
-        recorder.session_ended(account.serial, report, known)
+    def closed(account: Account, calls: Sequence[Call], known: Mapping[str, tuple[int, int]]) -> None:
+        recorder.calls_ended(account.serial, calls, known)
 
     door = Door(cluster, fitted, tokenizers, strands, outputs, closed)
     try:
