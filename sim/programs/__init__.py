@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from parrot.configuration import ConfigurationError
 from sim.network import open_network
+from sim.programs.instances import check_source
 from sim.programs.outputs import open_outputs
 from sim.programs.source import Arguments, Source, read_inputs
 from sim.spec import Run, core_config_of, engine_models_of
@@ -22,8 +23,9 @@ __all__ = ["check_program", "play_programs", "simulate_programs"]
 
 def check_program(run: Run) -> None:
     """Raises ConfigurationError for what of the run's program, its inputs and its outputs would stop it."""
-    _source_of(run)
-    read_inputs(run.inputs)
+    source = _source_of(run)
+    with source.importable():
+        check_source(source, read_inputs(run.inputs))
     if run.backend == "sim":
         open_outputs(run.outputs, run.seed)
     elif run.outputs is not None:

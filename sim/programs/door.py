@@ -196,6 +196,7 @@ class Door:
         if not self._strand.dead:
             self.loop.stop()
             self._strand.go_on()
+        self._strand.dying = True
         self._tokenization.close()
         self.loop.close()
 

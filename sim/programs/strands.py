@@ -155,12 +155,12 @@ class Strands:
         self.hub = greenlet.getcurrent()
         self.alive: dict[Strand, None] = {}
         self.switches = 0
-        self.failure: Stopped | None = None
+        self.failure: BaseException | None = None
 
     def stop(self, message: str) -> Stopped:
         """The run cannot go on. To be raised in the strand whose fault it is."""
-        self.failure = Stopped(message)
-        return self.failure
+        stopped = self.failure = Stopped(message)
+        return stopped
 
     def kill_programs(self) -> None:
         """The run is over: whatever program still waits, waits no more."""

@@ -17,8 +17,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
+import greenlet
 import numpy as np
 
 from sim.network import stream
@@ -161,11 +162,16 @@ def _watched(strands: Strands) -> Iterator[None]:
         stack = "".join(traceback.format_stack(frame))
         raise strands.stop(f"{strand.name} neither waits nor ends for {PATIENCE_S:g} s of real time; it is here:\n{stack}")
 
+    def end(*_: object) -> None:
+        strands.failure = KeyboardInterrupt()
+        if running_program() is not None or greenlet.getcurrent() is strands.hub:
+            raise strands.failure  # else the core's code is not interrupted, and the run ends when it hands over
+
     before = signal.signal(signal.SIGALRM, look)
     # Not the default handler, which asyncio.run would replace by one that ends one program and not the run.
     interrupt = signal.getsignal(signal.SIGINT)
     if interrupt is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)
+        signal.signal(signal.SIGINT, end)
     signal.setitimer(signal.ITIMER_REAL, PATIENCE_S, PATIENCE_S)
     try:
         yield
@@ -173,7 +179,3 @@ def _watched(strands: Strands) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, before)
         signal.signal(signal.SIGINT, interrupt)
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt

@@ -132,6 +132,8 @@ class LoopedTransport:
     async def open(self, request: Request) -> AsyncIterator[LoopedReply]:
         client = self._client
         client.check()
+        if client.strand.dying:
+            raise asyncio.CancelledError
         loop = asyncio.get_running_loop()
         if not isinstance(loop, VirtualLoop):
             kind = f"{type(loop).__module__}.{type(loop).__name__}"

@@ -198,20 +198,28 @@ def test_a_journal_that_forgets_is_refused(run: Runner, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- in real time
 
 
-def test_on_a_real_core_instances_may_use_threads(run: Runner) -> None:
-    program = run.write(
-        """
+THREADS = """
         from concurrent.futures import ThreadPoolExecutor
 
         def main(vm):
             with ThreadPoolExecutor(2) as pool:
                 outputs = list(pool.map(ask, ["a", "b"]))
             told.append([output.get() for output in outputs])
-            time.sleep(0.01)
             if len(told) > 1:
                 raise KeyError("second")
-        """
-    )
+"""
+ASYNC = """
+        async def main():
+            outputs = [await ask.ainvoke(text) for text in "ab"]
+            told.append([await outputs[0].aget(), "".join([piece async for piece in outputs[1].stream()])])
+            if len(told) > 1:
+                raise KeyError("second")
+"""
+
+
+@pytest.mark.parametrize("text", [THREADS, ASYNC])
+def test_on_a_real_core_instances_run_in_threads_and_may_have_some(text: str, run: Runner) -> None:
+    program = run.write(text)
 
     async def serve() -> Recorder:
         recorder = Recorder(Mode.SEMANTIC)

@@ -368,6 +368,27 @@ def test_a_lock_held_across_a_sleep_is_found(run: Runner, monkeypatch: pytest.Mo
         run(text, count=2)
 
 
+def test_an_interrupt_ends_the_run_and_every_instance(run: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    text = """
+        import os
+        import signal
+
+        async def main(n):
+            try:
+                await asyncio.gather(*[(await ask.ainvoke("x")).aget() for _ in range(3)])
+                await asyncio.sleep(1)
+                if n == 2:
+                    os.kill(os.getpid(), signal.SIGINT)
+                await asyncio.sleep(1)
+            finally:
+                told.append(n)
+    """
+    with pytest.raises(KeyboardInterrupt):
+        run(text, count=3, inputs=["[0]", "[1]", "[2]"])
+    assert sorted(told) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+
+
 def test_who_only_looks_at_the_clock_is_told_that_it_stands(run: Runner, capsys: pytest.CaptureFixture[str]) -> None:
     recorder = run("def main():\n    while time.time() < 2e9:\n        pass\n")
     assert recorder.counts["failed"] == 1
