@@ -51,13 +51,13 @@ class Account:
         self.error: ErrorInfo | None = None
         self.refusals = 0
         self.sessions: list[int] = []  #: in the order in which they were opened
-        self.outputs: dict[int, dict[str, tuple[int, int]]] = {}  #: session -> variable -> (call, output) of the instance
         self.issued: dict[int, float] = {}  #: gets by number, with the times of their requests and answers
         self.returned: dict[int, float] = {}
         self._name = name
         self._application = application
         self._arrival_s = arrival_s
         self._begun = False
+        self._outputs: dict[int, dict[str, tuple[int, int]]] = {}
         self._calls: list[str] = []
         self._vars: dict[str, str] = {}
         self._gets: list[Get] = []
@@ -94,7 +94,7 @@ class Account:
 
     def _submitted(self, request: Request, body: bytes) -> None:
         answer = _call_answer_of(body)
-        known = self.outputs.setdefault(answer.session_id, {})
+        known = self._outputs.setdefault(answer.session_id, {})
         place = 0
         for info in answer.param_info:
             if info.is_output:
@@ -109,6 +109,10 @@ class Account:
         self.ended_s = now if error is not None else max(self.returned.values(), default=now)
 
     # ------------------------------------------------------------------------------------------ what a recorder asks
+
+    def outputs_of(self, session_id: int) -> Mapping[str, tuple[int, int]]:
+        """Variable -> (call, output) of the instance, for a session of it."""
+        return self._outputs.get(session_id, {})
 
     @property
     def program(self) -> Program:
@@ -235,8 +239,3 @@ class RecordedLooped:
 
     async def close(self) -> None:
         await self._inner.close()
-
-
-def outputs_of(account: Account, session_id: int) -> Mapping[str, tuple[int, int]]:
-    """What `Recorder.session_ended` wants to know of a session's variables."""
-    return account.outputs.get(session_id, {})

@@ -21,6 +21,7 @@ from parrot.protocol.api import CallAnswer, SamplingConfig
 from parrot.protocol.errors import ErrorInfo, ParrotError
 from parrot.serve import events as ev
 from parrot.serve.api_routes import ApiRoutes
+from parrot.serve.credentials import hashed
 from parrot.serve.effects import Dispatch, Reply
 from parrot.serve.graph import Call
 from parrot.serve.routing import Routes
@@ -30,7 +31,7 @@ from parrot.serve.tokenization import Tokenization
 from parrot.tokenizer import SYNTHETIC, Tokenizer
 from sim.cluster import FLUSH, Cluster, EngineModel
 from sim.faults.stand_ins import SimStreamResponse, serve
-from sim.programs.accounts import Account, outputs_of
+from sim.programs.accounts import Account
 from sim.programs.loops import VirtualLoop
 from sim.programs.outputs import Outputs, cut
 from sim.programs.strands import Strand, Strands
@@ -49,9 +50,8 @@ class _Counted:
         self._tokenizer = tokenizer
 
     def encode(self, text: str) -> Sequence[int]:
-        if self._tokenizer.name == SYNTHETIC:
-            return range(len(text.split()))
-        return self._tokenizer.encode(text)
+        synthetic = self._tokenizer.name == SYNTHETIC
+        return range(len(text.split()) if synthetic else len(self._tokenizer.encode(text)))
 
 
 def with_tokenizers(engines: Iterable[EngineModel]) -> tuple[list[EngineModel], dict[str, Tokenizer]]:
@@ -135,7 +135,8 @@ class _Credentials:
         self._last += 1
         return self._last
 
-    def auth(self, session_id: int) -> str:
+    @staticmethod
+    def auth(session_id: int) -> str:
         return hashlib.blake2b(b"%d" % session_id, digest_size=8).hexdigest()
 
 
@@ -216,8 +217,8 @@ class Door:
         for session_id in account.sessions:
             if session_id in self._sessions:
                 self.report(session_id)
-                auth = hashlib.sha256(_Credentials().auth(session_id).encode()).hexdigest()
-                self._cluster.post(ev.CloseSession(self._cluster.expect(lambda *_: None), session_id, auth))
+                request = self._cluster.expect(lambda *_: None)
+                self._cluster.post(ev.CloseSession(request, session_id, hashed(_Credentials.auth(session_id))))
                 self.forget(session_id)
 
     def later(self, seconds: float, what: Callable[[], None]) -> None:
@@ -269,7 +270,7 @@ class Door:
         """The session is about to close: what the core knows of it is taken down."""
         session = self._sessions.get(session_id)
         if session is not None and session.owner is not None:
-            self._closed(session.owner, self._cluster.calls(session_id), outputs_of(session.owner, session_id))
+            self._closed(session.owner, self._cluster.calls(session_id), session.owner.outputs_of(session_id))
 
     def forget(self, session_id: int) -> None:
         """The session has closed."""

@@ -31,7 +31,7 @@ from parrot.protocol.api import SessionReference, SessionReport
 from sim.http_client import Api, Refusal
 from sim.metrics import Recorder
 from sim.network import Network
-from sim.programs.accounts import Account, RecordedBlocking, RecordedLooped, outputs_of
+from sim.programs.accounts import Account, RecordedBlocking, RecordedLooped
 from sim.programs.instances import Failures, arrivals, check_source
 from sim.programs.source import Arguments, Source, play
 
@@ -53,7 +53,7 @@ class Ledger:
         with self._lock:
             if report.session_id not in self._reported:
                 self._reported.add(report.session_id)
-                self._recorder.session_ended(account.serial, report, outputs_of(account, report.session_id))
+                self._recorder.session_ended(account.serial, report, account.outputs_of(report.session_id))
 
     def ended(self, account: Account, now: float, raised: BaseException | None) -> None:
         with self._lock:

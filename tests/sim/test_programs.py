@@ -6,12 +6,14 @@ import math
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from parrot.serve.config import ServeCoreConfig
+from sim.faults import tokenizers
 from sim.network import Constant
 from sim.population import StuckError
-from sim.programs import surroundings
+from sim.programs import door, surroundings
 from sim.programs.outputs import open_outputs
 from sim.programs.simulated import simulate_instances
 from sim.programs.source import Source, read_inputs
@@ -229,6 +231,21 @@ def test_outputs_end_where_an_engine_would_end_them(run: Runner) -> None:
     )
     assert told == [" ".join(["word"] * 20), "up to here "]
     assert [row.output_tokens for row in recorder.calls] == [20, 3]
+
+
+def test_texts_are_tokenized_with_the_engines_tokenizer(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "tokenizer_or_synthetic", tokenizers.load)
+    (one,) = engines(1)
+    halves = [one._replace(description=msgspec.structs.replace(one.description, tokenizer=tokenizers.HALVES))]
+    words = " ".join(f"w{n}" for n in range(30))
+    recorder = run(
+        "def main():\n    told.append(ask('w7').get())\n",
+        outputs=says(lambda name, prompt: words),
+        engines=halves,
+    )
+    (call,) = recorder.calls
+    assert told == [" ".join(words.split()[:10])]
+    assert (call.output_tokens, call.prompt_tokens) == (20, 1 + 2 * 3)  # one at the head, two a word
 
 
 def test_what_an_instance_raises_is_counted_and_shown(run: Runner, capsys: pytest.CaptureFixture[str]) -> None:
