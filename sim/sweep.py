@@ -31,6 +31,7 @@ from sim.workloads import WorkloadError
 from sim.workloads.program import Program
 
 KEPT_PROGRAMS = 50_000  #: a workload up to this size is read once and kept; a longer one is read again for the run
+CHECKED_PROGRAMS = 5_000  #: of each workload of a sweep, before its first run
 POLL_S = 0.2  #: how often a run in this process tells how far it is
 
 
@@ -293,5 +294,5 @@ def _check_workload(run: Run) -> None:
     programs = open_programs(run)
     if run.backend != "real" and run.core_url is None:
         programs = check_programs(programs, engine_models_of(run), run.workload)
-    for _ in itertools.islice(programs, KEPT_PROGRAMS):
+    for _ in itertools.islice(programs, CHECKED_PROGRAMS):
         pass
