@@ -225,16 +225,13 @@ def _simulate(run: Run, expect: Callable[[int], None], ended: Callable[[], None]
             engine_delay_s=run.engine_delay_ms / 1000.0,
             tables=keeps_rows(run),
             on_ended=ended,
-            **_given(clients=run.clients, strict=run.strict or None),
+            clients=run.clients,
+            **({"strict": True} if run.strict else {}),
         )
     finally:
         gc.set_threshold(*thresholds)
         gc.unfreeze()
     return recorder, len(engines)
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def _programs(run: Run, engines: Sequence[Any], expect: Callable[[int], None]) -> Iterator[Program]:
