@@ -362,11 +362,13 @@ def check_files(run: Run) -> None:
 
 def open_programs(run: Run) -> Iterator[Program]:
     """The run's workload. Raises WorkloadError."""
-    options: dict[str, Any] = {} if run.arrivals is None else {"arrivals": run.arrivals}
-    return iter(
-        open_workload(
-            run.workload, rate=run.rate, seed=run.seed, count=run.count, max_gen_length=run.max_gen_length, **options
-        )
+    return open_workload(
+        run.workload,
+        rate=run.rate,
+        seed=run.seed,
+        count=run.count,
+        max_gen_length=run.max_gen_length,
+        arrivals=run.arrivals,
     )
 
 
