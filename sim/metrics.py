@@ -105,13 +105,23 @@ class Distribution(msgspec.Struct, frozen=True):
     p99: float | None
 
 
-class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """One run, as `python -m sim.run` prints it. `finished`, `failed`: programs. `refused`: answers 429, each tried again."""
+class Summary(msgspec.Struct, frozen=True, kw_only=True, tag="run", tag_field="kind"):
+    """One run, as `python -m sim.run` prints it. `finished`, `failed`: programs. `refused`: answers 429, each tried again.
+
+    clients: of a closed loop. draw: null, or which draw of `--intervals`. cluster: FILE:COUNT of its engines. outside: what the
+    engines did that their profile has not seen, feature -> (most observed, least seen, most seen). within_objectives,
+    goodput_programs_per_s: null unless objectives are given.
+    """
 
     policy: str
     rate: float | None
+    clients: int | None = None
+    arrivals: str | None = None
     seed: int
+    repeat: int = 0
+    draw: int | None = None
     workload: str
+    cluster: tuple[str, ...] = ()
     client: str
     backend: str
     engines: int
@@ -132,12 +142,15 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     simulated_s: float
     throughput_tokens_per_s: float | None
     throughput_programs_per_s: float | None
+    within_objectives: int | None = None
+    goodput_programs_per_s: float | None = None
     ttft_s: Distribution
     tpot_s: Distribution
     max_gap_s: Distribution
     jct_s: Distribution
     normalized_latency_s: Distribution
     errors: dict[str, int]
+    outside: dict[str, dict[str, tuple[float, float, float]]] = {}
 
 
 class Recorder:

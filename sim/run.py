@@ -20,8 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from parrot.configuration import ConfigurationError
 from sim.clients import Mode
-from sim.spec import EngineGroup, Run, Specification, load_specification, runs_of
-from sim.sweep import Output, Result, RunError, run_all, write_timing
+from sim.results import write_specification
+from sim.spec import EngineChoice, Run, Specification, load_specification, runs_of
+from sim.sweep import Result, RunError, run_all, write_timing
 
 
 def parser() -> argparse.ArgumentParser:
@@ -87,9 +88,13 @@ def parser() -> argparse.ArgumentParser:
 def specification_of(arguments: argparse.Namespace) -> Specification:
     """The specification that the flags say, over that of --spec. Raises ConfigurationError."""
     given: dict[str, Any] = {}
-    for name in ("core", "workload", "count", "max_gen_length", "backend", "core_url", "repeats", "jump", "engine_delay_ms"):
+    for name in ("core", "count", "max_gen_length", "backend", "core_url", "repeats", "jump", "engine_delay_ms"):
         if (value := getattr(arguments, name)) is not None:
             given[name] = value
+    if arguments.workload is not None:
+        given["workloads"] = (arguments.workload,)
+    if arguments.no_tables:
+        given["tables"] = False
     if arguments.client is not None:
         given["client"] = Mode(arguments.client)
     if arguments.rtt_ms is not None:
@@ -101,14 +106,14 @@ def specification_of(arguments: argparse.Namespace) -> Specification:
     if arguments.seed is not None:
         given["seeds"] = _numbers("--seed", arguments.seed, int)
     if arguments.engines:
-        given["engines"] = tuple(_group(text) for text in arguments.engines)
+        given["engines"] = tuple(_choice(text) for text in arguments.engines)
     if arguments.profile:
         given["profiles"] = tuple(arguments.profile)
     if arguments.settings:
         given["settings"] = dict(_setting(text) for text in arguments.settings)
     if arguments.spec is not None:
         return msgspec.structs.replace(load_specification(arguments.spec), **given)
-    if "workload" not in given:
+    if "workloads" not in given:
         raise ConfigurationError("--workload is needed (or --spec)")
     return Specification(**given)
 
@@ -127,11 +132,11 @@ def _rtt(text: str) -> float | str:
         return text
 
 
-def _group(text: str) -> EngineGroup:
+def _choice(text: str) -> EngineChoice:
     file, colon, count = text.rpartition(":")
     if colon and count.lstrip("-").isdigit():
-        return EngineGroup(file, int(count))
-    return EngineGroup(text)
+        return EngineChoice(file, int(count))
+    return EngineChoice(text)
 
 
 def _setting(text: str) -> tuple[str, tuple[Any, ...]]:
@@ -151,7 +156,7 @@ def _json(text: str) -> Any:
         return text
 
 
-def execute(runs: Sequence[Run], output: Output, workers: int | None) -> None:
+def execute(runs: Sequence[Run], folder: str, workers: int | None) -> None:
     """Carries out `runs` with a progress bar on stderr; prints the summaries, writes the results. Raises RunError."""
     begun_s = time.monotonic()
     results: list[Result] = []
@@ -161,15 +166,15 @@ def execute(runs: Sequence[Run], output: Output, workers: int | None) -> None:
         bar = progress.add_task("runs", total=len(runs))
         programs = progress.add_task("programs", total=runs[0].count) if len(runs) == 1 or workers == 1 else None
         watch = (lambda _: progress.advance(programs)) if programs is not None and console.is_terminal else None
-        for result in run_all(runs, output, workers=workers, on_program=watch):
+        for result in run_all(runs, folder, workers=workers, on_program=watch):
             results.append(result)
             print(msgspec.json.encode(result.summary).decode(), flush=True)
             progress.advance(bar)
             if programs is not None:
                 progress.reset(programs)
     lines = b"".join(msgspec.json.encode(result.summary) + b"\n" for result in results)
-    (Path(output.folder) / "summary.jsonl").write_bytes(lines)
-    write_timing(results, time.monotonic() - begun_s, output.folder)
+    (Path(folder) / "summary.jsonl").write_bytes(lines)
+    write_timing(results, time.monotonic() - begun_s, folder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -179,8 +184,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.workers is not None and arguments.workers < 1:
             raise ConfigurationError(f"--workers {arguments.workers}: at least 1 is needed")
-        runs = runs_of(specification_of(arguments))
-        execute(runs, Output(arguments.out, not arguments.no_tables), arguments.workers)
+        specification = specification_of(arguments)
+        runs = runs_of(specification)
+        execute(runs, arguments.out, arguments.workers)
+        write_specification(Path(arguments.out), specification)
     except (ConfigurationError, RunError) as error:
         print(f"sim.run: {error}", file=sys.stderr)
         return 1

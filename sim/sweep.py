@@ -25,6 +25,7 @@ from parrot.protocol.errors import ParrotError
 from sim.metrics import Recorder, Summary, write_tables
 from sim.network import open_network
 from sim.population import StuckError, simulate
+from sim.results import write_finished
 from sim.spec import Run, check_files, check_programs, core_config_of, engine_models_of
 from sim.workloads import WorkloadError, open_workload
 from sim.workloads.program import Program
@@ -44,16 +45,9 @@ class Result(NamedTuple):
     wall_s: float
 
 
-class Output(msgspec.Struct, frozen=True):
-    """Where results go. `tables` off: no table is kept or written."""
-
-    folder: str
-    tables: bool = True
-
-
 def run_all(
     runs: Sequence[Run],
-    output: Output | None,
+    folder: str | None,
     *,
     workers: int | None = None,
     on_program: Callable[[Run], None] | None = None,
@@ -65,21 +59,21 @@ def run_all(
     """
     for run in runs:
         _checked(check_files, run)
-    if output is not None:
-        prepare_folder(output.folder)
+    if folder is not None:
+        prepare_folder(folder)
     workers = min(workers or os.cpu_count() or 1, len(runs))
     if workers > 1 and all(run.backend == "sim" for run in runs):
-        yield from _on_pool(runs, output, workers)
+        yield from _on_pool(runs, folder, workers)
         return
     for run in runs:
-        yield run_one(run, output, on_program)
+        yield run_one(run, folder, on_program)
 
 
-def run_one(run: Run, output: Output | None, on_program: Callable[[Run], None] | None = None) -> Result:
+def run_one(run: Run, folder: str | None, on_program: Callable[[Run], None] | None = None) -> Result:
     """Carries out one run and writes its tables. Raises RunError."""
     begun_s = time.monotonic()
     watch = (lambda: on_program(run)) if on_program is not None else None
-    tables = output is not None and output.tables
+    tables = folder is not None and run.tables
     if run.backend == "sim":
         recorder, engines = _checked(_simulate, run, tables, watch)
     else:
@@ -89,7 +83,12 @@ def run_one(run: Run, output: Output | None, on_program: Callable[[Run], None] |
     summary = recorder.summary(
         policy=run.policy,
         rate=run.rate,
+        clients=run.clients,
+        arrivals=run.arrivals,
         seed=run.seed,
+        repeat=run.repeat,
+        draw=run.draw,
+        cluster=tuple(f"{group.file}:{group.count}" for group in run.engines),
         workload=run.workload,
         client=run.client.value,
         backend=run.backend,
@@ -97,8 +96,10 @@ def run_one(run: Run, output: Output | None, on_program: Callable[[Run], None] |
         rtt_ms=run.rtt_ms,
         settings=run.settings,
     )
-    if output is not None and tables:
-        write_tables(recorder.tables(), Path(output.folder) / run.name)
+    if folder is not None:
+        if tables:
+            write_tables(recorder.tables(), Path(folder) / run.name)
+        write_finished(Path(folder), run, summary)
     return Result(run, summary, time.monotonic() - begun_s)
 
 
@@ -158,10 +159,10 @@ def _checked(function: Callable[..., Any], *arguments: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------------ the pool
 
 
-def _on_pool(runs: Sequence[Run], output: Output | None, workers: int) -> Iterator[Result]:
+def _on_pool(runs: Sequence[Run], folder: str | None, workers: int) -> Iterator[Result]:
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _leave_interrupts_to_the_parent)
     try:
-        yield from pool.map(run_one, runs, itertools.repeat(output))
+        yield from pool.map(run_one, runs, itertools.repeat(folder))
     except BrokenProcessPool:
         raise RunError("a worker process died (killed, or out of memory); --workers 1 shows which run it was") from None
     except BaseException:

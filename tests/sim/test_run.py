@@ -76,7 +76,7 @@ def test_the_same_seed_writes_the_same_bytes_however_many_workers(
         written.append(files_of(out))
     assert printed[0] == printed[1] == printed[2]
     assert written[0] == written[1] == written[2]
-    assert len(written[0]) == 2 * 4 + 1
+    assert len(written[0]) == 2 * 5 + 2
 
 
 def test_stepping_prints_what_jumping_prints(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,7 +94,7 @@ def test_a_specification_file_says_what_the_flags_say(
     spec = {
         "core": core,
         "engines": [{"file": engine, "count": 2}],
-        "workload": workload,
+        "workloads": [workload],
         "policies": ["round_robin"],
         "client": "request",
         "settings": {"global_scheduler.max_queue_size": [32]},
