@@ -215,7 +215,6 @@ class Recorder:
             0,
         )
         self.errors: dict[str, int] = {}
-        self.outside: dict[str, dict[str, tuple[float, float, float]]] = {}
         self.last_s = 0.0
         #: of a simulation: latency profile -> input -> (furthest that was asked for, least and most that it was fitted to)
         self.outside: dict[str, dict[str, tuple[float, float, float]]] = {}
@@ -452,17 +451,3 @@ def write_tables(tables: Mapping[str, pd.DataFrame], folder: Path) -> None:
 def read_tables(folder: str | Path) -> dict[str, pd.DataFrame]:
     """What `write_tables` wrote."""
     return {path.stem: pd.read_parquet(path) for path in sorted(Path(folder).glob("*.parquet"))}
-
-
-def running_tasks(tasks: pd.DataFrame, points: int = 400) -> pd.DataFrame:
-    """Tasks on each engine over time, from the tasks table: columns time_s, engine, running. For plots."""
-    done = tasks.dropna(subset=["dispatched_s", "finished_s"])
-    if done.empty:
-        return pd.DataFrame({"time_s": [], "engine": [], "running": []})
-    times = np.linspace(0.0, float(done["finished_s"].max()), points)
-    frames = []
-    for engine, group in done.groupby("engine", sort=True):
-        begun = np.searchsorted(np.sort(group["dispatched_s"].to_numpy()), times, side="right")
-        ended = np.searchsorted(np.sort(group["finished_s"].to_numpy()), times, side="right")
-        frames.append(pd.DataFrame({"time_s": times, "engine": engine, "running": begun - ended}))
-    return pd.concat(frames, ignore_index=True)

@@ -23,6 +23,7 @@ from sim.spec import Run
 from sim.sweep import Failure, Outcome, Result, RunError, Where, carry_out
 
 POLL_S = 0.5
+REACH_S = 10.0  #: for the head of a cluster to answer
 OBJECT_STORE_BYTES = 2**29  #: of a local Ray: results on their way
 
 
@@ -49,14 +50,28 @@ def on_ray(runs: Sequence[Run], folder: str | None, where: Where, tell: Callable
 
 
 def _connect(where: Where) -> None:
+    address = where.ray or ""
+    if address not in ("local", "auto"):
+        _check_reachable(address)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if where.ray == "local":
+    if address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         quiet |= {"num_cpus": where.workers, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     try:
-        ray.init(address=where.ray, **quiet)
+        ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise RunError(f"--ray {where.ray}: no cluster to be had there: {error}") from None
+        raise RunError(f"--ray {address}: no cluster to be had there: {error}") from None
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself waits for minutes for a head that is not there."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        raise RunError(f"--ray {address}: expected HOST:PORT of the cluster's head, or local")
+    try:
+        socket.create_connection((host, int(port)), REACH_S).close()
+    except OSError as error:
+        raise RunError(f"--ray {address}: nothing answers there: {error.strerror or error}") from None
 
 
 def _received(reference: Any, run: Run, folder: str | None) -> Outcome:

@@ -161,10 +161,9 @@ def inputs_of(runs: Iterable[Run]) -> dict[str, str]:
         if key in seen:
             continue
         seen.add(key)
-        named = [run.core or "", run.inputs or "", str(run.rtt_ms), *(group.file for group in run.engines)]
-        for source in (run.workload, run.outputs or ""):
-            named += [source, *re.split("[:,=+]", source)]
-        files.update(filter(os.path.isfile, named))
+        named = [value for name in run.__struct_fields__ if isinstance(value := getattr(run, name), str)]
+        parts = [part for value in named for part in (value, *re.split("[:,=]", value))]
+        files.update(filter(os.path.isfile, [*parts, *(group.file for group in run.engines)]))
         if run.core_url is None and run.backend != "real":
             for _, profile in profiles_of(run, engine_configs_of(run)):
                 digests[f"profile {profile.name}"] = _digest(msgspec.json.encode(profile))

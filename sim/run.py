@@ -164,6 +164,8 @@ def specification_of(arguments: argparse.Namespace) -> Specification:
     settings = dict(_setting(text) for text in arguments.settings)
     if arguments.spec is not None:
         file = load_specification(arguments.spec)
+        if not (file.workloads or file.program or "workloads" in given or "program" in given):
+            raise ConfigurationError(f"{arguments.spec}: missing key 'workloads' (or 'program')")
         return msgspec.structs.replace(file, settings={**file.settings, **settings}, **given)
     if "workloads" not in given and "program" not in given:
         raise ConfigurationError("--workload or --program is needed (or --spec)")

@@ -31,6 +31,7 @@ from sim.workloads import WorkloadError
 from sim.workloads.program import Program
 
 KEPT_PROGRAMS = 50_000  #: a workload up to this size is read once and kept; a longer one is read again for the run
+CHECKED_PROGRAMS = 5_000  #: of each workload of a sweep, before its first run
 POLL_S = 0.2  #: how often a run in this process tells how far it is
 
 
@@ -226,16 +227,13 @@ def _simulate(run: Run, expect: Callable[[int], None], ended: Callable[[], None]
             engine_delay_s=run.engine_delay_ms / 1000.0,
             tables=keeps_rows(run),
             on_ended=ended,
-            **_given(clients=run.clients, strict=run.strict or None),
+            clients=run.clients,
+            strict=run.strict,
         )
     finally:
         gc.set_threshold(*thresholds)
         gc.unfreeze()
     return recorder, len(engines)
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def _programs(run: Run, engines: Sequence[Any], expect: Callable[[int], None]) -> Iterator[Program]:
@@ -297,5 +295,5 @@ def _check_workload(run: Run) -> None:
     programs = open_programs(run)
     if run.backend != "real" and run.core_url is None:
         programs = check_programs(programs, engine_models_of(run), run.workload)
-    for _ in itertools.islice(programs, KEPT_PROGRAMS):
+    for _ in itertools.islice(programs, CHECKED_PROGRAMS):
         pass

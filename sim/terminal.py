@@ -5,7 +5,9 @@ Nothing here when stderr is no terminal; stdout is never touched.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
@@ -65,7 +67,8 @@ def table_of(cells: Sequence[Cell], metrics: Sequence[str]) -> Table:
         chosen = [*DEFAULT_METRICS, *(_WITH_OBJECTIVES if promised else ())]
     names = ["policy", *(name for name in _KEYS if len({_key(cell, name) for cell in cells}) > 1)]
     settings = sorted({key for cell in cells for key in cell.settings if len({str(c.settings.get(key)) for c in cells}) > 1})
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    caption = None if any(cell.over for cell in cells) else "one seed: no confidence intervals (--seed takes a list)"
+    table = Table(box=None, header_style="bold", pad_edge=False, caption=caption, caption_justify="left")
     for name in [*names, *settings]:
         table.add_column(name)
     for metric in chosen:
@@ -81,20 +84,32 @@ _KEYS = ("workload", "cluster", "rate", "clients")
 
 def _key(cell: Cell, name: str) -> str:
     value = getattr(cell, name)
-    return " ".join(value) if isinstance(value, tuple) else "–" if value is None else str(value)
+    if name == "cluster":
+        return " ".join(Path(engines).name.replace(".json:", " ×") for engines in value)
+    return "–" if value is None else str(value)
 
 
 def _number(estimate: Estimate) -> str:
+    """The mean with as many digits as its interval gives reason for: two of half the interval's width, else four."""
     if estimate.mean is None:
         return "–"
-    text = f"{estimate.mean:,.4g}" if abs(estimate.mean) < 1e4 else f"{estimate.mean:,.0f}"
-    if estimate.confidence_interval is not None:
-        low, high = estimate.confidence_interval
-        text += f" ±{(high - low) / 2:.2g}"
+    low, high = estimate.confidence_interval or (estimate.mean, estimate.mean)
+    half = (high - low) / 2
+    decimals = _decimals(half, 2) if half > 0 else _decimals(estimate.mean, 4)
+    text = f"{estimate.mean:,.{decimals}f}"
+    if half > 0:
+        text += f" ±{half:,.{decimals}f}"
     if estimate.prediction_interval is not None:
         low, high = estimate.prediction_interval
-        text += f" [{low:.3g}, {high:.3g}]"
+        text += f" [{low:,.{decimals}f}, {high:,.{decimals}f}]"
     return text
+
+
+def _decimals(value: float, digits: int) -> int:
+    """Behind the point, for `value` to show so many digits."""
+    if value == 0.0 or value == int(value):
+        return 0
+    return max(0, digits - 1 - math.floor(math.log10(abs(value))))
 
 
 assert {*DEFAULT_METRICS, *_WITH_OBJECTIVES} <= set(METRICS)
