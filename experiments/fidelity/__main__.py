@@ -78,7 +78,9 @@ def with_error(profile: LatencyProfile, efficiency: Efficiency, table: pd.DataFr
     held = table[(table["profile"] == profile.name) & (table["part"] == "held out")].dropna(subset=["error"])
     fitted = table[(table["profile"] == profile.name) & (table["part"] == "fitted")]
     magnitude = held["error"].abs()
-    error = {"mean": float(magnitude.mean()), "p99": float(np.percentile(magnitude, 99)), "rows": float(len(held))}
+    error = {}
+    if len(held):
+        error = {"mean": float(magnitude.mean()), "p99": float(np.percentile(magnitude, 99)), "rows": float(len(held))}
     for figure, group in held.groupby("figure"):
         error[f"mean of figure {figure}"] = float(group["error"].abs().mean())
     work = held[held["metric"].isin(WORK)]["error"]
