@@ -24,8 +24,9 @@ from sim.calibrate import write_profile
 from sim.workloads.paper import read_paper
 from sim.workloads.program import WorkloadError
 
-#: metrics that are the time of work; the others hold waiting too, which grows without bound where an engine is overloaded
+#: rows that are the time of work; the others hold waiting too, which grows without bound where an engine is overloaded
 WORK = ("run_s", "jct_s", "chat_decode_ms_per_token")
+LIGHT = [f"request_rate_per_s={rate}" for rate in ("0.25", "0.5", "1.0")]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,7 +84,7 @@ def with_error(profile: LatencyProfile, efficiency: Efficiency, table: pd.DataFr
         error = {"mean": float(magnitude.mean()), "p99": float(np.percentile(magnitude, 99)), "rows": float(len(held))}
     for figure, group in held.groupby("figure"):
         error[f"mean of figure {figure}"] = float(group["error"].abs().mean())
-    work = held[held["metric"].isin(WORK)]["error"]
+    work = held[held["metric"].isin(WORK) | held["params"].isin(LIGHT)]["error"]
     spread = float(np.sqrt(np.mean(np.log1p(work) ** 2))) if len(work) else 0.0
     parts = ", ".join(f"{name} {getattr(efficiency, name):.4g}" for name in Efficiency.__struct_fields__)
     source = (
