@@ -12,7 +12,7 @@ import msgspec
 from parrot.configuration import ConfigurationError, load
 from parrot.latency import LatencyProfile
 from sim.calibrate import __doc__ as about
-from sim.calibrate.fitting import describe, fit, write_profile
+from sim.calibrate.fitting import describe, fit, without_stalls, write_profile
 from sim.calibrate.logs import CalibrationError, Iteration, Run, read_logs
 from sim.calibrate.plots import write_residuals
 from sim.calibrate.split import Split, hold_out_by_load, tails
@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.note:
             profile = msgspec.structs.replace(profile, notes=f"{profile.notes} {arguments.note}")
         picture = folder / f"{out.stem}.residuals.png"
-        write_residuals(picture, profile, *_parts(split), [*split.fitted, *split.held])
+        steady = Split(*without_stalls(*split, shared_kv_once=arguments.shared_kv_once)[:2])
+        write_residuals(picture, profile, *_parts(steady), [*steady.fitted, *steady.held])
         write_profile(profile, out)
     except CalibrationError as error:
         print(error, file=sys.stderr)

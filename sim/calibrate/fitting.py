@@ -27,6 +27,8 @@ KNOTS = (0, 16, 64, 256, 1024, 4096)
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 LEAST_ITERATIONS = 40  #: of a fit: fewer cannot tell the coefficients apart
 LEAST_IN_BUCKET = 10  #: iterations above a knot or in a batch-size bucket, for it to get a coefficient of its own
+STALL = 10.0  #: an iteration that takes so many times what the fit says, and the median, is a machine that stood still
+MOST_STALLS = 0.01  #: part of all iterations; with more, the machine was not the engine's own
 
 
 def fit(
@@ -43,17 +45,17 @@ def fit(
     Without `held` the last fifth of each run is not fitted and tells an error, which the profile marks as one at loads that
     were fitted (`error["runs"]` is 0). Raises CalibrationError when there are too few iterations.
     """
+    where = trace or "the logs"
+    if held and not any(run.iterations for run in runs):
+        raise CalibrationError(f"{where}: every run is held out: none is left to fit")
+    runs, held, stalls = without_stalls(runs, held, knots=knots, shared_kv_once=shared_kv_once, where=where)
     if held:
-        fitted = list(itertools.chain.from_iterable(run.iterations for run in runs))
-        apart = list(itertools.chain.from_iterable(run.iterations for run in held))
+        fitted, apart = _iterations(runs), _iterations(held)
         if not apart:
             raise CalibrationError(f"{', '.join(run.name for run in held)}: held out, but without a single iteration")
     else:
         fitted, apart = tails(runs)
-    where = trace or "the logs"
     everything = [*runs, *held]
-    if not fitted and held:
-        raise CalibrationError(f"{where}: every run is held out: none is left to fit")
     if len(fitted) < LEAST_ITERATIONS:
         raise CalibrationError(
             f"{where}: {len(fitted)} iterations to fit ({len(apart)} are held out); at least {LEAST_ITERATIONS} are needed"
@@ -74,8 +76,40 @@ def fit(
         profile,
         spread=float(np.sqrt(np.mean(np.square(ratios)))) if len(ratios) else 0.0,
         error=_error(profile, apart, held),
-        notes=_notes(runs, held, fitted, apart, len(ratios)),
+        notes=_notes(runs, held, fitted, apart, len(ratios), stalls),
     )
+
+
+def _iterations(runs: Sequence[Run]) -> list[Iteration]:
+    return list(itertools.chain.from_iterable(run.iterations for run in runs))
+
+
+def without_stalls(
+    runs: Sequence[Run], held: Sequence[Run], *, knots: Sequence[int] = KNOTS, shared_kv_once: bool = False, where: str = ""
+) -> tuple[list[Run], list[Run], int]:
+    """The runs without iterations in which the machine stood still (suspended, swapping), and how many those were. One of
+    them can outweigh all others of its batch size. Raises CalibrationError when they are many."""
+    fitted, apart, count = list(runs), list(held), 0
+    while len(iterations := _iterations(fitted)) >= LEAST_ITERATIONS:
+        model = LatencyModel(_solved(iterations, knots, shared_kv_once, header=fitted[0].header, name="steady"))
+        usual_s = float(np.median([i.duration_s for i in iterations]))  # a fit that is bent may say 0
+        ratios = {id(i): i.duration_s / max(model.duration(i.shape), usual_s) for i in _iterations([*fitted, *apart])}
+        limit = max(STALL, max(ratios.values()) / 3)  # the worst first: they bend the fit that judges the others
+        found = sum(ratio > limit for ratio in ratios.values())
+        if not found:
+            break
+        count += found
+        for part in (fitted, apart):
+            for place, run in enumerate(part):
+                steady = [i for i in run.iterations if ratios[id(i)] <= limit]
+                part[place] = msgspec.structs.replace(run, iterations=steady)
+    total = sum(len(run.iterations) for run in (*runs, *held))
+    if count > max(1, MOST_STALLS * total):
+        raise CalibrationError(
+            f"{where}: {count} of {total} iterations took more than {STALL:g} times what the others say: the machine was busy "
+            "with something else; record the logs on a quiet one"
+        )
+    return fitted, apart, count
 
 
 def _solved(
@@ -204,7 +238,12 @@ def _error(profile: LatencyProfile, apart: Sequence[Iteration], held: Sequence[R
 
 
 def _notes(
-    runs: Sequence[Run], held: Sequence[Run], fitted: Sequence[Iteration], apart: Sequence[Iteration], ratios: int
+    runs: Sequence[Run],
+    held: Sequence[Run],
+    fitted: Sequence[Iteration],
+    apart: Sequence[Iteration],
+    ratios: int,
+    stalls: int,
 ) -> str:
     header = runs[0].header
     threads = f", {header.num_threads} thread(s)" if header.num_threads else ""
@@ -225,6 +264,8 @@ def _notes(
             f"NO RUN WAS HELD OUT: there is one load only. `error` is that on the last {HOLD_OUT:.0%} of each run, "
             f"{len(apart)} iterations, which were not fitted but are of a load that was: it says nothing of other loads. "
         )
+    if stalls:
+        notes += f"Left out: {stalls} iteration(s) of more than {STALL:g} times what the fit says (the machine stood still). "
     if len(levels([*runs, *held])) > 1:
         notes += f"`spread`: {ratios} run(s), each predicted by a fit without the runs of its load."
     else:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from parrot.latency import LatencyProfile
 from sim.calibrate.fitting import Array, predictions
@@ -63,7 +64,12 @@ def _against(
         inputs += [float(x.min()), float(x.max())]
         spans.append(np.percentile(y, [0.5, 99.5]))
     axes.axhline(0.0, color="#444444", linewidth=0.8)
-    if max(inputs) > 50 * max(min(inputs), 1.0):  # 0 has a place of its own on the left
+    if inputs and min(inputs) > 0:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+    elif inputs and max(inputs) > 50:  # 0 has a place of its own on the left
         axes.set_xscale("symlog", linthresh=max(1.0, max(inputs) / 1e4))
         axes.set_xlim(-0.3 * max(1.0, max(inputs) / 1e4), 1.6 * max(inputs))
     if spans:  # a few outliers must not flatten the rest

@@ -113,7 +113,7 @@ def test_the_error_is_that_of_the_runs_held_out(tmp_path: Path) -> None:
 
 def test_a_held_out_run_does_not_move_the_fit(tmp_path: Path) -> None:
     fitted, held = hold_out_by_load(read_logs(write_loads(tmp_path, (1, 3, 6))))
-    slow = read_log(write_log(tmp_path / "slow", loaded(3, 120), noise=2.0))
+    slow = read_log(write_log(tmp_path / "slow", loaded(3, 120), noise=0.7))
     one, other = fit(fitted, "p", held=held), fit(fitted, "p", held=slow)
     assert (one.fixed, one.hinges, one.pair_s, one.kv_s) == (other.fixed, other.hinges, other.pair_s, other.kv_s)
     assert other.error["mean"] > 3 * one.error["mean"]
@@ -173,6 +173,29 @@ def test_the_same_logs_give_the_same_bytes(tmp_path: Path) -> None:
         assert main([*logs, "--name", "p", "--out", str(tmp_path / name / "p.json")]) == 0
     for file in ("p.json", "p.residuals.png"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def stalled(log: Path, every: int, seconds: float) -> Path:
+    """The log with `seconds` more on one iteration in `every`."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    for line in lines[2 + every // 2 :: every]:
+        line["duration_s"] += seconds
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return log
+
+
+def test_a_machine_that_stood_still_once_does_not_spoil_the_fit(tmp_path: Path) -> None:
+    quiet = fit(read_log(write_log(tmp_path / "quiet", shapes(400), noise=0.05)), "p")
+    once = fit(read_log(stalled(write_log(tmp_path / "once", shapes(400), noise=0.05), 400, 23.0)), "p")
+    for shape in shapes(50, seed=9):
+        assert LatencyModel(once).duration(shape) == pytest.approx(LatencyModel(quiet).duration(shape), rel=0.05)
+    assert "Left out: 1 iteration(s)" in once.notes
+    assert "Left out" not in quiet.notes
+
+
+def test_a_busy_machine_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"10 of 400 iterations took more than 10 times what the others say"):
+        fit(read_log(stalled(write_log(tmp_path / "busy", shapes(400)), 40, 60.0)), "p", trace="busy")
 
 
 def test_failed_iterations_are_left_out(tmp_path: Path) -> None:
