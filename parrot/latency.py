@@ -11,6 +11,7 @@ seconds, found by `sim.calibrate` with non-negative least squares on iterations 
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -93,32 +94,39 @@ class LatencyModel:
             path: tuple(sorted((c.max_rows, c.seconds * factor) for c in profile.fixed if c.graph is path))
             for path in (False, True)
         }
+        self._fixed_of: dict[tuple[int, bool], float] = {}  # as asked for
+        self._shared_kv_once = profile.shared_kv_once
         self._hinges = tuple((h.knot, h.slope * factor) for h in profile.hinges)
         self._pair_s = profile.pair_s * factor
         self._kv_s = profile.kv_s * factor
 
     def fixed_s(self, rows: int, graph: bool = False) -> float:
         """The fixed cost of an iteration of `rows` rows; beyond the largest bucket, the largest bucket's."""
-        buckets = self._fixed[graph] or self._fixed[not graph]
-        seconds = 0.0
-        for max_rows, seconds in buckets:
-            if rows <= max_rows:
-                return seconds
-        return seconds
+        found = self._fixed_of.get((rows, graph))
+        if found is None:
+            found = 0.0
+            for max_rows, found in self._fixed[graph] or self._fixed[not graph]:
+                if rows <= max_rows:
+                    break
+            self._fixed_of[rows, graph] = found
+        return found
 
     def tokens_s(self, tokens: int) -> float:
         """The cost of computing `tokens` tokens in one iteration."""
-        return sum(slope * (tokens - knot) for knot, slope in self._hinges if tokens > knot)
+        seconds = 0.0
+        for knot, slope in self._hinges:
+            if tokens > knot:
+                seconds += slope * (tokens - knot)
+        return seconds
 
     def duration(self, shape: BatchShape) -> float:
         """Seconds that an iteration of `shape` takes."""
-        profile = self.profile
-        kv = shape.decode_kv_unique if profile.shared_kv_once else shape.decode_kv
+        decode_rows, prefill_rows, prefill_tokens, prefill_pairs, decode_kv, decode_kv_unique, graph = shape
         return (
-            self.fixed_s(shape.rows, shape.graph)
-            + self.tokens_s(shape.tokens)
-            + self._pair_s * shape.prefill_pairs
-            + self._kv_s * kv
+            self.fixed_s(decode_rows + prefill_rows, graph)
+            + self.tokens_s(decode_rows + prefill_tokens)
+            + self._pair_s * prefill_pairs
+            + self._kv_s * (decode_kv_unique if self._shared_kv_once else decode_kv)
         )
 
     def decode_run(self, shape: BatchShape) -> DecodeRun:
@@ -138,6 +146,14 @@ class DecodeRun(NamedTuple):
     def at(self, k: int) -> float:
         """Seconds from the start of the run to the end of its k-th iteration (k ≥ 0)."""
         return k * self.first_s + self.growth_s * (k * (k - 1) // 2)
+
+    def after(self, seconds: float) -> int:
+        """About how many iterations `seconds` hold: to begin a search from, `at` decides."""
+        first, growth = self.first_s, self.growth_s
+        if growth <= 0.0:
+            return int(seconds / first) if first > 0.0 else 0
+        slope = first - growth / 2
+        return int((math.sqrt(slope * slope + 2.0 * growth * seconds) - slope) / growth)
 
 
 def seen_ranges(shapes: list[BatchShape]) -> dict[str, tuple[float, float]]:
