@@ -35,6 +35,10 @@ OnReply = Callable[[Any, ErrorInfo | None], None]
 Observe = Callable[[str, Any], None]  #: engine name, what the engine shows of each iteration or run of iterations
 
 
+class OutOfRange(Exception):
+    """An iteration left the range that its profile has seen, in a strict run. The message says which and how far."""
+
+
 class EngineModel(NamedTuple):
     """An engine as the simulator needs it. `factor` multiplies every duration that its profile says."""
 

@@ -153,6 +153,32 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True, tag="run", tag_field="k
     outside: dict[str, dict[str, tuple[float, float, float]]] = {}
 
 
+_IDENTITY = {"rate", "clients", "seed", "repeat", "draw", "engines"}  #: numbers of a summary that say which run it was
+
+
+def _metrics() -> tuple[str, ...]:
+    names: list[str] = []
+    for name, hint in get_type_hints(Summary).items():
+        if hint is Distribution:
+            names += [f"{name}.{part}" for part in Distribution.__struct_fields__]
+        elif hint in (int, int | None, float, float | None) and name not in _IDENTITY:
+            names.append(name)
+    return tuple(names)
+
+
+METRICS = _metrics()  #: every number that a run measures, as `ttft_s.p99`: distributions by part
+
+
+def metrics_of(summary: Summary) -> dict[str, float | None]:
+    """The numbers of a run by the names in METRICS."""
+    values: dict[str, float | None] = {}
+    for metric in METRICS:
+        name, _, part = metric.partition(".")
+        value = getattr(summary, name)
+        values[metric] = getattr(value, part) if part else value
+    return values
+
+
 class Recorder:
     """Collects the rows of a run. With `tables` off it keeps eight bytes a value and no rows."""
 
@@ -184,6 +210,7 @@ class Recorder:
             0,
         )
         self.errors: dict[str, int] = {}
+        self.outside: dict[str, dict[str, tuple[float, float, float]]] = {}
         self.last_s = 0.0
 
     def program_ended(self, player: Player) -> None:
@@ -325,6 +352,7 @@ class Recorder:
             "throughput_tokens_per_s": tokens / span_s if span_s > 0 else None,
             "throughput_programs_per_s": programs / span_s if span_s > 0 else None,
             "errors": dict(sorted(self.errors.items())),
+            "outside": self.outside,
         }
         return Summary(**fields)
 

@@ -7,9 +7,11 @@ It refuses what cannot be run, with file, key and reason, before anything starts
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -25,8 +27,10 @@ from parrot.serve.config import ServeCoreConfig
 from parrot.serve.policies import parse_policy
 from sim.clients import Mode
 from sim.cluster import EngineModel
-from sim.network import read_round_trips
+from sim.metrics import METRICS
+from sim.network import read_round_trips, stream
 from sim.objectives import Objectives
+from sim.workloads import open_workload
 from sim.workloads.program import Call, Program, Read, Text, Write
 
 Backend = Literal["sim", "emulated", "real"]
@@ -203,6 +207,10 @@ def _check(spec: Specification) -> None:
         raise ConfigurationError(f"intervals {spec.intervals}: the number of draws a seed is 2 or more, or 0 for none")
     if spec.intervals and spec.backend != "sim":
         raise ConfigurationError(f"intervals: only a simulation draws from a profile's spread; backend is {spec.backend}")
+    for metric in spec.metrics:
+        if metric not in METRICS:
+            close = ", ".join(difflib.get_close_matches(metric, METRICS, 3, 0.3)) or ", ".join(METRICS)
+            raise ConfigurationError(f"metrics: {metric!r} is none; expected such as {close}")
     if not 0.0 < spec.confidence < 1.0:
         raise ConfigurationError(f"confidence {spec.confidence:g}: must lie between 0 and 1")
     if spec.core_url is not None:
@@ -268,10 +276,10 @@ def _override(data: Any, dotted: str, value: Any) -> None:
 def engine_configs_of(run: Run) -> list[EngineConfig]:
     """One configuration an engine, with the run's settings and a name of its own. Raises ConfigurationError."""
     overrides = {key.removeprefix(ENGINE_PREFIX): v for key, v in run.settings.items() if key.startswith(ENGINE_PREFIX)}
-    configs = [load_engine_config(group.file, overrides) for group in run.engines for _ in range(group.count)]
-    total: dict[str, int] = {}
-    for config in configs:
-        total[config.name] = total.get(config.name, 0) + 1
+    configs: list[EngineConfig] = []
+    for group in run.engines:
+        configs += [load_engine_config(group.file, overrides)] * group.count
+    total = Counter(config.name for config in configs)
     counter = {name: itertools.count() for name in total}
     return [
         msgspec.structs.replace(c, engine_name=f"{c.name}-{next(counter[c.name])}") if total[c.name] > 1 else c for c in configs
@@ -282,24 +290,34 @@ def profiles_of(run: Run, configs: Sequence[EngineConfig]) -> list[tuple[str, La
     """For each engine the name or file of its latency profile, and the profile: the run's, else the file's, else the shipped
     one of its model and device. Raises ConfigurationError when there is none, or the run's are of other models."""
     given = [(name, find_profile(name)) for name in run.profiles]
-    chosen = []
+    chosen: dict[tuple[Any, ...], tuple[str, LatencyProfile]] = {}
+    profiles = []
     for config in configs:
-        if given:
-            fitting = [item for item in given if _fits(item[1], config)]
-            if not fitting:
-                models = ", ".join(f"{name} is of {profile.model!r}" for name, profile in given)
-                raise ConfigurationError(f"engine {config.name!r} runs {config.model!r}, but no --profile is of it: {models}")
-            chosen.append(fitting[0])
-            continue
-        profile = profile_of(config)
-        if profile is None:
-            shipped = ", ".join(shipped_profiles()) or "none"
-            raise ConfigurationError(
-                f"engine {config.name!r}: no latency profile of {config.model!r} on {config.device or config.engine_type!r}; "
-                f"give --profile FILE, or latency_profile in its file (shipped: {shipped})"
-            )
-        chosen.append((config.latency_profile or profile.name, profile))
-    return chosen
+        key = (config.model, config.device, config.engine_type, config.latency_profile)
+        if key not in chosen:
+            chosen[key] = _profile_of(config, given)
+        profiles.append(chosen[key])
+    return profiles
+
+
+def _profile_of(config: EngineConfig, given: Sequence[tuple[str, LatencyProfile]]) -> tuple[str, LatencyProfile]:
+    if given:
+        fitting = [item for item in given if _fits(item[1], config)]
+        if not fitting:
+            models = ", ".join(f"{name} is of {profile.model!r}" for name, profile in given)
+            raise ConfigurationError(f"engine {config.name!r} runs {config.model!r}, but no --profile is of it: {models}")
+        return fitting[0]
+    profile = profile_of(config)
+    if profile is None:
+        shipped = ", ".join(shipped_profiles()) or "none"
+        raise ConfigurationError(
+            f"engine {config.name!r}: no latency profile of {config.model!r} on {config.device or config.engine_type!r}; "
+            f"give --profile FILE, or latency_profile in its file (shipped: {shipped})"
+        )
+    if not _fits(profile, config):
+        named = f"its latency_profile {config.latency_profile} is of {profile.model!r}"
+        raise ConfigurationError(f"engine {config.name!r} runs {config.model!r}, but {named}")
+    return config.latency_profile or profile.name, profile
 
 
 def _fits(profile: LatencyProfile, config: EngineConfig) -> bool:
@@ -307,14 +325,25 @@ def _fits(profile: LatencyProfile, config: EngineConfig) -> bool:
 
 
 def engine_models_of(run: Run) -> list[EngineModel]:
-    """The engines as the simulator needs them. Raises ConfigurationError."""
+    """The engines as the simulator needs them. Raises ConfigurationError.
+
+    In a draw of `intervals` each engine's durations are multiplied by exp(N(0, spread of its profile)), drawn from a stream
+    of the seed's own, so that every policy meets the same engines.
+    """
     configs = engine_configs_of(run)
+    generator = None if run.draw is None else stream(run.seed, f"engines/{run.draw}")
     models = []
     for config, (_, profile) in zip(configs, profiles_of(run, configs), strict=True):
         limits = limits_of(config)
         description = description_of(config, limits, accepts_output_length=True, latency_profile=profile)
-        models.append(EngineModel(description, limits, profile))
+        factor = 1.0 if generator is None else math.exp(profile.spread * generator.standard_normal())
+        models.append(EngineModel(description, limits, profile, factor))
     return models
+
+
+def spreads_of(run: Run) -> dict[str, float]:
+    """The profiles of the run's engines by name, and the spread that each states. Raises ConfigurationError."""
+    return {profile.name: profile.spread for _, profile in profiles_of(run, engine_configs_of(run))}
 
 
 def check_files(run: Run) -> None:
@@ -329,6 +358,16 @@ def check_files(run: Run) -> None:
 
 
 # ------------------------------------------------------------------------------------------ a workload and a cluster
+
+
+def open_programs(run: Run) -> Iterator[Program]:
+    """The run's workload. Raises WorkloadError."""
+    options: dict[str, Any] = {} if run.arrivals is None else {"arrivals": run.arrivals}
+    return iter(
+        open_workload(
+            run.workload, rate=run.rate, seed=run.seed, count=run.count, max_gen_length=run.max_gen_length, **options
+        )
+    )
 
 
 def check_programs(programs: Iterator[Program], engines: Sequence[EngineModel], workload: str) -> Iterator[Program]:
