@@ -14,7 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from sim.compare.document import Comparison, compare, encode
+from sim.compare.comparing import compare
+from sim.compare.document import Comparison, encode
 from sim.compare.matching import CompareError, match_folders
 from sim.compare.page import interval_text, named, percent, plain, write_page
 from sim.compare.resampling import Bootstrap

@@ -101,10 +101,12 @@ def match_folders(real: str | Path, simulated: str | Path, *, anyway: bool = Fal
         ignored |= {"profiles"}
     ignored |= _disagreements(real_folder, simulated_folder, ignored, doubt)
     _check_inputs(real_folder, simulated_folder, doubt)
+    _check_ignored((real_folder, simulated_folder), ignored)
     cells, unmatched = _match(real_folder, simulated_folder, ignored)
     cells = [_checked(cell, doubt) for cell in cells]
     for cell in cells:
         warnings += _doubts_of(cell)
+    warnings += _extrapolations(cells)
     return Matched(real_folder, simulated_folder, cells, unmatched, warnings)
 
 
@@ -145,6 +147,18 @@ def _disagreements(real: ResultFolder, simulated: ResultFolder, ignored: set[str
             doubt(f"{name} differs: {ran} in {real.path}, {simulates} in {simulated.path}")
             differing.add(name)
     return differing
+
+
+def _check_ignored(folders: Sequence[ResultFolder], ignored: set[str]) -> None:
+    """What is not held against the other side must not tell runs of one side apart either."""
+    for folder in folders:
+        for name in sorted(ignored):
+            values = {_json(fields[name]) for result in folder.runs if name in (fields := _fields(result, set()))}
+            if len(values) > 1:
+                raise CompareError(
+                    f"{folder.path} has runs with {name} {' and '.join(sorted(values))}, and the other side does not say which "
+                    "of them it ran: give a folder with that alone"
+                )
 
 
 def _check_inputs(real: ResultFolder, simulated: ResultFolder, doubt: Any) -> None:
@@ -229,6 +243,19 @@ def _doubts_of(cell: Cell) -> list[str]:
                 kind = name.replace("_", " ")
                 warnings.append(f"{name_of(cell)}, seed {seed}: {real} {kind} in reality, {simulated} in simulation")
     return warnings
+
+
+def _extrapolations(cells: Sequence[Cell]) -> list[str]:
+    """Where the simulation's engines did what their latency profiles have not seen."""
+    found: dict[tuple[str, str], tuple[float, float, float]] = {}
+    for result in (result for cell in cells for results in cell.simulated.values() for result in results):
+        for profile, features in result.summary.outside.items():
+            for feature, range_ in features.items():
+                found[profile, feature] = max(found.get((profile, feature), range_), range_)
+    return [
+        f"profile {profile}: {feature} came to {most:g} in simulation, outside the {low:g} to {high:g} that it was fitted to"
+        for (profile, feature), (most, low, high) in sorted(found.items())
+    ]
 
 
 def name_of(cell: Named) -> str:
@@ -332,7 +359,7 @@ def _label(fields: Fields, varying: Sequence[str], *, choice: bool) -> str:
         if name == "policy" or setting is not choice or (name not in varying and name != "rate"):
             continue
         if name == "rate":
-            parts += [f"{value:g}/s"] if value is not None else ["as recorded"] if name in varying else []
+            parts += [f"{value:g} programs/s"] if value is not None else ["as recorded"] if name in varying else []
         elif name == "engines":
             parts.append(" + ".join(f"{group['count']} {Path(group['file']).stem}" for group in value))
         elif name in ("workload", "client"):

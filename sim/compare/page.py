@@ -9,7 +9,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from sim.compare import plots
-from sim.compare.document import CellComparison, Compared, Comparison, ErrorRow, Interval, Ranking, Side
+from sim.compare.comparing import Compared
+from sim.compare.document import CellComparison, Comparison, ErrorRow, Interval, Ranking, Side
 from sim.compare.matching import name_of
 from sim.compare.measured import LATENCIES, STATISTICS, THROUGHPUTS, TOTAL, Measured
 from sim.report.html import Section, write_report
@@ -172,7 +173,7 @@ def _orders_table(document: Comparison) -> Section | None:
             "τ": plain(ranking.tau) + _plain_interval(ranking.tau_interval),
             "τ floor": plain(ranking.floor_tau),
             "τ without ties": plain(ranking.clear_tau),
-            "clear pairs": f"{ranking.clear_pairs} of {len(ranking.pairs)}",
+            "clear pairs": f"{ranking.clear_pairs} of {len(ranking.pairs)}" if ranking.clear_pairs is not None else "–",
             "simulation picks": " or ".join(ranking.picked),
             "best": " or ".join(ranking.best),
             "regret": percent(ranking.regret) + interval_text(ranking.regret_interval),

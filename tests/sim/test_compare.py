@@ -19,7 +19,8 @@ import pytest
 from scipy import stats
 
 from sim.compare.__main__ import main
-from sim.compare.document import Comparison, compare
+from sim.compare.comparing import compare
+from sim.compare.document import Comparison
 from sim.compare.matching import match_folders
 from sim.compare.resampling import Bootstrap
 from sim.metrics import write_tables
@@ -178,7 +179,7 @@ def test_percentiles_of_few_programs_are_marked(document: Comparison) -> None:
 
 
 def test_orders_are_those_of_the_values(document: Comparison) -> None:
-    assert {ranking.condition for ranking in document.rankings} == {"4/s", "12/s"}
+    assert {ranking.condition for ranking in document.rankings} == {"4 programs/s", "12 programs/s"}
     for ranking in document.rankings:
         ours = [choice.real for choice in ranking.choices]
         theirs = [choice.simulated for choice in ranking.choices]
@@ -233,11 +234,11 @@ def test_only_seeds_of_both_sides_are_used_where_there_are_any(workshop: Worksho
 def test_what_only_one_side_has_is_listed(workshop: Workshop, real: Path) -> None:
     part = workshop.simulate("part", "--policy", "round_robin,parrot", "--rate", "4")
     document = compared(real, part)
-    assert [(cell.choice, cell.condition) for cell in document.cells] == [("round_robin", "4/s")]
+    assert [(cell.choice, cell.condition) for cell in document.cells] == [("round_robin", "4 programs/s")]
     assert document.rankings == []
     listed = {(row.side, row.cell) for row in document.unmatched}
-    assert ("simulated", "parrot, 4/s") in listed
-    assert ("real", "parrot:all, 12/s") in listed
+    assert ("simulated", "parrot, 4 programs/s") in listed
+    assert ("real", "parrot:all, 12 programs/s") in listed
     assert len(listed) == 1 + 5
 
 
