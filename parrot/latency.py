@@ -11,6 +11,7 @@ seconds, found by `sim.calibrate` with non-negative least squares on iterations 
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -138,6 +139,14 @@ class DecodeRun(NamedTuple):
     def at(self, k: int) -> float:
         """Seconds from the start of the run to the end of its k-th iteration (k ≥ 0)."""
         return k * self.first_s + self.growth_s * (k * (k - 1) // 2)
+
+    def after(self, seconds: float) -> int:
+        """About how many iterations `seconds` hold: to begin a search from, `at` decides."""
+        first, growth = self.first_s, self.growth_s
+        if growth <= 0.0:
+            return int(seconds / first) if first > 0.0 else 0
+        slope = first - growth / 2
+        return int((math.sqrt(slope * slope + 2.0 * growth * seconds) - slope) / growth)
 
 
 def seen_ranges(shapes: list[BatchShape]) -> dict[str, tuple[float, float]]:

@@ -38,7 +38,9 @@ class SimEngine:
         self._clock = clock
         self._deliver = deliver
         self._priority = EDGE + next(SimEngine._ranks) * 2.0**-40
-        self._planned: tuple[float, float] | None = None  # the call that counts; those planned before it are stale
+        # The call that counts, by its time and whether its edge is quiet; those planned before it are stale.
+        self._planned_s = -1.0
+        self._quiet = False
 
     def submit(self, task: EngineTask, output_tokens: int) -> None:
         """Hands the engine a task and the tokens that it would generate. Whether it is taken is told by an event."""
@@ -58,17 +60,29 @@ class SimEngine:
     def _plan(self) -> None:
         edge = self.engine.next_edge()
         if edge is None:
-            self._planned = None
+            self._planned_s = -1.0
             return
-        call = (max(edge, self._clock.now), QUIET_EDGE if self.engine.quiet else self._priority)
-        if call != self._planned:
-            self._planned = call
-            self._clock.call_at(call[0], lambda: self._edge(call), call[1])
+        now = self._clock.now
+        if edge < now:
+            edge = now
+        quiet = self.engine.quiet
+        if edge != self._planned_s or quiet is not self._quiet:
+            self._planned_s, self._quiet = edge, quiet
+            if quiet:
+                self._clock.call_at(edge, self._on_quiet_edge, QUIET_EDGE)
+            else:
+                self._clock.call_at(edge, self._on_edge, self._priority)
 
-    def _edge(self, call: tuple[float, float]) -> None:
-        if call != self._planned:
-            return
-        self._planned = None
+    def _on_edge(self) -> None:
+        if self._planned_s == self._clock.now and not self._quiet:
+            self._advance()
+
+    def _on_quiet_edge(self) -> None:
+        if self._planned_s == self._clock.now and self._quiet:
+            self._advance()
+
+    def _advance(self) -> None:
+        self._planned_s = -1.0
         events = self.engine.advance(self._clock.now)
         self._plan()
         if events:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from parrot.latency import BatchShape
+
+if TYPE_CHECKING:
+    from parrot.engine.running import Task
 
 
 class EngineLimits(msgspec.Struct, frozen=True):
@@ -94,19 +97,60 @@ class Row(NamedTuple):
     decode: bool
 
 
-class Batch(NamedTuple):
+class Batch:
     """An iteration to compute: decode rows first, then chunks of fills.
 
     `copies`: (source block, destination block), whole blocks, made before anything is computed. `admitted`: tasks that run
     from this iteration on, with the prompt tokens found in memory. `preempted`: tasks that lost their room and wait again.
+    `decoders` and `fills` are the core's own tasks; `step` numbers the iterations that decode (0: this one does not).
     """
 
-    number: int
-    rows: tuple[Row, ...]
-    copies: tuple[tuple[int, int], ...]
-    admitted: tuple[tuple[Hashable, int], ...]
-    preempted: tuple[Hashable, ...]
-    shape: BatchShape
+    __slots__ = ("admitted", "copies", "decoders", "fills", "number", "preempted", "shape", "step")
+
+    def __init__(
+        self,
+        number: int,
+        step: int,
+        decoders: tuple[Task, ...],
+        fills: list[tuple[Task, Row]],
+        copies: tuple[tuple[int, int], ...],
+        admitted: tuple[tuple[Hashable, int], ...],
+        preempted: tuple[Hashable, ...],
+        shape: BatchShape,
+    ) -> None:
+        self.number = number
+        self.step = step
+        self.decoders = decoders
+        self.fills = fills
+        self.copies = copies
+        self.admitted = admitted
+        self.preempted = preempted
+        self.shape = shape
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """A row a task. They are made when they are asked for: simulation never asks."""
+        behind = self.step - 1
+        rows = [
+            Row(task.key, task.output_id, task.origin + behind, task.origin + self.step, True, True)  # type: ignore[arg-type]
+            for task in self.decoders
+        ]
+        rows += [row for _, row in self.fills]
+        return tuple(rows)
+
+    @property
+    def tasks(self) -> list[Task]:
+        """The task of each row."""
+        return [*self.decoders, *(task for task, _ in self.fills)]
+
+    def shift(self, k: int) -> None:
+        """Becomes the batch that follows it after `k` iterations in which nothing but decoding happened."""
+        shape = self.shape
+        more = k * shape.decode_rows
+        self.number += k
+        self.step += k
+        self.copies = self.admitted = self.preempted = ()
+        self.shape = shape._replace(decode_kv=shape.decode_kv + more, decode_kv_unique=shape.decode_kv_unique + more)
 
 
 class Progress(NamedTuple):
