@@ -43,10 +43,6 @@ Generate = Callable[[effects.Dispatch], tuple[int, Callable[[int], events.Conten
 Observe = Callable[[str, Any], None]  #: engine name, what the engine shows of each iteration or run of iterations
 
 
-class OutOfRange(Exception):
-    """An iteration left the range that its profile has seen, in a strict run. The message says which and how far."""
-
-
 class EngineModel(NamedTuple):
     """An engine as the simulator needs it. `factor` multiplies every duration that its profile says."""
 

@@ -206,17 +206,19 @@ def _write(run: Run, recorder: Recorder, summary: Summary, folder: Path) -> None
 
 
 def _simulate(run: Run, expect: Callable[[int], None], ended: Callable[[], None]) -> tuple[Recorder, int]:
-    engines = engine_models_of(run)
-    programs = _programs(run, engines, expect)
-    config = core_config_of(run)
     # A simulation makes many objects and hardly any cycles: collecting often costs more than it frees.
     thresholds = gc.get_threshold()
     gc.freeze()
     gc.set_threshold(200_000, 20, 100)
     try:
+        if run.program is not None:
+            from sim.programs import simulate_programs
+
+            return simulate_programs(run, keeps_rows(run), expect, ended)
+        engines = engine_models_of(run)
         recorder = simulate(
-            programs,
-            config,
+            _programs(run, engines, expect),
+            core_config_of(run),
             engines,
             mode=run.client,
             network=open_network(run.rtt_ms, run.seed),
@@ -226,7 +228,7 @@ def _simulate(run: Run, expect: Callable[[int], None], ended: Callable[[], None]
             tables=keeps_rows(run),
             on_ended=ended,
             clients=run.clients,
-            **({"strict": True} if run.strict else {}),
+            strict=run.strict,
         )
     finally:
         gc.set_threshold(*thresholds)
@@ -267,6 +269,8 @@ def check_runs(runs: Sequence[Run]) -> None:
     for run in _distinct(runs, lambda run: msgspec.structs.replace(run, name="", workload="", **_LOAD)):
         _checked(check_files, run)
     if len(runs) == 1:
+        return
+    if runs[0].program is not None:
         return
     for run in _distinct(runs, lambda run: (run.workload, run.engines, _of_engines(run.settings))):
         _checked(_check_workload, run)
