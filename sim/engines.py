@@ -44,28 +44,31 @@ class SimEngine:
 
     def submit(self, task: EngineTask, output_tokens: int) -> None:
         """Hands the engine a task and the tokens that it would generate. Whether it is taken is told by an event."""
-        self.engine.submit(task, output_tokens, self._clock.now)
-        self._plan()
+        now = self._clock.now
+        self.engine.submit(task, output_tokens, now)
+        self._plan(now)
 
     def abort(self, key: Hashable) -> None:
         """Gives a task up; unknown ones are ignored."""
-        self.engine.abort(key, self._clock.now)
-        self._plan()
+        now = self._clock.now
+        self.engine.abort(key, now)
+        self._plan(now)
 
     def free_contexts(self, ids: Iterable[int]) -> None:
         """Nobody will ask for these contexts again."""
-        self.engine.free_contexts(ids, self._clock.now)
-        self._plan()
+        now = self._clock.now
+        self.engine.free_contexts(ids, now)
+        self._plan(now)
 
-    def _plan(self) -> None:
-        edge = self.engine.next_edge()
+    def _plan(self, now: float) -> None:
+        engine = self.engine
+        edge = engine.next_edge()
         if edge is None:
             self._planned_s = -1.0
             return
-        now = self._clock.now
         if edge < now:
             edge = now
-        quiet = self.engine.quiet
+        quiet = not engine.jumps and engine.quiet
         if edge != self._planned_s or quiet is not self._quiet:
             self._planned_s, self._quiet = edge, quiet
             if quiet:
@@ -82,8 +85,8 @@ class SimEngine:
             self._advance()
 
     def _advance(self) -> None:
-        self._planned_s = -1.0
-        events = self.engine.advance(self._clock.now)
-        self._plan()
+        now, self._planned_s = self._planned_s, -1.0
+        events = self.engine.advance(now)
+        self._plan(now)
         if events:
             self._deliver(events)

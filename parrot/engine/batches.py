@@ -47,8 +47,12 @@ class EngineLimits(msgspec.Struct, frozen=True):
     def fit(self, task: EngineTask) -> EngineTask:
         """The task, its max_gen_length cut to what is left behind its prompt: an output ends there as at any limit. A
         prompt that leaves no room for one token stays as it is, to be refused."""
-        room = self.largest_task - sum(link.tokens for link in task.links)
-        if task.parent_context_id is not None or not task.forced_tokens < room < task.max_gen_length:
+        if task.parent_context_id is not None:
+            return task
+        room = self.largest_task
+        for link in task.links:
+            room -= link.tokens
+        if not task.forced_tokens < room < task.max_gen_length:
             return task
         return msgspec.structs.replace(task, max_gen_length=room)
 
@@ -105,7 +109,7 @@ class Batch:
     `decoders` and `fills` are the core's own tasks; `step` numbers the iterations that decode (0: this one does not).
     """
 
-    __slots__ = ("admitted", "copies", "decoders", "fills", "number", "preempted", "shape", "step")
+    __slots__ = ("_shape", "_shifted", "admitted", "copies", "decoders", "fills", "number", "preempted", "step")
 
     def __init__(
         self,
@@ -125,7 +129,17 @@ class Batch:
         self.copies = copies
         self.admitted = admitted
         self.preempted = preempted
-        self.shape = shape
+        self._shape = shape
+        self._shifted = 0  # iterations since it had that shape
+
+    @property
+    def shape(self) -> BatchShape:
+        """What its duration depends on."""
+        shape = self._shape
+        if self._shifted:
+            more = self._shifted * shape.decode_rows
+            shape = shape._replace(decode_kv=shape.decode_kv + more, decode_kv_unique=shape.decode_kv_unique + more)
+        return shape
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -145,12 +159,10 @@ class Batch:
 
     def shift(self, k: int) -> None:
         """Becomes the batch that follows it after `k` iterations in which nothing but decoding happened."""
-        shape = self.shape
-        more = k * shape.decode_rows
         self.number += k
         self.step += k
         self.copies = self.admitted = self.preempted = ()
-        self.shape = shape._replace(decode_kv=shape.decode_kv + more, decode_kv_unique=shape.decode_kv_unique + more)
+        self._shifted += k
 
 
 class Progress(NamedTuple):

@@ -255,6 +255,11 @@ class ContextTree:
                 return True
         return False
 
+    @property
+    def has_evicted(self) -> bool:
+        """Whether `take_evicted` has something to say."""
+        return bool(self._evicted)
+
     def take_evicted(self) -> tuple[int, ...]:
         """Ids of the contexts given up since the last call that nobody had freed."""
         evicted = tuple(self._evicted)

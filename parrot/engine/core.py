@@ -44,7 +44,7 @@ class EngineCore:
         self._maxed: deque[tuple[int, Task]] = deque()  # tasks at max_gen_length, with the decode iteration that ends each
         self._joining: list[Task] = []  # decode from the batch after the one that is being made on
         self._lingering: list[Task] = []  # ended, while a batch in flight touches what they used
-        self._in_flight: deque[Batch] = deque()
+        self.in_flight: deque[Batch] = deque()  #: issued and not complete, oldest first; to be read only
         self._running_most = min(limits.max_batch_size, limits.max_num_batched_tokens)
         self._arrivals = 0
         self._number = 0
@@ -52,7 +52,7 @@ class EngineCore:
         self._admitted: list[tuple[Hashable, int]] = []
         self._preempted: list[Hashable] = []
         self._preempted_untold: list[Hashable] = []
-        self._failed: list[tuple[Hashable, Refused]] = []
+        self.failed: list[tuple[Hashable, Refused]] = []  #: for `take_failed`
 
     # ------------------------------------------------------------------------------------------------ what is told
 
@@ -95,22 +95,27 @@ class EngineCore:
         """Contexts that the engine gave up by itself since the last call."""
         return self._contexts.take_evicted()
 
+    @property
+    def has_evicted(self) -> bool:
+        """Whether `take_evicted` has something to say."""
+        return self._contexts.has_evicted
+
     def take_failed(self) -> tuple[tuple[Hashable, Refused], ...]:
         """Tasks that were accepted and then found impossible while they waited (their parent context was evicted)."""
-        failed = tuple(self._failed)
-        self._failed.clear()
+        failed = tuple(self.failed)
+        self.failed.clear()
         return failed
 
     # ---------------------------------------------------------------------------------------------- what is asked
 
     @property
     def has_work(self) -> bool:
-        return bool(self._tasks or self._in_flight)
+        return bool(self._tasks or self.in_flight)
 
     @property
     def can_issue(self) -> bool:
         """Whether `pipeline_depth` lets another batch be issued now."""
-        return len(self._in_flight) <= self.limits.pipeline_depth
+        return len(self.in_flight) <= self.limits.pipeline_depth
 
     @property
     def waits(self) -> bool:
@@ -140,11 +145,6 @@ class EngineCore:
         """The tree of contexts, all of them up to date; to be read only."""
         self._lockstep.settle_all()
         return self._contexts
-
-    @property
-    def oldest(self) -> Batch | None:
-        """The batch in flight that was issued first."""
-        return self._in_flight[0] if self._in_flight else None
 
     @property
     def decoded(self) -> int:
@@ -184,7 +184,7 @@ class EngineCore:
 
     def next_batch(self, now: float) -> Batch | None:
         """What to compute next; None when there is nothing, or pipeline_depth forbids to issue before a completion."""
-        if len(self._in_flight) > self.limits.pipeline_depth or not self._make_decode_room():
+        if len(self.in_flight) > self.limits.pipeline_depth or not self._make_decode_room():
             return None
         number = self._number + 1
         lockstep = self._lockstep
@@ -216,7 +216,7 @@ class EngineCore:
         if self._preempted:
             self._preempted_untold += self._preempted
             self._preempted.clear()
-        self._in_flight.append(batch)
+        self.in_flight.append(batch)
         return batch
 
     def complete(self, batch: Batch, ended: Mapping[Hashable, int], now: float) -> Progress:
@@ -263,7 +263,7 @@ class EngineCore:
     def fail(self, batch: Batch) -> tuple[Hashable, ...]:
         """The oldest batch in flight could not be computed: what it and those issued after it should have filled is not
         there, and all their tasks are given up. Their keys. Later batches are still to be completed."""
-        issued = list(self._in_flight)
+        issued = list(self.in_flight)
         self._pop(batch)
         if batch.decoders:
             self._lockstep.done += 1
@@ -294,11 +294,11 @@ class EngineCore:
         but the last nothing can end, be admitted or be preempted. `remaining`: tokens still to be sampled by that of them
         which ends first, that batch's included."""
         limits, lockstep = self.limits, self._lockstep
-        rows = len(lockstep)
-        if len(self._in_flight) <= limits.pipeline_depth or self._filling or (self._waiting and not self._stuck) or not rows:
+        rows = len(lockstep.tasks)
+        if len(self.in_flight) <= limits.pipeline_depth or self._filling or (self._waiting and not self._stuck) or not rows:
             return 1
         members = lockstep.members
-        for issued in self._in_flight:
+        for issued in self.in_flight:
             if issued.decoders is not members or issued.fills:
                 return 1
         steps = min(remaining - 1, (limits.max_total_tokens - self._contexts.held_tokens) // rows)
@@ -309,7 +309,7 @@ class EngineCore:
         self._number += k
         for task in self._lockstep.advance(k):
             self._drain(task)
-        for issued in self._in_flight:
+        for issued in self.in_flight:
             issued.shift(k)
 
     # ------------------------------------------------------------------------------------------------ decode rows
@@ -317,9 +317,9 @@ class EngineCore:
     def _make_decode_room(self) -> bool:
         """Room for one more token of every decoding task. False: there is none before a batch in flight is complete."""
         while not self._lockstep.make_room(self.limits.max_total_tokens):
-            if self._in_flight:
+            if self.in_flight:
                 return False
-            alone = len(self._filling) + len(self._lockstep) == 1
+            alone = self._running == 1
             self._preempt(max((*self._filling, *self._lockstep.tasks), key=lambda task: task.arrival))
             if alone:  # what it holds is split by copies that it would not need had it come first: it begins anew
                 self._evict_all()
@@ -356,7 +356,7 @@ class EngineCore:
 
     def _fill_rows(self, number: int, fills: list[tuple[Task, Row]], copies: list[tuple[int, int]]) -> bool:
         """Adds the fills of this iteration, running ones first, then newly admitted ones. Whether one runs alone."""
-        left = budget = self.limits.max_num_batched_tokens - len(self._lockstep)
+        left = budget = self.limits.max_num_batched_tokens - len(self._lockstep.tasks)
         for task in self._candidates(budget, fills):
             ready = ready_tokens(task, number)
             if not ready:
@@ -372,7 +372,7 @@ class EngineCore:
 
     def _candidates(self, budget: int, fills: list[tuple[Task, Row]]) -> Iterator[Task]:
         """Tasks that may fill, first come first; admits waiting ones as it comes to them."""
-        rows = len(self._lockstep)
+        rows = len(self._lockstep.tasks)
         if self._filling:
             yield from list(self._filling)
         while self._waiting and rows + len(fills) < self._running_most:
@@ -384,11 +384,11 @@ class EngineCore:
                 need = need_of(task, self._contexts)
             except Refused as refusal:
                 self._drop(task)
-                self._failed.append((task.key, refusal))
+                self.failed.append((task.key, refusal))
                 continue
             if fills and self._chunk(task.target - need.start, budget - sum(r.stop - r.start for _, r in fills), False) == 0:
                 return
-            if fills or self._filling or rows or self._joining or self._in_flight:
+            if fills or self._filling or rows or self._joining or self.in_flight:
                 if not self._has_room(need):
                     self._stuck = True
                     return
@@ -401,7 +401,7 @@ class EngineCore:
     @property
     def _running(self) -> int:
         """Tasks that fill or decode."""
-        return len(self._filling) + len(self._lockstep) + len(self._joining)
+        return len(self._filling) + len(self._lockstep.tasks) + len(self._joining)
 
     def _chunk(self, ready: int, budget: int, alone: bool) -> int:
         """How much of a fill of `ready` tokens is computed; more than `budget` means that it runs alone, where it may."""
@@ -458,10 +458,10 @@ class EngineCore:
     # ------------------------------------------------------------------------------------------------------- ends
 
     def _pop(self, batch: Batch) -> None:
-        if not self._in_flight or self._in_flight[0].number != batch.number:
-            oldest = self._in_flight[0].number if self._in_flight else None
+        if not self.in_flight or self.in_flight[0].number != batch.number:
+            oldest = self.in_flight[0].number if self.in_flight else None
             raise ValueError(f"batch {batch.number} is not the oldest in flight, which is {oldest}")
-        self._in_flight.popleft()
+        self.in_flight.popleft()
 
     def _leave(self, task: Task) -> None:
         """The task is issued no more rows: it drains."""

@@ -38,9 +38,6 @@ class Lockstep:
         self._tickets = 0
         self._snapshot: tuple[Task, ...] | None = ()
 
-    def __len__(self) -> int:
-        return len(self.tasks)
-
     @property
     def members(self) -> tuple[Task, ...]:
         """The tasks in the order in which they joined: the same object as long as nobody joins or leaves."""
@@ -218,8 +215,11 @@ class Lockstep:
 
     def _blocks(self, count: int) -> int:
         """Blocks that the room of the next `count` iterations takes."""
-        whole, rest = divmod(count, self._block_size)
+        size, phase = self._block_size, self._phase
+        whole, rest = divmod(count, size)
         blocks = whole * len(self.tasks)
-        for place in range(rest):
-            blocks += self._phase[-(self._room + place) % self._block_size]
+        if rest:
+            first = -self._room % size  # the phases that take a block lie at first, first − 1, …, around the corner
+            last = first - rest + 1
+            blocks += sum(phase[last : first + 1]) if last >= 0 else sum(phase[: first + 1]) + sum(phase[last:])
         return blocks

@@ -8,6 +8,7 @@ jumping (only iterations after which something can change) give the same events 
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
@@ -19,7 +20,9 @@ import msgspec
 from parrot.engine.batches import Batch, EngineLimits, EngineTask, Refused
 from parrot.engine.core import EngineCore
 from parrot.engine.running import Task
-from parrot.latency import BatchShape, DecodeRun, LatencyModel
+from parrot.latency import BatchShape, Coverage, DecodeRun, LatencyModel
+
+NEVER = math.inf
 
 
 class EmulatedEvent(NamedTuple):
@@ -123,20 +126,24 @@ class EmulatedEngine:
         latency: LatencyModel,
         jump: bool = True,
         observe: Callable[[Iterations], None] | None = None,
+        coverage: Coverage | None = None,
     ) -> None:
+        """`observe` is told of the iterations, `coverage` of their shapes."""
         self.core = EngineCore(limits)
         self.latency = latency
-        self._jump = jump
+        self.jumps = jump  #: whether quiet iterations are passed over
         self._observe = observe
+        self._coverage = coverage
         self._overhead_s = latency.profile.task_overhead_s
         self._graph_rows = max((cost.max_rows for cost in latency.profile.fixed if cost.graph), default=0)
         self._arriving: deque[tuple[float, EngineTask]] = deque()
         self._jobs: dict[Hashable, _Job] = {}
         self._events: list[EmulatedEvent] = []
         self._evicted: tuple[int, ...] = ()  # told by no event yet
-        self._wake: float | None = None  # when to try to issue a batch, apart from edges
-        # The run that the iteration under way belongs to: it ends at _edge(_k). Iterations up to _last - 1 end quietly.
+        self._wake = NEVER  # when to try to issue a batch, apart from edges
+        # The run that the iteration under way belongs to: it ends at t0 + run.at(k). Iterations up to _last - 1 end quietly.
         self._busy = False
+        self._ends_at = NEVER  # the end of the next iteration to be served by itself: `_last` when jumping, `_k` when stepping
         self._t0 = 0.0
         self._run = DecodeRun(0.0, 0.0)
         self._k = 0
@@ -207,23 +214,19 @@ class EmulatedEngine:
         """When `advance` must be called; None while nothing is under way."""
         if self._events:
             return self._events[0].at
-        edge = self._wake
-        if self._arriving and (edge is None or self._arriving[0][0] < edge):
-            edge = self._arriving[0][0]
-        if self._busy:
-            ends = self._edge(self._last if self._jump else self._k)
-            if edge is None or ends < edge:
-                return ends
-        return edge
+        edge = self._wake if self._wake < self._ends_at else self._ends_at
+        if self._arriving and self._arriving[0][0] < edge:
+            return self._arriving[0][0]
+        return edge if edge < NEVER else None
 
     @property
     def quiet(self) -> bool:
         """The next edge is one that jumping passes over: nothing can change there. A shell that steps serves it after
         everything else of its instant."""
-        if self._jump or not self._busy or self._k >= self._last or self._events:
+        if self.jumps or not self._busy or self._k >= self._last or self._events:
             return False
-        edge = self._edge(self._k)
-        return (self._wake is None or self._wake > edge) and (not self._arriving or self._arriving[0][0] > edge)
+        edge = self._ends_at
+        return self._wake > edge and (not self._arriving or self._arriving[0][0] > edge)
 
     def advance(self, now: float) -> list[EmulatedEvent]:
         """Everything up to `now`, in order."""
@@ -238,9 +241,6 @@ class EmulatedEngine:
         job = self._jobs.get(key)
         return self._generated(job) if job is not None else 0
 
-    def _edge(self, k: int) -> float:
-        return self._t0 + self._run.at(k)
-
     def _catch_up(self, now: float) -> None:
         """Brings all to the state just before `now`: what happens at `now` itself comes behind what is told now."""
         self._pass(now, inclusive=False)
@@ -250,27 +250,23 @@ class EmulatedEngine:
         """Something may be issued now, or at the end of the iteration under way."""
         if self.core.can_issue:
             self._wake = now
-        self._look_ahead()
+        if self._busy:
+            self._look_ahead()
 
     def _pass(self, now: float, inclusive: bool) -> None:
         arriving = self._arriving
         while True:
-            at, edge = self._wake, None
-            if self._busy:
-                edge = self._edge(self._last if self._jump else self._k)
-                if at is None or edge < at:
-                    at = edge
-            if arriving and (at is None or arriving[0][0] <= at):
+            at = self._wake if self._wake < self._ends_at else self._ends_at
+            arrives = bool(arriving) and arriving[0][0] <= at
+            if arrives:
                 at = arriving[0][0]
-            elif at is None:
+            if at > now or (at == now and not inclusive) or at == NEVER:
                 return
-            if at > now or (at == now and not inclusive):
-                return
-            if arriving and arriving[0][0] == at:
+            if arrives:
                 self._skip_to(at)
                 self._arrive(arriving.popleft()[1], at)
                 self._changed(at)
-            elif edge == at:
+            elif at == self._ends_at:
                 self._complete(at)
             else:
                 self._skip_to(at)
@@ -291,7 +287,7 @@ class EmulatedEngine:
 
     def _issue(self, at: float) -> None:
         """Issues what the core has, as far ahead as it may."""
-        self._wake = None
+        self._wake = NEVER
         core = self.core
         while core.can_issue and (batch := core.next_batch(at)) is not None:
             for key in batch.preempted:
@@ -301,13 +297,15 @@ class EmulatedEngine:
                 self._tell(EmulatedEvent("started", key, at, cached))
             if not self._busy:
                 self._start(batch, at)
-        for key, refusal in core.take_failed():
-            self._refuse(key, refusal, at)
+        if core.failed:
+            for key, refusal in core.take_failed():
+                self._refuse(key, refusal, at)
         self._previous = None
-        self._look_ahead()
+        if self._busy:
+            self._look_ahead()
 
     def _start(self, batch: Batch, at: float) -> None:
-        """The batch begins to be computed: as the next of its run, or as the first of a new one."""
+        """The batch begins to be computed: as the next of its run, or as the first of a new one. Its end is looked for next."""
         self._busy = True
         if batch.fills:
             self._t0, self._run, self._k = at, DecodeRun(self.latency.duration(batch.shape), 0.0), 1
@@ -318,25 +316,23 @@ class EmulatedEngine:
             if shape.decode_rows <= self._graph_rows:
                 shape = shape._replace(graph=True)
             self._t0, self._run, self._k = at, self.latency.decode_run(shape), 1
-        self._last = self._k
 
     def _look_ahead(self) -> None:
         """Finds the next edge at which anything can change."""
-        if not self._busy:
-            return
-        batch = self.core.oldest
-        assert batch is not None, "what is under way was issued"
-        self._last = self._k
-        if not batch.fills and not self._streaming:
+        core, k = self.core, self._k
+        last = k
+        if not core.in_flight[0].fills and not self._streaming:
             ends = self._ends
             while ends and not self._is_entry(ends[0]):
                 heappop(ends)
             if ends:
-                self._last += self.core.decode_horizon(ends[0][0] - self.core.decoded) - 1
+                last += core.decode_horizon(ends[0][0] - core.decoded) - 1
+        self._last = last
+        self._ends_at = self._t0 + self._run.at(last if self.jumps else k)
 
     def _skip_to(self, at: float, inclusive: bool = False) -> None:
         """Ends the quiet iterations whose edges lie before `at`, or at it."""
-        if not self._jump or not self._busy or self._last == self._k:
+        if not self.jumps or not self._busy or self._last == self._k:
             return
         t0, run, low, high = self._t0, self._run, self._k, self._last
         k = min(max(run.after(at - t0), low), high)  # from where the first edge that stays is near
@@ -348,29 +344,23 @@ class EmulatedEngine:
 
     def _skip(self, count: int) -> None:
         """Ends `count` quiet iterations."""
-        if not count:
-            return
-        batch = self.core.oldest
-        assert batch is not None
-        if self._observe is not None:
-            self._note(batch, count)
-        self._decode(batch, count)
-        self.core.advance(count)
-        self._k += count
+        if count:
+            self._pass_over(self.core.in_flight[0], count)
+            self.core.advance(count)
+            self._k += count
 
     def _complete(self, at: float) -> None:
-        """The edge that was looked ahead to: ends the iteration under way."""
-        if self._jump:
-            self._skip(self._last - self._k)
+        """The edge that was looked ahead to: ends the iteration under way, and the quiet ones before it."""
         core, jobs = self.core, self._jobs
-        batch = core.oldest
-        assert batch is not None
-        if self._observe is not None:
-            self._note(batch, 1)
+        batch = core.in_flight[0]
+        quiet = self._last - self._k if self.jumps else 0
+        self._pass_over(batch, quiet + 1)
+        if quiet:
+            core.advance(quiet)
+            self._k += quiet
         ended: dict[Hashable, int] = {}
         sampled: list[_Job] = []  # jobs whose fill ends with a token
         if batch.decoders:
-            self._decode(batch, 1)
             self._end_decoding(batch.step, ended)
         for task, row in batch.fills:
             if row.samples and (job := jobs.get(task.key)) is not None:
@@ -389,11 +379,20 @@ class EmulatedEngine:
         for job in sampled:
             if job.key not in ended:
                 self._join(job)
-        self._busy = False
+        self._busy, self._ends_at = False, NEVER
         self._previous = batch.decoders if not batch.fills else None
-        if (following := core.oldest) is not None:
-            self._start(following, at)
+        if core.in_flight:
+            self._start(core.in_flight[0], at)
         self._issue(at)
+
+    def _pass_over(self, batch: Batch, count: int) -> None:
+        """`count` iterations, the first of them the one under way, end: what the observer and the gaps see of them."""
+        if self._observe is not None:
+            self._note(batch, count)
+        if self._coverage is not None:
+            self._coverage.note(batch.shape, count - 1)
+        if batch.decoders:
+            self._decode(batch.step, count)
 
     # ----------------------------------------------------------------------------------------------- jobs that decode
 
@@ -446,19 +445,19 @@ class EmulatedEngine:
     def _generated(self, job: _Job) -> int:
         return job.generated + self.core.decoded if job.decodes else job.generated
 
-    def _decode(self, batch: Batch, count: int) -> None:
-        """`count` iterations that decode, the first of them the one under way, are complete."""
-        last = self._k + count - 1
+    def _decode(self, step: int, count: int) -> None:
+        """`count` iterations that decode, the first of them, `step`, the one under way, end."""
+        run, last = self._run, self._k + count - 1
         if self._k == 1:
-            edge = self._edge(1)
-            self._gaps.add(batch.step, edge - self._decoded_at)
+            edge = self._t0 + run.at(1)
+            self._gaps.add(step, edge - self._decoded_at)
             for job in self._newcomers:
                 if edge - job.last_at > job.max_gap_s:
                     job.max_gap_s = edge - job.last_at
             self._newcomers.clear()
         if last > 1:  # an iteration is never shorter than the one before it in its run
-            self._gaps.add(batch.step + count - 1, self._run.first_s + self._run.growth_s * (last - 1))
-        self._decoded_at = self._edge(last)
+            self._gaps.add(step + count - 1, run.first_s + run.growth_s * (last - 1))
+        self._decoded_at = self._t0 + run.at(last)
 
     def _end_decoding(self, step: int, ended: dict[Hashable, int]) -> None:
         """Adds the jobs whose last token decode iteration `step` brought."""
@@ -485,11 +484,13 @@ class EmulatedEngine:
     # ------------------------------------------------------------------------------------------------------- tell
 
     def _tell(self, event: EmulatedEvent) -> None:
-        evicted = self.take_evicted()
-        self._events.append(event._replace(evicted=evicted) if evicted else event)
+        if self._evicted or self.core.has_evicted:
+            event = event._replace(evicted=self.take_evicted())
+        self._events.append(event)
 
     def _note(self, batch: Batch, count: int) -> None:
         """Tells the observer of `count` iterations of the run, the first of them the one under way."""
         assert self._observe is not None
         keys = tuple([task.key for task in batch.tasks])
-        self._observe(Iterations(self._edge(self._k - 1), self._edge(self._k + count - 1), count, batch.shape, keys))
+        start, end = (self._t0 + self._run.at(k) for k in (self._k - 1, self._k + count - 1))
+        self._observe(Iterations(start, end, count, batch.shape, keys))
