@@ -27,6 +27,7 @@ from sim.pool import Died, Progress, on_processes, shared_progress
 from sim.population import StuckError, simulate
 from sim.results import ResultsError, write_finished
 from sim.spec import ENGINE_PREFIX, Run, check_files, check_programs, core_config_of, engine_models_of, open_programs
+from sim.tables import engine_load
 from sim.workloads import WorkloadError
 from sim.workloads.program import Program
 
@@ -199,7 +200,8 @@ def _summary(run: Run, recorder: Recorder, engines: int) -> Summary:
 def _write(run: Run, recorder: Recorder, summary: Summary, folder: Path) -> None:
     try:
         if run.tables:
-            write_tables(recorder.tables(), folder / run.name)
+            tables = recorder.tables()
+            write_tables({**tables, "engines": engine_load(tables["tasks"])}, folder / run.name)
         write_finished(folder, run, summary)
     except OSError as error:
         raise RunError(f"{folder / run.name}: cannot be written: {error.strerror}") from None

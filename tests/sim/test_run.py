@@ -78,7 +78,7 @@ def test_the_same_seed_writes_the_same_bytes_however_many_workers(
         written.append(files_of(out))
     assert printed[0] == printed[1] == printed[2]
     assert written[0] == written[1] == written[2]
-    assert len(written[0]) == 2 * 5 + 4
+    assert len(written[0]) == 2 * 6 + 4
 
 
 def test_stepping_prints_what_jumping_prints(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
