@@ -211,6 +211,7 @@ def _simulate(run: Run, expect: Callable[[int], None], ended: Callable[[], None]
     engines = engine_models_of(run)
     programs = _programs(run, engines, expect)
     config = core_config_of(run)
+    options: dict[str, Any] = {"strict": True} if run.strict else {}
     # A simulation makes many objects and hardly any cycles: collecting often costs more than it frees.
     thresholds = gc.get_threshold()
     gc.freeze()
@@ -228,7 +229,7 @@ def _simulate(run: Run, expect: Callable[[int], None], ended: Callable[[], None]
             tables=keeps_rows(run),
             on_ended=ended,
             clients=run.clients,
-            **({"strict": True} if run.strict else {}),
+            **options,
         )
     finally:
         gc.set_threshold(*thresholds)
