@@ -23,6 +23,7 @@ from sim.http_client import MODEL, TOLD, Api, HttpClient, Refusal, Style
 from sim.metrics import Recorder
 from sim.network import open_network
 from sim.processes import local_cluster
+from sim.programs import play_programs
 from sim.spec import Run, check_programs, core_config_of, engine_configs_of, engine_models_of, open_programs, profiles_of
 from sim.workloads.program import Program
 
@@ -35,11 +36,16 @@ def run_on_cluster(
     rows: whether the recorder keeps them. expect: told the number of programs. ended: called as each ends. Raises
     ConfigurationError for what cannot be run or a process that dies; KeyboardInterrupt after everything has stopped.
     """
-    programs = list(open_programs(run))
-    if not programs:
-        raise ConfigurationError(f"workload {run.workload!r} has no programs")
-    expect(len(programs))
+    programs: list[Program] = []
+    if run.program is None:
+        programs = list(open_programs(run))
+        if not programs:
+            raise ConfigurationError(f"workload {run.workload!r} has no programs")
+        expect(len(programs))
     recorder = Recorder(run.client, rows)
+    if run.core_url is not None and run.program is not None:
+        _run_interruptibly(play_programs(run, run.core_url, recorder, expect, ended))
+        return recorder, 0
     if run.core_url is not None:
         style = MODEL if run.backend == "real" else TOLD
         _run_interruptibly(_play_on_running(run, run.core_url, programs, recorder, style, ended))
@@ -56,7 +62,11 @@ def run_on_cluster(
 
     async def whole() -> None:
         async with local_cluster(core_config_of(run), list(zip(configs, profiles, strict=True))) as (url, processes):
-            playing = asyncio.ensure_future(_play_all(run, url, programs, recorder, style, ended))
+            if run.program is not None:
+                work = play_programs(run, url, recorder, expect, ended)
+            else:
+                work = _play_all(run, url, programs, recorder, style, ended)
+            playing = asyncio.ensure_future(work)
             try:
                 while not playing.done():
                     await asyncio.wait([playing], timeout=0.5)

@@ -215,8 +215,9 @@ class Recorder:
             0,
         )
         self.errors: dict[str, int] = {}
-        self.outside: dict[str, dict[str, tuple[float, float, float]]] = {}
         self.last_s = 0.0
+        #: of a simulation: latency profile -> input -> (furthest that was asked for, least and most that it was fitted to)
+        self.outside: dict[str, dict[str, tuple[float, float, float]]] = {}
 
     @property
     def programs(self) -> list[ProgramRow]:

@@ -162,7 +162,7 @@ def inputs_of(runs: Iterable[Run]) -> dict[str, str]:
             continue
         seen.add(key)
         named = [value for name in run.__struct_fields__ if isinstance(value := getattr(run, name), str)]
-        parts = [part for value in named for part in (value, *re.split("[:,=]", value))]
+        parts = [part for value in named for part in (value, *re.split("[:,=+]", value))]
         files.update(filter(os.path.isfile, [*parts, *(group.file for group in run.engines)]))
         if run.core_url is None and run.backend != "real":
             for _, profile in profiles_of(run, engine_configs_of(run)):

@@ -57,6 +57,15 @@ def parser(prog: str = "python -m sim.run") -> argparse.ArgumentParser:
         help="program JSONL, a generator (chain, map_reduce, chat, …), or a trace as azure:PATH; each is tried",
     )
     what.add_argument(
+        "--program", metavar="FILE.py:FUNCTION", help="in the place of a workload: an application's own code, written with P"
+    )
+    what.add_argument("--inputs", metavar="FILE.jsonl", help="with --program: the arguments of an instance a line (none)")
+    what.add_argument(
+        "--outputs",
+        metavar="FILE.py:FUNCTION|journal:PATH|synthetic:mean=N,cv=N",
+        help="with --program: what the model says (synthetic text of lognormal length, mean 128 tokens, cv 1)",
+    )
+    what.add_argument(
         "--policy", metavar="A,B", help="round_robin, least_loaded, parrot, parrot:all, parrot:SWITCH+SWITCH (parrot)"
     )
     what.add_argument("--rate", metavar="R,R", help="programs a second; recorded gaps are scaled to it")
@@ -127,7 +136,7 @@ def specification_of(arguments: argparse.Namespace) -> Specification:
     """The specification that the flags say, over that of --spec. Raises ConfigurationError."""
     given: dict[str, Any] = {}
     plain = ("core", "arrivals", "count", "max_gen_length", "backend", "core_url", "repeats", "jump", "engine_delay_ms")
-    for name in (*plain, "strict", "intervals", "confidence", "tables", "trace", "report"):
+    for name in (*plain, "program", "inputs", "outputs", "strict", "intervals", "confidence", "tables", "trace", "report"):
         if (value := getattr(arguments, name)) is not None:
             given[name] = value
     if arguments.workload is not None:
@@ -155,9 +164,14 @@ def specification_of(arguments: argparse.Namespace) -> Specification:
     settings = dict(_setting(text) for text in arguments.settings)
     if arguments.spec is not None:
         file = load_specification(arguments.spec)
-        return msgspec.structs.replace(file, settings={**file.settings, **settings}, **given)
-    if "workloads" not in given:
-        raise ConfigurationError("--workload is needed (or --spec)")
+        whole = msgspec.structs.replace(file, settings={**file.settings, **settings}, **given)
+        try:
+            runs_of(whole)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{arguments.spec}, with the flags above it: {error}") from None
+        return whole
+    if "workloads" not in given and "program" not in given:
+        raise ConfigurationError("--workload or --program is needed (or --spec)")
     return Specification(settings=settings, **given)
 
 

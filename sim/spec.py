@@ -69,11 +69,15 @@ class Specification(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     try. rtt_ms: milliseconds, or a file of measured ones. profiles: files or shipped names, which stand above the engines'
     own. strict: an iteration outside a profile's range ends the run. core_url: a cluster that already runs. intervals: runs a
     seed with durations drawn from the profiles' spread, beside the one without. confidence: of every interval. metrics: the
-    columns of the table on the terminal. tables, trace, report: what is written beside the summaries.
+    columns of the table on the terminal. tables, trace, report: what is written beside the summaries. program: in the place
+    of workloads, an application's own code, with the inputs of its instances and where outputs come from (`sim.programs`).
     """
 
     about: str = ""
-    workloads: tuple[str, ...]
+    workloads: tuple[str, ...] = ()
+    program: str | None = None
+    inputs: str | None = None
+    outputs: str | None = None
     core: str | None = None
     engines: tuple[EngineChoice, ...] = ()
     policies: tuple[str, ...] = ("parrot",)
@@ -107,6 +111,9 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     workload: str
+    program: str | None
+    inputs: str | None
+    outputs: str | None
     core: str | None
     engines: tuple[EngineGroup, ...]
     policy: str
@@ -151,9 +158,10 @@ def runs_of(spec: Specification) -> list[Run]:
     clusters = list(itertools.product(*(choice.groups() for choice in spec.engines)))
     values = list(itertools.product(*spec.settings.values()))
     draws = [None, *range(1, spec.intervals + 1)]
+    workloads = spec.workloads or (spec.program or "",)
     runs = []
     for workload, engines, policy, chosen, rate, clients, seed, repeat, draw in itertools.product(
-        spec.workloads, clusters, spec.policies, values, spec.rates, spec.clients, spec.seeds, range(spec.repeats), draws
+        workloads, clusters, spec.policies, values, spec.rates, spec.clients, spec.seeds, range(spec.repeats), draws
     ):
         run = Run(
             name="",
@@ -177,7 +185,13 @@ def runs_of(spec: Specification) -> list[Run]:
 
 
 def _check(spec: Specification) -> None:
-    for name in ("workloads", "policies", "rates", "clients", "seeds"):
+    if bool(spec.workloads) == bool(spec.program):
+        raise ConfigurationError("workloads, program: one of the two is needed, and only one")
+    if spec.program is None and (spec.inputs is not None or spec.outputs is not None):
+        raise ConfigurationError("inputs and outputs are a program's, and there is none")
+    if spec.program is not None and (spec.client is not Mode.SEMANTIC or spec.arrivals is not None):
+        raise ConfigurationError("client and arrivals are a workload's: a program sends what it sends, in a Poisson process")
+    for name in ("policies", "rates", "clients", "seeds"):
         if not getattr(spec, name):
             raise ConfigurationError(f"{name}: at least one is needed")
     for key, values in spec.settings.items():
@@ -349,6 +363,10 @@ def spreads_of(run: Run) -> dict[str, float]:
 def check_files(run: Run) -> None:
     """Raises ConfigurationError for whatever in the run's files would stop it, before anything starts."""
     read_round_trips(run.rtt_ms)
+    if run.program is not None:
+        from sim.programs import check_program  # what only programs need, the server's code for one
+
+        check_program(run)
     if run.core_url is not None:
         return
     core_config_of(run)
@@ -396,11 +414,7 @@ def check_programs(programs: Iterator[Program], engines: Sequence[EngineModel], 
 
 
 def _room(engines: Sequence[EngineModel], models: tuple[str, ...]) -> int:
-    rooms = [
-        min(e.limits.max_seq_len, e.limits.num_blocks * e.limits.block_size)
-        for e in engines
-        if not models or e.description.model in models
-    ]
+    rooms = [e.limits.largest_task for e in engines if not models or e.description.model in models]
     return max(rooms, default=-1)
 
 

@@ -208,18 +208,19 @@ def _write(run: Run, recorder: Recorder, summary: Summary, folder: Path) -> None
 
 
 def _simulate(run: Run, expect: Callable[[int], None], ended: Callable[[], None]) -> tuple[Recorder, int]:
-    engines = engine_models_of(run)
-    programs = _programs(run, engines, expect)
-    config = core_config_of(run)
-    options: dict[str, Any] = {"strict": True} if run.strict else {}
     # A simulation makes many objects and hardly any cycles: collecting often costs more than it frees.
     thresholds = gc.get_threshold()
     gc.freeze()
     gc.set_threshold(200_000, 20, 100)
     try:
+        if run.program is not None:
+            from sim.programs import simulate_programs
+
+            return simulate_programs(run, keeps_rows(run), expect, ended)
+        engines = engine_models_of(run)
         recorder = simulate(
-            programs,
-            config,
+            _programs(run, engines, expect),
+            core_config_of(run),
             engines,
             mode=run.client,
             network=open_network(run.rtt_ms, run.seed),
@@ -229,7 +230,7 @@ def _simulate(run: Run, expect: Callable[[int], None], ended: Callable[[], None]
             tables=keeps_rows(run),
             on_ended=ended,
             clients=run.clients,
-            **options,
+            strict=run.strict,
         )
     finally:
         gc.set_threshold(*thresholds)
@@ -269,10 +270,11 @@ def check_runs(runs: Sequence[Run]) -> None:
     """
     for run in _distinct(runs, lambda run: msgspec.structs.replace(run, name="", workload="", **_LOAD)):
         _checked(check_files, run)
-    if len(runs) == 1:
+    if runs[0].program is not None:  # its instances are no workload
         return
+    looked_at = CHECKED_PROGRAMS if len(runs) > 1 else 0
     for run in _distinct(runs, lambda run: (run.workload, run.engines, _of_engines(run.settings))):
-        _checked(_check_workload, run)
+        _checked(_check_workload, run, looked_at)
 
 
 _LOAD: dict[str, Any] = {"rate": None, "clients": None, "seed": 0, "repeat": 0, "draw": None}
@@ -290,9 +292,9 @@ def _of_engines(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name.startswith(ENGINE_PREFIX)}
 
 
-def _check_workload(run: Run) -> None:
+def _check_workload(run: Run, looked_at: int) -> None:
     programs = open_programs(run)
     if run.backend != "real" and run.core_url is None:
         programs = check_programs(programs, engine_models_of(run), run.workload)
-    for _ in itertools.islice(programs, CHECKED_PROGRAMS):
+    for _ in itertools.islice(programs, looked_at):
         pass

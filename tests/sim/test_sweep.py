@@ -98,7 +98,8 @@ WRONG_FILES = {
     "unknown key of an engine": ('{"workloads": ["chat"], "engines": [{"file": "e", "size": 2}]}', "engines[0]"),
     "unknown backend": ('{"workloads": ["chat"], "backend": "gpu"}', "expected one of: sim, emulated, real"),
     "objective of zero": ('{"workloads": ["chat"], "objectives": {"jct_s": 0}}', "key 'objectives.jct_s' is 0"),
-    "no workload": ("{}", "missing key 'workloads'"),
+    "no workload": ("{}", "speed.json, with the flags above it: workloads, program: one of the two is needed"),
+    "rate of zero": ('{"workloads": ["chat"], "rates": [0]}', "speed.json, with the flags above it: rate 0"),
     "no JSON": ("{", "speed.json: not valid JSON"),
 }
 
