@@ -297,10 +297,15 @@ def _warn_of_what_was_not_seen(results: Sequence[Result]) -> None:
         for profile, features in result.summary.outside.items():
             worst = farthest.setdefault(profile, {})
             for name, seen in features.items():
-                worst[name] = max(worst.get(name, seen), seen)
+                worst[name] = max(worst.get(name, seen), seen, key=_beyond)
     for profile, worst in sorted(farthest.items()):
         far = ", ".join(f"{name} {most:g} (seen {low:g} to {high:g})" for name, (most, low, high) in sorted(worst.items()))
         print(f"sim.run: profile {profile}: beyond what it was fitted to: {far}; --strict refuses", file=sys.stderr)
+
+
+def _beyond(seen: tuple[float, float, float]) -> float:
+    value, least, most = seen
+    return max(value - most, least - value)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "sim.run") -> int:

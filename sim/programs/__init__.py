@@ -61,6 +61,7 @@ def simulate_programs(
         engine_delay_s=run.engine_delay_ms / 1000.0,
         tables=rows,
         on_ended=ended,
+        strict=run.strict,
     )
     return recorder, len(engines)
 

@@ -130,15 +130,17 @@ def simulate_instances(
     engine_delay_s: float = 0.0,
     tables: bool = True,
     on_ended: Callable[[], None] | None = None,
+    strict: bool = False,
 ) -> Recorder:
     """Runs `count` instances to the end of the last, and tells on standard error what those raised that failed.
 
-    Raises ConfigurationError for a program that cannot be run, StuckError for a run that cannot end, OutputError.
+    Raises ConfigurationError for a program that cannot be run, StuckError for a run that cannot end, OutputError, and (strict)
+    OutOfRange.
     """
     timeline = Timeline()
     strands = Strands(timeline)
     fitted, tokenizers = with_tokenizers(engines)
-    cluster = Cluster(timeline, config, fitted, engine_delay_s=engine_delay_s, jump=jump)
+    cluster = Cluster(timeline, config, fitted, engine_delay_s=engine_delay_s, jump=jump, strict=strict)
     recorder = Recorder(Mode.SEMANTIC, tables)
 
     def closed(account: Account, calls: Sequence[Call], known: Mapping[str, tuple[int, int]]) -> None:
@@ -162,6 +164,7 @@ def simulate_instances(
         door.close()
     if instances.failures:
         print(instances.failures.tell(source.spec, count), file=sys.stderr)
+    recorder.outside = cluster.outside()
     return recorder
 
 

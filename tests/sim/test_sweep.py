@@ -270,6 +270,22 @@ def test_a_profile_without_spread_is_said_to_state_none(flags: list[str], capsys
     assert (cell["draws"], cell["metrics"]["jct_s.mean"]["prediction_interval"]) == (0, None)
 
 
+def test_what_a_profile_has_not_seen_is_said_once_and_refused_when_strict(
+    flags: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    with_profile(tmp_path, msgspec.structs.replace(PROFILE, seen={"tokens": (1, 20), "rows": (1, 64)}))
+    assert main([*flags, "--policy", "parrot,round_robin"]) == 0
+    captured = capsys.readouterr()
+    lines = [json.loads(line) for line in captured.out.splitlines()]
+    farthest = max(line["outside"]["made-up"]["tokens"][0] for line in lines)
+    assert captured.err.count("\n") == 1
+    assert f"profile made-up: beyond what it was fitted to: tokens {farthest:g} (seen 1 to 20)" in captured.err
+    assert main([*flags, "--strict", "--fresh"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "'made-up' was fitted to iterations with tokens from 1 to 20" in captured.err
+
+
 @pytest.mark.parametrize(
     ("objectives", "column"),
     [("jct_s={}", "jct_s"), ("ttft_s={}", "ttft_s"), ("tpot_s={}", "tpot_s"), ("ttft_s=99,jct_s={}", "jct_s")],
