@@ -100,7 +100,7 @@ def flags(tmp_path: Path) -> list[str]:
     ]
     workload = tmp_path / "programs.jsonl"
     write_programs(workload, some)
-    return ["--core", core, "--engines", f"{engine}:2", "--workload", str(workload)]
+    return ["--core", core, "--engines", f"{engine}:2", "--workload", str(workload), "--no-report"]
 
 
 @pytest.mark.parametrize("mode", list(Mode))
