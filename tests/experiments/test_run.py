@@ -27,8 +27,8 @@ def test_flags_stand_above_the_experiment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    small = ["--count", "3", "--rate", "2", "--policy", "round_robin", "--seed", "7", "--no-report", "--out", str(tmp_path / "out")]
-    assert main(["map_reduce", *small]) == 0
+    small = ["--count", "3", "--rate", "2", "--policy", "round_robin", "--seed", "7", "--no-report"]
+    assert main(["map_reduce", *small, "--out", str(tmp_path / "out")]) == 0
     (line,) = map(json.loads, capsys.readouterr().out.splitlines())
     assert (line["policy"], line["rate"], line["seed"], line["programs"]) == ("round_robin", 2.0, 7, 3)
     assert (tmp_path / "out" / "round_robin_rate2_seed7" / "run.json").is_file()

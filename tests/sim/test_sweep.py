@@ -30,7 +30,8 @@ def flags(tmp_path: Path) -> list[str]:
     core, engine = write_files(tmp_path)
     workload = tmp_path / "programs.jsonl"
     write_programs(workload, [chain(2, "a"), map_reduce(3, "b", arrival_s=0.2), chain(3, "c", arrival_s=0.5)])
-    return ["--core", core, "--engines", f"{engine}:2", "--workload", str(workload), "--no-report", "--out", str(tmp_path / "out")]
+    out = ["--no-report", "--out", str(tmp_path / "out")]
+    return ["--core", core, "--engines", f"{engine}:2", "--workload", str(workload), *out]
 
 
 def printed(capsys: Capture, kind: str = "run") -> list[dict[str, object]]:
