@@ -165,9 +165,13 @@ def azure(options: argparse.Namespace, folder: Path) -> None:
 def mooncake(options: argparse.Namespace, folder: Path) -> None:
     count = sum(1 for _ in open_workload(f"mooncake:{options.mooncake}"))
     workload, out = f"mooncake:{options.mooncake}", str(folder / "mooncake")
+    # The trace is more than eight such engines can do: like DynoSim's, the queue is not bounded.
+    flags = ("--set", f"global_scheduler.max_queue_size={count}", "--set", f"max_sessions_num={count}")
     runs = {
-        "parrot, parrot:ctx_aware": lambda: ours(workload, "parrot:ctx_aware", 8, folder=out)[0],
-        "parrot, parrot:ctx_aware, no tables": lambda: ours(workload, "parrot:ctx_aware", 8, "--no-tables", folder=out)[0],
+        "parrot, parrot:ctx_aware": lambda: ours(workload, "parrot:ctx_aware", 8, *flags, folder=out)[0],
+        "parrot, parrot:ctx_aware, no tables": lambda: ours(
+            workload, "parrot:ctx_aware", 8, *flags, "--no-tables", folder=out
+        )[0],
     }
     if options.peers:
         limits = (512, KV_TOKENS, MAX_BATCH_SIZE, MAX_BATCHED_TOKENS)

@@ -189,8 +189,8 @@ def _check(spec: Specification) -> None:
         raise ConfigurationError("workloads, program: one of the two is needed, and only one")
     if spec.program is None and (spec.inputs is not None or spec.outputs is not None):
         raise ConfigurationError("inputs and outputs are a program's, and there is none")
-    if spec.program is not None and (spec.client is not Mode.SEMANTIC or spec.arrivals is not None):
-        raise ConfigurationError("client and arrivals are a workload's: a program sends what it sends, in a Poisson process")
+    if spec.program is not None and spec.client is not Mode.SEMANTIC:
+        raise ConfigurationError(f"client {spec.client} is a workload's: a program sends what its own code sends")
     for name in ("policies", "rates", "clients", "seeds"):
         if not getattr(spec, name):
             raise ConfigurationError(f"{name}: at least one is needed")

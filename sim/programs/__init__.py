@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from parrot.configuration import ConfigurationError
 from sim.network import open_network
-from sim.programs.instances import check_source
+from sim.programs.instances import check_source, starts_at
 from sim.programs.outputs import open_outputs
 from sim.programs.source import Arguments, Source, read_inputs
 from sim.spec import Run, core_config_of, engine_models_of
@@ -26,6 +26,7 @@ def check_program(run: Run) -> None:
     source = _source_of(run)
     with source.importable():
         check_source(source, read_inputs(run.inputs))
+    starts_at(run.rate, run.seed, run.arrivals)
     if run.backend == "sim":
         open_outputs(run.outputs, run.seed)
     elif run.outputs is not None:
@@ -55,6 +56,7 @@ def simulate_programs(
         outputs=open_outputs(run.outputs, run.seed),
         network=open_network(run.rtt_ms, run.seed),
         rate=run.rate,
+        arrivals=run.arrivals,
         clients=run.clients,
         seed=run.seed,
         jump=run.jump,
@@ -83,6 +85,7 @@ async def play_programs(
         recorder,
         network=open_network(run.rtt_ms, run.seed),
         rate=run.rate,
+        arrivals=run.arrivals,
         clients=run.clients,
         seed=run.seed,
         on_ended=ended,

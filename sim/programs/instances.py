@@ -19,15 +19,29 @@ from parrot.protocol.errors import ErrorInfo, ParrotError
 from sim.programs.accounts import Account
 from sim.programs.loops import Refused
 from sim.programs.source import Arguments, Source, check_arguments
-from sim.workloads.arrivals import poisson, stream
+from sim.workloads.arrivals import draw_arrivals, parse_arrivals, stream
+from sim.workloads.program import WorkloadError
 
 _OURS = Path(__file__).parent
 _SHOWN = 5  # tracebacks that differ
 
 
-def arrivals(rate: float | None, seed: int) -> Iterator[float]:
-    """Seconds at which instances begin: a Poisson process of `rate` a second; all at once without one."""
-    return itertools.repeat(0.0) if rate is None else poisson(rate, stream(seed, "arrivals"))
+def starts_at(rate: float | None, seed: int, arrivals: str | None = None) -> Iterator[float]:
+    """Seconds at which instances begin: at `rate` a second as `arrivals` says (a Poisson process); all at once without one.
+
+    Raises ConfigurationError.
+    """
+    try:
+        how = parse_arrivals(arrivals or "poisson")
+    except WorkloadError as error:
+        raise ConfigurationError(str(error)) from None
+    if how.kind == "recorded":
+        raise ConfigurationError(f"arrivals {arrivals}: a program has no trace; expected poisson, gamma:CV or constant")
+    if rate is None:
+        if arrivals is not None:
+            raise ConfigurationError(f"arrivals {arrivals}: at which --rate?")
+        return itertools.repeat(0.0)
+    return draw_arrivals(how, rate, stream(seed, "arrivals"))
 
 
 def check_source(source: Source, inputs: Sequence[Arguments]) -> None:

@@ -32,7 +32,7 @@ from sim.http_client import Api, Refusal
 from sim.metrics import Recorder
 from sim.network import Network
 from sim.programs.accounts import Account, RecordedBlocking, RecordedLooped
-from sim.programs.instances import Failures, arrivals, check_source
+from sim.programs.instances import Failures, check_source, starts_at
 from sim.programs.source import Arguments, Source, play
 
 
@@ -138,6 +138,7 @@ async def play_instances(
     *,
     network: Network,
     rate: float | None = None,
+    arrivals: str | None = None,
     clients: int | None = None,
     seed: int = 0,
     on_ended: Callable[[], None] | None = None,
@@ -150,7 +151,7 @@ async def play_instances(
     loop = asyncio.get_running_loop()
     ledger = Ledger(recorder)
     zero_s = time.monotonic()
-    starts = arrivals(rate, seed)
+    starts = starts_at(rate, seed, arrivals)
     free = asyncio.Semaphore(clients or count)
 
     def clock() -> float:

@@ -20,7 +20,7 @@ from sim.network import Network
 from sim.population import StuckError
 from sim.programs.accounts import Account, RecordedBlocking, RecordedLooped
 from sim.programs.door import Door, with_tokenizers
-from sim.programs.instances import Failures, arrivals, check_source
+from sim.programs.instances import Failures, check_source, starts_at
 from sim.programs.outputs import Outputs
 from sim.programs.source import Arguments, Source, play
 from sim.programs.strands import Stopped, Strand, Strands
@@ -124,6 +124,7 @@ def simulate_instances(
     outputs: Outputs,
     network: Network,
     rate: float | None = None,
+    arrivals: str | None = None,
     clients: int | None = None,
     seed: int = 0,
     jump: bool = True,
@@ -151,10 +152,8 @@ def simulate_instances(
         with virtual_surroundings(strands, seed), source.importable():
             check_source(source, inputs)
             door.open()
-            starts = arrivals(rate, seed)
-            instances = Instances(
-                source, inputs, count, starts, door, network, strands, recorder, clients, on_ended
-            )
+            starts = starts_at(rate, seed, arrivals)
+            instances = Instances(source, inputs, count, starts, door, network, strands, recorder, clients, on_ended)
             if not timeline.run_until(instances.is_over):
                 raise StuckError(f"nothing more can happen, but {_waiting(strands)}")
     except Stopped as stopped:
@@ -162,6 +161,7 @@ def simulate_instances(
     finally:
         strands.kill_programs()
         door.close()
+    recorder.outside = cluster.outside()
     if instances.failures:
         print(instances.failures.tell(source.spec, count), file=sys.stderr)
     recorder.outside = cluster.outside()

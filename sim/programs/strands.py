@@ -79,7 +79,8 @@ class Strand(greenlet.greenlet):  # type: ignore[misc]
         self.looks = 0
         if until_s < math.inf:
             self._timeline.call_at(until_s, partial(self._resume, self._waits), self._priority)
-        loop, hooks = asyncio._get_running_loop(), sys.get_asyncgen_hooks()  # of the thread, and so of whichever strand runs
+        loop = asyncio._get_running_loop()  # of the thread, and so of whichever strand runs; so are the hooks
+        hooks = sys.get_asyncgen_hooks() if loop is not None and self.is_program else None
         asyncio._set_running_loop(None)
         self._waiting = True
         try:
@@ -87,7 +88,8 @@ class Strand(greenlet.greenlet):  # type: ignore[misc]
         finally:
             self._waiting = False
             asyncio._set_running_loop(loop)
-            sys.set_asyncgen_hooks(*hooks)
+            if hooks is not None:
+                sys.set_asyncgen_hooks(*hooks)
 
     def wake(self) -> None:
         """Ends its wait, now; or the next one, where it does not wait."""

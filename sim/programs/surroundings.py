@@ -63,6 +63,7 @@ def virtual_surroundings(strands: Strands, seed: int) -> Iterator[None]:
         for name, function in _clocks().items():
             stack.callback(setattr, time, name, getattr(time, name))
             setattr(time, name, function)
+        stack.callback(sys.set_asyncgen_hooks, *sys.get_asyncgen_hooks())
         stack.callback(asyncio.set_event_loop_policy, asyncio.get_event_loop_policy())
         asyncio.set_event_loop_policy(VirtualPolicy())
         stack.callback(setattr, threading.Thread, "start", threading.Thread.start)
