@@ -19,12 +19,13 @@ from parrot.configuration import ConfigurationError
 from parrot.engine.config import description_of
 from parrot.latency import LatencyProfile
 from sim.clients import new_player
+from sim.fit import check_programs
 from sim.http_client import MODEL, TOLD, Api, HttpClient, Refusal, Style
 from sim.metrics import Recorder
 from sim.network import open_network
 from sim.processes import local_cluster
 from sim.programs import play_programs
-from sim.spec import Run, check_programs, core_config_of, engine_configs_of, engine_models_of, open_programs, profiles_of
+from sim.spec import Run, core_config_of, engine_configs_of, engine_models_of, open_programs, profiles_of
 from sim.workloads.program import Program
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import msgspec
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit  # scipy.stats takes as long to import as a small sweep
 
 from sim.metrics import METRICS, Summary, metrics_of
 from sim.spec import Run
@@ -137,4 +137,4 @@ def prediction_interval(seeds: Sequence[Sequence[float]], confidence: float) -> 
 
 
 def _quantile(confidence: float, freedom: float) -> float:
-    return float(student.ppf((1 + confidence) / 2, freedom))
+    return float(stdtrit(freedom, (1 + confidence) / 2))

@@ -13,6 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Generic, NamedTuple, TypeVar
 
@@ -20,6 +21,7 @@ T = TypeVar("T")
 
 POLL_S = 0.2  #: how often progress is read while nothing ends
 STOP_S = 5.0  #: how long a process has to go when it is told to
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 PR_SET_PDEATHSIG = 1  #: of Linux's prctl(2)
 
 
@@ -72,7 +74,8 @@ def on_processes(
                 number = waiting.pop()
                 receiver, writer = context.Pipe(duplex=False)
                 process = context.Process(target=_carry_out, args=(work[number], writer, os.getpid()), daemon=True)
-                process.start()
+                with _signals_wait():
+                    process.start()
                 writer.close()  # the process alone has it now, so that its end can be seen
                 live[receiver] = _Worker(number, process)
             for ready in wait(list(live), timeout=POLL_S):
@@ -98,6 +101,17 @@ def on_processes(
             worker.process.join()
 
 
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Holds back what would interrupt a fork: Python loses an exception that a signal raises in its callbacks at fork, and a
+    child is not to take the parent's signals for its own. The child lets them come again when it is ready."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _end_of(status: int | None) -> str:
     if status is not None and status < 0:
         return f"its process was killed by {signal.Signals(-status).name} (out of memory?)"
@@ -108,6 +122,7 @@ def _carry_out(work: Callable[[], T], writer: Connection, parent: int) -> None:
     """The life of a process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it went before it could be asked for

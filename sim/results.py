@@ -58,7 +58,7 @@ class RunResult(NamedTuple):
             tables = read_tables(self.folder)
         except (OSError, ValueError) as error:
             raise ResultsError(f"{self.folder}: a table cannot be read: {error}") from None
-        if missing := {"programs", "gets", "calls", "tasks"} - set(tables):
+        if missing := set(TABLES) - set(tables):
             raise ResultsError(f"{self.folder}: no {', '.join(sorted(missing))}.parquet")
         return tables
 

@@ -164,9 +164,12 @@ def specification_of(arguments: argparse.Namespace) -> Specification:
     settings = dict(_setting(text) for text in arguments.settings)
     if arguments.spec is not None:
         file = load_specification(arguments.spec)
-        if not (file.workloads or file.program or "workloads" in given or "program" in given):
-            raise ConfigurationError(f"{arguments.spec}: missing key 'workloads' (or 'program')")
-        return msgspec.structs.replace(file, settings={**file.settings, **settings}, **given)
+        whole = msgspec.structs.replace(file, settings={**file.settings, **settings}, **given)
+        try:
+            runs_of(whole)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{arguments.spec}, with the flags above it: {error}") from None
+        return whole
     if "workloads" not in given and "program" not in given:
         raise ConfigurationError("--workload or --program is needed (or --spec)")
     return Specification(settings=settings, **given)
@@ -294,10 +297,15 @@ def _warn_of_what_was_not_seen(results: Sequence[Result]) -> None:
         for profile, features in result.summary.outside.items():
             worst = farthest.setdefault(profile, {})
             for name, seen in features.items():
-                worst[name] = max(worst.get(name, seen), seen)
+                worst[name] = max(worst.get(name, seen), seen, key=_beyond)
     for profile, worst in sorted(farthest.items()):
         far = ", ".join(f"{name} {most:g} (seen {low:g} to {high:g})" for name, (most, low, high) in sorted(worst.items()))
         print(f"sim.run: profile {profile}: beyond what it was fitted to: {far}; --strict refuses", file=sys.stderr)
+
+
+def _beyond(seen: tuple[float, float, float]) -> float:
+    value, least, most = seen
+    return max(value - most, least - value)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "sim.run") -> int:

@@ -31,7 +31,7 @@ from sim.metrics import METRICS
 from sim.network import read_round_trips, stream
 from sim.objectives import Objectives
 from sim.workloads import open_workload
-from sim.workloads.program import Call, Program, Read, Text, Write
+from sim.workloads.program import Program
 
 Backend = Literal["sim", "emulated", "real"]
 
@@ -375,9 +375,6 @@ def check_files(run: Run) -> None:
         profiles_of(run, configs)
 
 
-# ------------------------------------------------------------------------------------------ a workload and a cluster
-
-
 def open_programs(run: Run) -> Iterator[Program]:
     """The run's workload. Raises WorkloadError."""
     return open_workload(
@@ -388,54 +385,3 @@ def open_programs(run: Run) -> Iterator[Program]:
         max_gen_length=run.max_gen_length,
         arrivals=run.arrivals,
     )
-
-
-def check_programs(programs: Iterator[Program], engines: Sequence[EngineModel], workload: str) -> Iterator[Program]:
-    """Passes `programs` on. Raises ConfigurationError for one that no engine can run: its model, or the longest prompt."""
-    longest: dict[tuple[str, ...], int] = {}
-    for program in programs:
-        lengths = {source.var: source.tokens for source in program.sets}
-        lengths |= {s.var: s.tokens for call in program.calls for s in call.segments if type(s) is Write}
-        for number, call in enumerate(program.calls):
-            room = longest.get(call.models)
-            if room is None:
-                room = longest[call.models] = _room(engines, call.models)
-            where = f"{workload}: program {program.id!r}, call {number}"
-            if room < 0:
-                have = ", ".join(sorted({engine.description.model for engine in engines}))
-                wanted = " or ".join(call.models)
-                raise ConfigurationError(f"{where}: needs model {wanted}, which no engine has (they have: {have})")
-            needed = _prompt_tokens(call, lengths, where)
-            if needed + 1 > room:
-                raise ConfigurationError(
-                    f"{where}: its prompt has {needed} tokens; the largest engine takes {room} with at least one generated"
-                )
-        yield program
-
-
-def _room(engines: Sequence[EngineModel], models: tuple[str, ...]) -> int:
-    rooms = [
-        min(e.limits.max_seq_len, e.limits.num_blocks * e.limits.block_size)
-        for e in engines
-        if not models or e.description.model in models
-    ]
-    return max(rooms, default=-1)
-
-
-def _prompt_tokens(call: Call, lengths: dict[str, int], where: str) -> int:
-    """Tokens in front of the call's last output."""
-    total = last = 0
-    written: set[str] = set()
-    own = {s.var for s in call.segments if type(s) is Write}
-    for segment in call.segments:
-        if type(segment) is Text:
-            total += segment.tokens
-        elif type(segment) is Read:
-            if segment.var in own and segment.var not in written:
-                raise ConfigurationError(f"{where}: reads its own output {segment.var!r} before it is written")
-            total += lengths[segment.var]
-        elif type(segment) is Write:
-            last = total
-            total += segment.tokens
-            written.add(segment.var)
-    return last

@@ -20,13 +20,15 @@ import msgspec
 from parrot.configuration import ConfigurationError
 from parrot.protocol.errors import ParrotError
 from sim.cluster import OutOfRange
+from sim.fit import check_programs
 from sim.metrics import Recorder, Summary, write_tables
 from sim.network import open_network
 from sim.objectives import within
 from sim.pool import Died, Progress, on_processes, shared_progress
 from sim.population import StuckError, simulate
 from sim.results import ResultsError, write_finished
-from sim.spec import ENGINE_PREFIX, Run, check_files, check_programs, core_config_of, engine_models_of, open_programs
+from sim.spec import ENGINE_PREFIX, Run, check_files, core_config_of, engine_models_of, open_programs
+from sim.tables import engine_load
 from sim.workloads import WorkloadError
 from sim.workloads.program import Program
 
@@ -199,7 +201,8 @@ def _summary(run: Run, recorder: Recorder, engines: int) -> Summary:
 def _write(run: Run, recorder: Recorder, summary: Summary, folder: Path) -> None:
     try:
         if run.tables:
-            write_tables(recorder.tables(), folder / run.name)
+            tables = recorder.tables()
+            write_tables({**tables, "engines": engine_load(tables["tasks"])}, folder / run.name)
         write_finished(folder, run, summary)
     except OSError as error:
         raise RunError(f"{folder / run.name}: cannot be written: {error.strerror}") from None
@@ -268,12 +271,11 @@ def check_runs(runs: Sequence[Run]) -> None:
     """
     for run in _distinct(runs, lambda run: msgspec.structs.replace(run, name="", workload="", **_LOAD)):
         _checked(check_files, run)
-    if len(runs) == 1:
+    if runs[0].program is not None:  # its instances are no workload
         return
-    if runs[0].program is not None:
-        return
+    looked_at = CHECKED_PROGRAMS if len(runs) > 1 else 0
     for run in _distinct(runs, lambda run: (run.workload, run.engines, _of_engines(run.settings))):
-        _checked(_check_workload, run)
+        _checked(_check_workload, run, looked_at)
 
 
 _LOAD: dict[str, Any] = {"rate": None, "clients": None, "seed": 0, "repeat": 0, "draw": None}
@@ -291,9 +293,9 @@ def _of_engines(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name.startswith(ENGINE_PREFIX)}
 
 
-def _check_workload(run: Run) -> None:
+def _check_workload(run: Run, looked_at: int) -> None:
     programs = open_programs(run)
     if run.backend != "real" and run.core_url is None:
         programs = check_programs(programs, engine_models_of(run), run.workload)
-    for _ in itertools.islice(programs, CHECKED_PROGRAMS):
+    for _ in itertools.islice(programs, looked_at):
         pass

@@ -16,7 +16,6 @@ from rich.table import Table
 
 from sim import pool
 from sim.cells import Cell, Estimate
-from sim.metrics import METRICS
 
 DEFAULT_METRICS = ("jct_s.mean", "jct_s.p99", "ttft_s.mean", "ttft_s.p99", "tpot_s.mean", "throughput_tokens_per_s", "failed")
 _WITH_OBJECTIVES = ("goodput_programs_per_s",)
@@ -110,6 +109,3 @@ def _decimals(value: float, digits: int) -> int:
     if value == 0.0 or value == int(value):
         return 0
     return max(0, digits - 1 - math.floor(math.log10(abs(value))))
-
-
-assert {*DEFAULT_METRICS, *_WITH_OBJECTIVES} <= set(METRICS)

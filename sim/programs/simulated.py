@@ -135,7 +135,8 @@ def simulate_instances(
 ) -> Recorder:
     """Runs `count` instances to the end of the last, and tells on standard error what those raised that failed.
 
-    Raises ConfigurationError for a program that cannot be run, StuckError for a run that cannot end, OutputError.
+    Raises ConfigurationError for a program that cannot be run, StuckError for a run that cannot end, OutputError, and (strict)
+    OutOfRange.
     """
     timeline = Timeline()
     strands = Strands(timeline)
@@ -163,6 +164,7 @@ def simulate_instances(
     recorder.outside = cluster.outside()
     if instances.failures:
         print(instances.failures.tell(source.spec, count), file=sys.stderr)
+    recorder.outside = cluster.outside()
     return recorder
 
 

@@ -82,3 +82,17 @@ def _lives(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_an_interrupt_in_the_middle_of_a_fork_is_not_lost() -> None:
+    script = """
+import os
+from sim.pool import on_processes
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), 2))
+try:
+    print(list(on_processes([lambda: None], 1)))
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert (done.stdout, done.stderr) == ("interrupted\n", "")

@@ -21,7 +21,7 @@ def flags(tmp_path: Path) -> list[str]:
     core, engine = write_files(tmp_path)
     workload = tmp_path / "programs.jsonl"
     write_programs(workload, [chain(2, "a"), map_reduce(3, "b", arrival_s=0.2)])
-    return ["--core", core, "--engines", f"{engine}:2", "--workload", str(workload), "--seed", "1,2"]
+    return ["--core", core, "--engines", f"{engine}:2", "--workload", str(workload), "--seed", "1,2", "--no-report"]
 
 
 def test_a_local_ray_writes_the_bytes_that_processes_write(flags: list[str], tmp_path: Path, capsys: Capture) -> None:

@@ -30,7 +30,8 @@ def flags(tmp_path: Path) -> list[str]:
     core, engine = write_files(tmp_path)
     workload = tmp_path / "programs.jsonl"
     write_programs(workload, [chain(2, "a"), map_reduce(3, "b", arrival_s=0.2), chain(3, "c", arrival_s=0.5)])
-    return ["--core", core, "--engines", f"{engine}:2", "--workload", str(workload), "--out", str(tmp_path / "out")]
+    out = ["--no-report", "--out", str(tmp_path / "out")]
+    return ["--core", core, "--engines", f"{engine}:2", "--workload", str(workload), *out]
 
 
 def printed(capsys: Capture, kind: str = "run") -> list[dict[str, object]]:
@@ -98,7 +99,8 @@ WRONG_FILES = {
     "unknown key of an engine": ('{"workloads": ["chat"], "engines": [{"file": "e", "size": 2}]}', "engines[0]"),
     "unknown backend": ('{"workloads": ["chat"], "backend": "gpu"}', "expected one of: sim, emulated, real"),
     "objective of zero": ('{"workloads": ["chat"], "objectives": {"jct_s": 0}}', "key 'objectives.jct_s' is 0"),
-    "no workload": ("{}", "missing key 'workloads'"),
+    "no workload": ("{}", "speed.json, with the flags above it: workloads, program: one of the two is needed"),
+    "rate of zero": ('{"workloads": ["chat"], "rates": [0]}', "speed.json, with the flags above it: rate 0"),
     "no JSON": ("{", "speed.json: not valid JSON"),
 }
 
@@ -267,6 +269,22 @@ def test_a_profile_without_spread_is_said_to_state_none(flags: list[str], capsys
     assert "profile made-up states no spread" in captured.err
     cell = json.loads(captured.out.splitlines()[-1])
     assert (cell["draws"], cell["metrics"]["jct_s.mean"]["prediction_interval"]) == (0, None)
+
+
+def test_what_a_profile_has_not_seen_is_said_once_and_refused_when_strict(
+    flags: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    with_profile(tmp_path, msgspec.structs.replace(PROFILE, seen={"tokens": (1, 20), "rows": (1, 64)}))
+    assert main([*flags, "--policy", "parrot,round_robin"]) == 0
+    captured = capsys.readouterr()
+    lines = [json.loads(line) for line in captured.out.splitlines()]
+    farthest = max(line["outside"]["made-up"]["tokens"][0] for line in lines)
+    assert captured.err.count("\n") == 1
+    assert f"profile made-up: beyond what it was fitted to: tokens {farthest:g} (seen 1 to 20)" in captured.err
+    assert main([*flags, "--strict", "--fresh"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "'made-up' was fitted to iterations with tokens from 1 to 20" in captured.err
 
 
 @pytest.mark.parametrize(
