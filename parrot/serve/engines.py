@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from parrot.serve.contexts import Context
     from parrot.serve.graph import Task
 
-Load = tuple[float, ...]
+Load = Any  #: whatever sorts engines; those of this file are one number, of which an index compares a dozen at each change
 
 KEPT_LANES = 16
+
+_TASK_BITS, _TOKEN_BITS = 24, 48  #: of a number of tasks on an engine, and of tokens reserved there
 
 
 class Engine(msgspec.Struct, eq=False):
@@ -62,12 +64,12 @@ class Engine(msgspec.Struct, eq=False):
 
 def by_load(engine: Engine) -> Load:
     """Fewest reserved tokens, then fewest tasks."""
-    return (engine.reserved, len(engine.tasks))
+    return engine.reserved << _TASK_BITS | len(engine.tasks)
 
 
 def by_harm(engine: Engine) -> Load:
     """Fewest latency-bound tasks, then fewest reserved tokens."""
-    return (engine.latency_tasks, engine.reserved, len(engine.tasks))
+    return (engine.latency_tasks << _TOKEN_BITS | engine.reserved) << _TASK_BITS | len(engine.tasks)
 
 
 class EngineIndex:
@@ -75,38 +77,37 @@ class EngineIndex:
 
     def __init__(self, key: Callable[[Engine], Load]) -> None:
         self._key = key
-        self._entries: list[tuple[Load, int]] = []
-        self._of: dict[int, Load] = {}
-        self._engines: dict[int, Engine] = {}
+        self._entries: list[tuple[Load, int, Engine]] = []
+        self._of: dict[int, tuple[Load, int, Engine]] = {}
 
     def add(self, engine: Engine) -> None:
-        load = self._key(engine)
-        self._of[engine.id] = load
-        self._engines[engine.id] = engine
-        insort(self._entries, (load, engine.id))
+        entry = self._of[engine.id] = (self._key(engine), engine.id, engine)
+        insort(self._entries, entry)
 
     def remove(self, engine: Engine) -> None:
-        load = self._of.pop(engine.id, None)
-        if load is not None:
-            del self._engines[engine.id]
-            del self._entries[bisect_left(self._entries, (load, engine.id))]
+        entry = self._of.pop(engine.id, None)
+        if entry is not None:
+            del self._entries[bisect_left(self._entries, entry)]
 
     def update(self, engine: Engine) -> None:
-        engine_id = engine.id
-        old = self._of.get(engine_id)
+        old = self._of.get(engine.id)
         if old is None:
             return
-        new = self._key(engine)
-        if new != old:
+        load = self._key(engine)
+        if load != old[0]:
             entries = self._entries
-            del entries[bisect_left(entries, (old, engine_id))]
-            insort(entries, (new, engine_id))
-            self._of[engine_id] = new
+            new = self._of[engine.id] = (load, engine.id, engine)
+            place = bisect_left(entries, old)
+            del entries[place]
+            if load > old[0]:
+                insort(entries, new, place)
+            else:
+                insort(entries, new, 0, place)
 
     def __iter__(self) -> Iterator[Engine]:
         """From the least to the most loaded. Do not change a load while iterating; place, then ask again."""
-        for _, engine_id in self._entries:
-            yield self._engines[engine_id]
+        for _, _, engine in self._entries:
+            yield engine
 
     def __len__(self) -> int:
         return len(self._entries)

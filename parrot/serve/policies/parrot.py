@@ -105,7 +105,7 @@ class Parrot(InOrder):
             worth: set[int] = set()
             least = next((engine.reserved for engine in lane.ordered(by_load)), 0)
             for matched, engines in cluster.longest_matches(task):
-                for engine in sorted(engines, key=lambda e: (*key(e), e.id)):
+                for engine in sorted(engines, key=lambda e: (key(e), e.id)):
                     if cluster.cached_tokens(task, engine) * self._ctx_weight >= engine.reserved - least:
                         worth.add(engine.id)
                         yield engine, matched
