@@ -100,8 +100,8 @@ class ServeCore:
         self._now = now
         handlers = self._handlers
         scheduler = self.scheduler
-        for place, event in enumerate(events):
-            scheduler.event = place
+        scheduler.event = 0
+        for event in events:
             try:
                 handlers[type(event)](event, now)
             except ParrotError as error:
@@ -109,7 +109,7 @@ class ServeCore:
                 self._effects.append(Reply(event.request, None, error.info))  # type: ignore[union-attr]
             except Exception as error:  # a bug of ours: it costs this event, and no other
                 self._fault(event, error)
-        scheduler.event = len(events)
+            scheduler.event += 1
         if now >= self.due_at:
             self._due(now)
         if scheduler.changed:
