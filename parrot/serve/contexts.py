@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from parrot.serve import states
+from parrot.serve.states import CONTEXT
 
 if TYPE_CHECKING:
     from parrot.serve.engines import Engine
@@ -52,9 +52,6 @@ class Context(msgspec.Struct, eq=False):
     tasks: int = 0
     filled: bool = False
     last_use_s: float = 0.0
-
-    def move(self, by: str) -> None:
-        self.state = states.CONTEXT[self.state, by]
 
 
 class PrefixStore:
@@ -146,7 +143,7 @@ class PrefixStore:
     def use(self, context: Context) -> None:
         """One more task in flight needs it."""
         if context.state == "retained":
-            context.move("use")
+            context.state = CONTEXT[context.state, "use"]
             if context.owner is None:
                 del self._shared[context.engine.id, context.id]
         context.tasks += 1
@@ -155,7 +152,7 @@ class PrefixStore:
         """One task fewer needs it; after the last one it is retained."""
         context.tasks -= 1
         if context.tasks == 0 and context.state == "live":
-            context.move("release")
+            context.state = CONTEXT[context.state, "release"]
             context.last_use_s = now
             if context.owner is None:
                 self._shared[context.engine.id, context.id] = context
@@ -172,7 +169,7 @@ class PrefixStore:
             elif owner.contexts is not None:
                 owner.contexts.pop(gone, None)
             engine.contexts.pop(gone.id, None)
-            gone.move("drop")
+            gone.state = CONTEXT[gone.state, "drop"]
             if node is not None and node.contexts is not None and node.contexts.get(engine.id) is gone:
                 del node.contexts[engine.id]
                 self._prune(node)

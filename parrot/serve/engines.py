@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from parrot.protocol.engine import EngineDescription
-from parrot.serve import states
+from parrot.serve.states import ENGINE
 
 if TYPE_CHECKING:
     from parrot.serve.contexts import Context
@@ -57,9 +57,6 @@ class Engine(msgspec.Struct, eq=False):
     def new_context_id(self) -> int:
         self.next_context_id += 1
         return self.next_context_id
-
-    def move(self, by: str) -> None:
-        self.state = states.ENGINE[self.state, by]
 
 
 def by_load(engine: Engine) -> Load:
@@ -192,7 +189,7 @@ class Engines:
 
     def lose(self, engine: Engine) -> tuple[Lane, ...]:
         """Takes the engine out of everything; returns the lanes that it served."""
-        engine.move("lose")
+        engine.state = ENGINE[engine.state, "lose"]
         del self.live[engine.id]
         lanes, engine.lanes = engine.lanes, ()
         for lane in lanes:
