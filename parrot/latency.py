@@ -104,10 +104,8 @@ class LatencyModel:
         """The fixed cost of an iteration of `rows` rows; beyond the largest bucket, the largest bucket's."""
         found = self._fixed_of.get((rows, graph))
         if found is None:
-            found = 0.0
-            for max_rows, found in self._fixed[graph] or self._fixed[not graph]:
-                if rows <= max_rows:
-                    break
+            buckets = self._fixed[graph] or self._fixed[not graph]
+            found = next((seconds for most, seconds in buckets if rows <= most), buckets[-1][1] if buckets else 0.0)
             self._fixed_of[rows, graph] = found
         return found
 
@@ -132,6 +130,54 @@ class LatencyModel:
     def decode_run(self, shape: BatchShape) -> DecodeRun:
         """The run of iterations that begins with `shape`, all of whose rows decode (`prefill_rows` 0)."""
         return DecodeRun(self.duration(shape), self._kv_s * shape.decode_rows)
+
+
+class OutOfRange(Exception):
+    """An iteration lies outside the range that its profile was fitted in. The message says which, and how far."""
+
+
+class Coverage:
+    """How far iterations went beyond the range that a profile was fitted in. One for all engines of a profile.
+
+    `outside`: input of the model -> (furthest that was asked for, least seen, most seen). An input whose range the profile does
+    not state is not looked at.
+    """
+
+    INPUTS = ("rows", "tokens", "prefill_pairs", "decode_kv")
+
+    def __init__(self, profile: LatencyProfile, strict: bool = False) -> None:
+        """strict: the first iteration outside raises OutOfRange."""
+        self.outside: dict[str, tuple[float, float, float]] = {}
+        self._profile = profile
+        self._strict = strict
+        self._kv = "decode_kv_unique" if profile.shared_kv_once else "decode_kv"
+        ranges = [profile.seen.get(self._kv if name == "decode_kv" else name, (0.0, math.inf)) for name in self.INPUTS]
+        (self._rows, self._most_rows), (self._tokens, self._most_tokens) = ranges[:2]
+        (_, self._most_pairs), (_, self._most_kv) = ranges[2:]  # both can be 0: an iteration may only decode, or only fill
+
+    def note(self, shape: BatchShape, later: int = 0) -> None:
+        """An iteration of `shape`, and `later` more in which the same rows decode. Raises OutOfRange (strict)."""
+        decode_rows, prefill_rows, prefill_tokens, pairs, decode_kv, decode_kv_unique, _ = shape
+        rows, tokens = decode_rows + prefill_rows, decode_rows + prefill_tokens
+        kv = (decode_kv if self._kv == "decode_kv" else decode_kv_unique) + later * decode_rows
+        if not self._rows <= rows <= self._most_rows:
+            self._beyond("rows", rows, self._rows, self._most_rows)
+        if not self._tokens <= tokens <= self._most_tokens:
+            self._beyond("tokens", tokens, self._tokens, self._most_tokens)
+        if pairs > self._most_pairs:
+            self._beyond("prefill_pairs", pairs, 0.0, self._most_pairs)
+        if kv > self._most_kv:
+            self._beyond(self._kv, kv, 0.0, self._most_kv)
+
+    def _beyond(self, name: str, value: float, least: float, most: float) -> None:
+        if self._strict:
+            raise OutOfRange(
+                f"profile {self._profile.name!r} was fitted to iterations with {name} from {least:g} to {most:g}; "
+                f"this run asks for {value:g}"
+            )
+        known = self.outside.get(name)
+        if known is None or max(value - most, least - value) > max(known[0] - most, least - known[0]):
+            self.outside[name] = (float(value), least, most)
 
 
 class DecodeRun(NamedTuple):

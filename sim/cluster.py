@@ -18,7 +18,7 @@ import simpy
 
 from parrot.engine.core import EngineLimits, EngineTask, Link
 from parrot.engine.emulated.engine import EmulatedEngine, EmulatedEvent
-from parrot.latency import LatencyModel, LatencyProfile
+from parrot.latency import Coverage, LatencyModel, LatencyProfile, OutOfRange
 from parrot.protocol.api import SessionReport
 from parrot.protocol.engine import EngineDescription, TaskId
 from parrot.protocol.errors import ERRORS, ErrorInfo, ParrotError
@@ -27,6 +27,8 @@ from parrot.serve.config import ServeCoreConfig
 from parrot.serve.core import ServeCore
 from parrot.serve.graph import Call
 from sim.engines import SimEngine
+
+__all__ = ["Cluster", "EngineModel", "OutOfRange", "Timeline"]
 
 AUTH = "simulated"
 NORMAL = 1
@@ -146,6 +148,7 @@ class Cluster:
         engine_delay_s: float = 0.0,
         jump: bool = True,
         observe: Observe | None = None,
+        strict: bool = False,
     ) -> None:
         self.timeline = timeline
         self.core = ServeCore(config)
@@ -168,8 +171,9 @@ class Cluster:
             effects.FreeContexts: self._free,
             effects.SessionEnded: self._session_ended,
         }
+        self._coverages: dict[str, Coverage] = {}
         for model in engines:
-            self._register(model, jump, observe)
+            self._register(model, jump, observe, strict)
         self._flush()
 
     # ------------------------------------------------------------------------------------------------ for clients
@@ -203,6 +207,10 @@ class Cluster:
     def calls(self, session_id: int) -> Sequence[Call]:
         """The session's calls as the core has them, to be read only and at once; () when it is gone."""
         return self.core.calls(session_id)
+
+    def outside(self) -> dict[str, dict[str, tuple[float, float, float]]]:
+        """For each latency profile that was asked for more than it was fitted to: `Coverage.outside`."""
+        return {name: coverage.outside for name, coverage in self._coverages.items() if coverage.outside}
 
     def report(self, session_id: int) -> SessionReport | None:
         """The session with its calls, None when it is gone."""
@@ -253,9 +261,15 @@ class Cluster:
 
     # ------------------------------------------------------------------------------------------------- the engines
 
-    def _register(self, model: EngineModel, jump: bool, observe: Observe | None) -> None:
+    def _register(self, model: EngineModel, jump: bool, observe: Observe | None, strict: bool) -> None:
         watch = functools.partial(observe, model.description.engine_name) if observe else None
-        emulated = EmulatedEngine(model.limits, LatencyModel(model.profile, model.factor), jump=jump, observe=watch)
+        coverage = None
+        if model.profile.seen:
+            coverage = self._coverages.get(model.profile.name)
+            if coverage is None:
+                coverage = self._coverages[model.profile.name] = Coverage(model.profile, strict)
+        latency = LatencyModel(model.profile, model.factor)
+        emulated = EmulatedEngine(model.limits, latency, jump=jump, observe=watch, coverage=coverage)
 
         def registered(answer: Any, error: ErrorInfo | None) -> None:
             if error is not None:

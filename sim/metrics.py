@@ -106,13 +106,23 @@ class Distribution(msgspec.Struct, frozen=True):
     p99: float | None
 
 
-class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """One run, as `python -m sim.run` prints it. `finished`, `failed`: programs. `refused`: answers 429, each tried again."""
+class Summary(msgspec.Struct, frozen=True, kw_only=True, tag="run", tag_field="kind"):
+    """One run, as `python -m sim.run` prints it. `finished`, `failed`: programs. `refused`: answers 429, each tried again.
+
+    clients: of a closed loop. draw: null, or which draw of `--intervals`. cluster: FILE:COUNT of its engines. outside: what the
+    engines did that their profile has not seen, feature -> (most observed, least seen, most seen). within_objectives,
+    goodput_programs_per_s: null unless objectives are given.
+    """
 
     policy: str
     rate: float | None
+    clients: int | None = None
+    arrivals: str | None = None
     seed: int
+    repeat: int = 0
+    draw: int | None = None
     workload: str
+    cluster: tuple[str, ...] = ()
     client: str
     backend: str
     engines: int
@@ -133,12 +143,41 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     simulated_s: float
     throughput_tokens_per_s: float | None
     throughput_programs_per_s: float | None
+    within_objectives: int | None = None
+    goodput_programs_per_s: float | None = None
     ttft_s: Distribution
     tpot_s: Distribution
     max_gap_s: Distribution
     jct_s: Distribution
     normalized_latency_s: Distribution
     errors: dict[str, int]
+    outside: dict[str, dict[str, tuple[float, float, float]]] = {}
+
+
+_IDENTITY = {"rate", "clients", "seed", "repeat", "draw", "engines"}  #: numbers of a summary that say which run it was
+
+
+def _metrics() -> tuple[str, ...]:
+    names: list[str] = []
+    for name, hint in get_type_hints(Summary).items():
+        if hint is Distribution:
+            names += [f"{name}.{part}" for part in Distribution.__struct_fields__]
+        elif hint in (int, int | None, float, float | None) and name not in _IDENTITY:
+            names.append(name)
+    return tuple(names)
+
+
+METRICS = _metrics()  #: every number that a run measures, as `ttft_s.p99`: distributions by part
+
+
+def metrics_of(summary: Summary) -> dict[str, float | None]:
+    """The numbers of a run by the names in METRICS."""
+    values: dict[str, float | None] = {}
+    for metric in METRICS:
+        name, _, part = metric.partition(".")
+        value = getattr(summary, name)
+        values[metric] = getattr(value, part) if part else value
+    return values
 
 
 class Recorder:
@@ -177,6 +216,8 @@ class Recorder:
         )
         self.errors: dict[str, int] = {}
         self.last_s = 0.0
+        #: of a simulation: latency profile -> input -> (furthest that was asked for, least and most that it was fitted to)
+        self.outside: dict[str, dict[str, tuple[float, float, float]]] = {}
 
     @property
     def programs(self) -> list[ProgramRow]:
@@ -360,6 +401,7 @@ class Recorder:
             "throughput_tokens_per_s": tokens / span_s if span_s > 0 else None,
             "throughput_programs_per_s": programs / span_s if span_s > 0 else None,
             "errors": dict(sorted(self.errors.items())),
+            "outside": self.outside,
         }
         return Summary(**fields)
 
@@ -409,17 +451,3 @@ def write_tables(tables: Mapping[str, pd.DataFrame], folder: Path) -> None:
 def read_tables(folder: str | Path) -> dict[str, pd.DataFrame]:
     """What `write_tables` wrote."""
     return {path.stem: pd.read_parquet(path) for path in sorted(Path(folder).glob("*.parquet"))}
-
-
-def running_tasks(tasks: pd.DataFrame, points: int = 400) -> pd.DataFrame:
-    """Tasks on each engine over time, from the tasks table: columns time_s, engine, running. For plots."""
-    done = tasks.dropna(subset=["dispatched_s", "finished_s"])
-    if done.empty:
-        return pd.DataFrame({"time_s": [], "engine": [], "running": []})
-    times = np.linspace(0.0, float(done["finished_s"].max()), points)
-    frames = []
-    for engine, group in done.groupby("engine", sort=True):
-        begun = np.searchsorted(np.sort(group["dispatched_s"].to_numpy()), times, side="right")
-        ended = np.searchsorted(np.sort(group["finished_s"].to_numpy()), times, side="right")
-        frames.append(pd.DataFrame({"time_s": times, "engine": engine, "running": begun - ended}))
-    return pd.concat(frames, ignore_index=True)

@@ -382,17 +382,21 @@ def simulate(
     observe: Observe | None = None,
     on_ended: Callable[[], None] | None = None,
     clients: int | None = None,
+    strict: bool = False,
 ) -> Recorder:
     """Runs `programs`, which arrive in order of `arrival_s`, to the end of the last. Raises StuckError when there is none.
 
     clients: a closed loop of so many clients (see `Population`). Raises ValueError when it is below 1.
+    strict: an iteration outside the range that its engine's latency profile was fitted in raises parrot.latency.OutOfRange;
+        without, `Recorder.outside` says how far it went.
     """
     if clients is not None and clients < 1:
         raise ValueError(f"clients is {clients}; a closed loop has at least 1")
     timeline = Timeline()
-    cluster = Cluster(timeline, config, engines, engine_delay_s=engine_delay_s, jump=jump, observe=observe)
+    cluster = Cluster(timeline, config, engines, engine_delay_s=engine_delay_s, jump=jump, observe=observe, strict=strict)
     recorder = Recorder(mode, tables)
     population = Population(cluster, iter(programs), mode, network, recorder, max_gen_length, on_ended, clients)
     if not population.is_over() and not timeline.run_to_stop():
         raise StuckError(f"nothing more can happen, but {population.waiting()}")
+    recorder.outside = cluster.outside()
     return recorder

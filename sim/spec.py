@@ -7,9 +7,13 @@ It refuses what cannot be run, with file, key and reason, before anything starts
 
 from __future__ import annotations
 
+import difflib
+import hashlib
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -23,11 +27,15 @@ from parrot.serve.config import ServeCoreConfig
 from parrot.serve.policies import parse_policy
 from sim.clients import Mode
 from sim.cluster import EngineModel
-from sim.network import read_round_trips
+from sim.metrics import METRICS
+from sim.network import read_round_trips, stream
+from sim.objectives import Objectives
+from sim.workloads import open_workload
 from sim.workloads.program import Call, Program, Read, Text, Write
 
 Backend = Literal["sim", "emulated", "real"]
 
+LONGEST_NAME = 200  #: bytes of a run's folder's name; a longer one is cut, and told apart by a hash
 ENGINE_PREFIX = "engine."  #: settings with this prefix are of the engines' files; the rest are of the core's
 
 
@@ -38,57 +46,101 @@ class EngineGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     count: int = 1
 
 
-class Specification(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A sweep: every combination of `policies`, `rates`, `seeds` and the values of `settings`, `repeats` times each.
+class EngineChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A group of engines in a specification. Several files, or several counts, are tried each."""
 
-    rates: programs per second; null keeps a trace's recorded times. settings: a configuration key (`engine.` in front of an
-    engine's) -> the values to try. rtt_ms: milliseconds, or a file of measured ones. profiles: files or shipped names,
-    which stand above the engines' own. core_url: a cluster that already runs.
+    file: str | tuple[str, ...]
+    count: int | tuple[int, ...] = 1
+
+    def groups(self) -> list[EngineGroup]:
+        """Every group that it stands for; files outermost."""
+        files = (self.file,) if isinstance(self.file, str) else self.file
+        counts = (self.count,) if isinstance(self.count, int) else self.count
+        return [EngineGroup(file, count) for file in files for count in counts]
+
+
+class Specification(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A sweep: every combination of `workloads`, `engines`, `policies`, the values of `settings`, `rates` or `clients`, and
+    `seeds`, `repeats` times each.
+
+    about: one line for a reader. rates: programs per second; null keeps a trace's recorded times. clients: programs under
+    way at any time (a closed loop, in which arrival times do not count); null: programs arrive. arrivals: how they arrive, as
+    `sim.workloads.open_workload` has it. settings: a configuration key (`engine.` in front of an engine's) -> the values to
+    try. rtt_ms: milliseconds, or a file of measured ones. profiles: files or shipped names, which stand above the engines'
+    own. strict: an iteration outside a profile's range ends the run. core_url: a cluster that already runs. intervals: runs a
+    seed with durations drawn from the profiles' spread, beside the one without. confidence: of every interval. metrics: the
+    columns of the table on the terminal. tables, trace, report: what is written beside the summaries. program: in the place
+    of workloads, an application's own code, with the inputs of its instances and where outputs come from (`sim.programs`).
     """
 
-    workload: str
+    about: str = ""
+    workloads: tuple[str, ...] = ()
+    program: str | None = None
+    inputs: str | None = None
+    outputs: str | None = None
     core: str | None = None
-    engines: tuple[EngineGroup, ...] = ()
+    engines: tuple[EngineChoice, ...] = ()
     policies: tuple[str, ...] = ("parrot",)
     rates: tuple[float | None, ...] = (None,)
+    clients: tuple[int | None, ...] = (None,)
+    arrivals: str | None = None
     seeds: tuple[int, ...] = (0,)
     repeats: int = 1
+    intervals: int = 0
     client: Mode = Mode.SEMANTIC
     rtt_ms: float | str = 0.0
     settings: dict[str, tuple[Any, ...]] = {}
     profiles: tuple[str, ...] = ()
+    strict: bool = False
     count: int | None = None
     max_gen_length: int = 2048
     backend: Backend = "sim"
     core_url: str | None = None
     jump: bool = True
     engine_delay_ms: float = 0.0
+    objectives: Objectives = Objectives()
+    confidence: float = 0.95
+    metrics: tuple[str, ...] = ()
+    tables: bool = True
+    trace: bool = False
+    report: bool = True
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """One run of a specification. `name` is its folder's."""
+    """One run of a specification. `name` is its folder's. draw: null, or the number of its draw of `intervals`, from 1."""
 
     name: str
     workload: str
+    program: str | None
+    inputs: str | None
+    outputs: str | None
     core: str | None
     engines: tuple[EngineGroup, ...]
     policy: str
     rate: float | None
+    clients: int | None
+    arrivals: str | None
     seed: int
     repeat: int
+    draw: int | None
     client: Mode
     rtt_ms: float | str
     settings: dict[str, Any]
     profiles: tuple[str, ...]
+    strict: bool
     count: int | None
     max_gen_length: int
     backend: Backend
     core_url: str | None
     jump: bool
     engine_delay_ms: float
+    objectives: Objectives
+    tables: bool
+    trace: bool
 
 
-_SHARED = set(Run.__struct_fields__) & set(Specification.__struct_fields__) - {"settings"}
+_VARIED = {"workload", "engines", "policy", "rate", "clients", "seed", "settings", "tables", "trace"}
+_SHARED = set(Run.__struct_fields__) & set(Specification.__struct_fields__) - _VARIED
 
 
 def load_specification(path: str) -> Specification:
@@ -97,38 +149,84 @@ def load_specification(path: str) -> Specification:
 
 
 def runs_of(spec: Specification) -> list[Run]:
-    """Every run of `spec`: policies outermost, then settings, rates, seeds, repeats. Raises ConfigurationError."""
+    """Every run of `spec`: workloads outermost, then engines, policies, settings, rates, clients, seeds, repeats, draws.
+
+    Raises ConfigurationError for what the specification alone shows to be wrong.
+    """
     _check(spec)
     shared = {name: getattr(spec, name) for name in Run.__struct_fields__ if name in _SHARED}
+    clusters = list(itertools.product(*(choice.groups() for choice in spec.engines)))
+    values = list(itertools.product(*spec.settings.values()))
+    draws = [None, *range(1, spec.intervals + 1)]
+    workloads = spec.workloads or (spec.program or "",)
     runs = []
-    keys = list(spec.settings)
-    for policy, values, rate, seed, repeat in itertools.product(
-        spec.policies, itertools.product(*spec.settings.values()), spec.rates, spec.seeds, range(spec.repeats)
+    for workload, engines, policy, chosen, rate, clients, seed, repeat, draw in itertools.product(
+        workloads, clusters, spec.policies, values, spec.rates, spec.clients, spec.seeds, range(spec.repeats), draws
     ):
-        settings = dict(zip(keys, values, strict=True))
-        name = _name(spec, policy, settings, rate, seed, repeat)
-        runs.append(Run(name=name, policy=policy, rate=rate, seed=seed, repeat=repeat, settings=settings, **shared))
+        run = Run(
+            name="",
+            workload=workload,
+            engines=engines,
+            policy=policy,
+            settings=dict(zip(spec.settings, chosen, strict=True)),
+            rate=rate,
+            clients=clients,
+            seed=seed,
+            repeat=repeat,
+            draw=draw,
+            tables=spec.tables and draw is None,
+            trace=spec.trace and draw is None,
+            **shared,
+        )
+        runs.append(msgspec.structs.replace(run, name=_name(spec, run, len(clusters))))
     if len({run.name for run in runs}) != len(runs):
-        raise ConfigurationError("the specification names the same run twice (a policy, rate, seed or value is repeated)")
+        raise ConfigurationError("the specification names the same run twice (something in one of its lists is repeated)")
     return runs
 
 
 def _check(spec: Specification) -> None:
-    for name in ("policies", "rates", "seeds"):
+    if bool(spec.workloads) == bool(spec.program):
+        raise ConfigurationError("workloads, program: one of the two is needed, and only one")
+    if spec.program is None and (spec.inputs is not None or spec.outputs is not None):
+        raise ConfigurationError("inputs and outputs are a program's, and there is none")
+    if spec.program is not None and spec.client is not Mode.SEMANTIC:
+        raise ConfigurationError(f"client {spec.client} is a workload's: a program sends what its own code sends")
+    for name in ("policies", "rates", "clients", "seeds"):
         if not getattr(spec, name):
             raise ConfigurationError(f"{name}: at least one is needed")
+    for key, values in spec.settings.items():
+        if not values:
+            raise ConfigurationError(f"settings {key}: at least one value is needed")
     for rate in spec.rates:
         if rate is not None and not (rate > 0 and math.isfinite(rate)):
             raise ConfigurationError(f"rate {rate:g}: a rate is above 0 programs per second")
-    for group in spec.engines:
-        if group.count < 1:
-            raise ConfigurationError(f"engines {group.file}: count {group.count}: at least 1 is needed")
+    for clients in spec.clients:
+        if clients is not None and clients < 1:
+            raise ConfigurationError(f"clients {clients}: at least 1 is needed")
+    if spec.clients != (None,) and (spec.rates != (None,) or spec.arrivals is not None):
+        raise ConfigurationError("clients: in a closed loop a program starts when one ends; no rate and no arrivals beside it")
+    for choice in spec.engines:
+        for group in choice.groups():
+            if group.count < 1:
+                raise ConfigurationError(f"engines {group.file}: count {group.count}: at least 1 is needed")
+        if not choice.groups():
+            raise ConfigurationError("engines: at least one file and one count are needed")
     if spec.count is not None and spec.count < 1:
         raise ConfigurationError(f"count {spec.count}: at least 1 program is needed")
     if any(seed < 0 for seed in spec.seeds):
         raise ConfigurationError(f"seed {min(spec.seeds)}: a seed is 0 or more")
     if spec.repeats < 1 or spec.max_gen_length < 1 or spec.engine_delay_ms < 0:
         raise ConfigurationError("repeats and max_gen_length are at least 1, engine_delay_ms at least 0")
+    if spec.intervals < 0 or spec.intervals == 1:
+        raise ConfigurationError(f"intervals {spec.intervals}: the number of draws a seed is 2 or more, or 0 for none")
+    if spec.intervals and spec.backend != "sim":
+        raise ConfigurationError(f"intervals: only a simulation draws from a profile's spread; backend is {spec.backend}")
+    for metric in spec.metrics:
+        if metric not in METRICS:
+            close = ", ".join(difflib.get_close_matches(metric, METRICS, 3, 0.3)) or ", ".join(METRICS)
+            raise ConfigurationError(f"metrics: {metric!r} is none; expected such as {close}")
+    if not 0.0 < spec.confidence < 1.0:
+        raise ConfigurationError(f"confidence {spec.confidence:g}: must lie between 0 and 1")
     if spec.core_url is not None:
         if spec.backend == "sim":
             raise ConfigurationError("core_url: a running cluster is no simulation; use backend real")
@@ -139,15 +237,27 @@ def _check(spec: Specification) -> None:
         raise ConfigurationError("engines: the configuration file of at least one engine is needed")
 
 
-def _name(spec: Specification, policy: str, settings: dict[str, Any], rate: float | None, seed: int, repeat: int) -> str:
-    parts = [policy.replace(":", "-")]
-    if rate is not None:
-        parts.append(f"rate{rate:g}")
-    parts.append(f"seed{seed}")
-    parts += [f"{key}={value}" for key, value in settings.items() if len(spec.settings[key]) > 1]
+def _name(spec: Specification, run: Run, clusters: int) -> str:
+    """What tells the run from the others, policy and seed always."""
+    parts = [run.policy]
+    if len(spec.workloads) > 1:
+        parts.append(run.workload)
+    if clusters > 1:
+        parts.append("+".join(f"{Path(group.file).stem}x{group.count}" for group in run.engines))
+    if run.rate is not None:
+        parts.append(f"rate{run.rate:g}")
+    if run.clients is not None:
+        parts.append(f"clients{run.clients}")
+    parts.append(f"seed{run.seed}")
+    parts += [f"{key}={value}" for key, value in run.settings.items() if len(spec.settings[key]) > 1]
     if spec.repeats > 1:
-        parts.append(f"repeat{repeat}")
-    return "_".join(parts).replace("/", "-")
+        parts.append(f"repeat{run.repeat}")
+    if run.draw is not None:
+        parts.append(f"draw{run.draw}")
+    name = "_".join(parts).replace("/", "-").replace(":", "-")
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    return f"{name[: LONGEST_NAME // 4]}_{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
 # ----------------------------------------------------------------------------------------- from files to a cluster
@@ -180,10 +290,10 @@ def _override(data: Any, dotted: str, value: Any) -> None:
 def engine_configs_of(run: Run) -> list[EngineConfig]:
     """One configuration an engine, with the run's settings and a name of its own. Raises ConfigurationError."""
     overrides = {key.removeprefix(ENGINE_PREFIX): v for key, v in run.settings.items() if key.startswith(ENGINE_PREFIX)}
-    configs = [load_engine_config(group.file, overrides) for group in run.engines for _ in range(group.count)]
-    total: dict[str, int] = {}
-    for config in configs:
-        total[config.name] = total.get(config.name, 0) + 1
+    configs: list[EngineConfig] = []
+    for group in run.engines:
+        configs += [load_engine_config(group.file, overrides)] * group.count
+    total = Counter(config.name for config in configs)
     counter = {name: itertools.count() for name in total}
     return [
         msgspec.structs.replace(c, engine_name=f"{c.name}-{next(counter[c.name])}") if total[c.name] > 1 else c for c in configs
@@ -194,24 +304,34 @@ def profiles_of(run: Run, configs: Sequence[EngineConfig]) -> list[tuple[str, La
     """For each engine the name or file of its latency profile, and the profile: the run's, else the file's, else the shipped
     one of its model and device. Raises ConfigurationError when there is none, or the run's are of other models."""
     given = [(name, find_profile(name)) for name in run.profiles]
-    chosen = []
+    chosen: dict[tuple[Any, ...], tuple[str, LatencyProfile]] = {}
+    profiles = []
     for config in configs:
-        if given:
-            fitting = [item for item in given if _fits(item[1], config)]
-            if not fitting:
-                models = ", ".join(f"{name} is of {profile.model!r}" for name, profile in given)
-                raise ConfigurationError(f"engine {config.name!r} runs {config.model!r}, but no --profile is of it: {models}")
-            chosen.append(fitting[0])
-            continue
-        profile = profile_of(config)
-        if profile is None:
-            shipped = ", ".join(shipped_profiles()) or "none"
-            raise ConfigurationError(
-                f"engine {config.name!r}: no latency profile of {config.model!r} on {config.device or config.engine_type!r}; "
-                f"give --profile FILE, or latency_profile in its file (shipped: {shipped})"
-            )
-        chosen.append((config.latency_profile or profile.name, profile))
-    return chosen
+        key = (config.model, config.device, config.engine_type, config.latency_profile)
+        if key not in chosen:
+            chosen[key] = _profile_of(config, given)
+        profiles.append(chosen[key])
+    return profiles
+
+
+def _profile_of(config: EngineConfig, given: Sequence[tuple[str, LatencyProfile]]) -> tuple[str, LatencyProfile]:
+    if given:
+        fitting = [item for item in given if _fits(item[1], config)]
+        if not fitting:
+            models = ", ".join(f"{name} is of {profile.model!r}" for name, profile in given)
+            raise ConfigurationError(f"engine {config.name!r} runs {config.model!r}, but no --profile is of it: {models}")
+        return fitting[0]
+    profile = profile_of(config)
+    if profile is None:
+        shipped = ", ".join(shipped_profiles()) or "none"
+        raise ConfigurationError(
+            f"engine {config.name!r}: no latency profile of {config.model!r} on {config.device or config.engine_type!r}; "
+            f"give --profile FILE, or latency_profile in its file (shipped: {shipped})"
+        )
+    if not _fits(profile, config):
+        named = f"its latency_profile {config.latency_profile} is of {profile.model!r}"
+        raise ConfigurationError(f"engine {config.name!r} runs {config.model!r}, but {named}")
+    return config.latency_profile or profile.name, profile
 
 
 def _fits(profile: LatencyProfile, config: EngineConfig) -> bool:
@@ -219,19 +339,34 @@ def _fits(profile: LatencyProfile, config: EngineConfig) -> bool:
 
 
 def engine_models_of(run: Run) -> list[EngineModel]:
-    """The engines as the simulator needs them. Raises ConfigurationError."""
+    """The engines as the simulator needs them. Raises ConfigurationError.
+
+    In a draw of `intervals` each engine's durations are multiplied by exp(N(0, spread of its profile)), drawn from a stream
+    of the seed's own, so that every policy meets the same engines.
+    """
     configs = engine_configs_of(run)
+    generator = None if run.draw is None else stream(run.seed, f"engines/{run.draw}")
     models = []
     for config, (_, profile) in zip(configs, profiles_of(run, configs), strict=True):
         limits = limits_of(config)
         description = description_of(config, limits, accepts_output_length=True, latency_profile=profile)
-        models.append(EngineModel(description, limits, profile))
+        factor = 1.0 if generator is None else math.exp(profile.spread * generator.standard_normal())
+        models.append(EngineModel(description, limits, profile, factor))
     return models
+
+
+def spreads_of(run: Run) -> dict[str, float]:
+    """The profiles of the run's engines by name, and the spread that each states. Raises ConfigurationError."""
+    return {profile.name: profile.spread for _, profile in profiles_of(run, engine_configs_of(run))}
 
 
 def check_files(run: Run) -> None:
     """Raises ConfigurationError for whatever in the run's files would stop it, before anything starts."""
     read_round_trips(run.rtt_ms)
+    if run.program is not None:
+        from sim.programs import check_program  # what only programs need, the server's code for one
+
+        check_program(run)
     if run.core_url is not None:
         return
     core_config_of(run)
@@ -241,6 +376,18 @@ def check_files(run: Run) -> None:
 
 
 # ------------------------------------------------------------------------------------------ a workload and a cluster
+
+
+def open_programs(run: Run) -> Iterator[Program]:
+    """The run's workload. Raises WorkloadError."""
+    return open_workload(
+        run.workload,
+        rate=run.rate,
+        seed=run.seed,
+        count=run.count,
+        max_gen_length=run.max_gen_length,
+        arrivals=run.arrivals,
+    )
 
 
 def check_programs(programs: Iterator[Program], engines: Sequence[EngineModel], workload: str) -> Iterator[Program]:

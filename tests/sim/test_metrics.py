@@ -10,7 +10,7 @@ import pytest
 from parrot.protocol.api import CallReport, SessionReport, TaskReport
 from parrot.protocol.errors import ErrorInfo
 from sim.clients import Mode, new_player
-from sim.metrics import Recorder, distribution, read_tables, running_tasks, write_tables
+from sim.metrics import Recorder, distribution, read_tables, write_tables
 from tests.sim.programs import one_call
 
 WHICH = {
@@ -103,12 +103,3 @@ def test_without_tables_the_summary_is_the_same() -> None:
         recorder.session_ended(0, TWO_OUTPUTS, {"a": (0, 0), "b": (0, 1)})
         summaries.append(recorder.summary(**WHICH))
     assert summaries[0] == summaries[1]
-
-
-def test_running_tasks_counts_those_between_dispatch_and_end() -> None:
-    recorder = Recorder(Mode.SEMANTIC)
-    report = session(CallReport(0, "f", "finished", 0.0, (task("a", 0.0, 1.0, 4.0, 5), task("b", 2.0, 3.0, 4.0, 5))))
-    recorder.session_ended(0, report, {"a": (0, 0), "b": (0, 1)})
-    load = running_tasks(recorder.tables()["tasks"], points=5)
-    assert load["time_s"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
-    assert load["running"].tolist() == [1, 1, 2, 2, 0]

@@ -20,7 +20,7 @@ import msgspec
 from parrot.engine.batches import Batch, EngineLimits, EngineTask, Refused
 from parrot.engine.core import EngineCore
 from parrot.engine.running import Task
-from parrot.latency import BatchShape, DecodeRun, LatencyModel
+from parrot.latency import BatchShape, Coverage, DecodeRun, LatencyModel
 
 NEVER = math.inf
 
@@ -126,11 +126,14 @@ class EmulatedEngine:
         latency: LatencyModel,
         jump: bool = True,
         observe: Callable[[Iterations], None] | None = None,
+        coverage: Coverage | None = None,
     ) -> None:
+        """`observe` is told of the iterations, `coverage` of their shapes."""
         self.core = EngineCore(limits)
         self.latency = latency
         self.jumps = jump  #: whether quiet iterations are passed over
         self._observe = observe
+        self._coverage = coverage
         self._overhead_s = latency.profile.task_overhead_s
         self._graph_rows = max((cost.max_rows for cost in latency.profile.fixed if cost.graph), default=0)
         self._arriving: deque[tuple[float, EngineTask]] = deque()
@@ -386,6 +389,8 @@ class EmulatedEngine:
         """`count` iterations, the first of them the one under way, end: what the observer and the gaps see of them."""
         if self._observe is not None:
             self._note(batch, count)
+        if self._coverage is not None:
+            self._coverage.note(batch.shape, count - 1)
         if batch.decoders:
             self._decode(batch.step, count)
 
