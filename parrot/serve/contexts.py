@@ -60,7 +60,7 @@ class PrefixStore:
     def __init__(self, lifetime_s: float) -> None:
         self._lifetime_s = lifetime_s
         self._roots: dict[str, PrefixNode] = {}
-        self._shared: OrderedDict[tuple[int, int], Context] = OrderedDict()  # retained, no owner; longest unused first
+        self._shared: OrderedDict[Context, None] = OrderedDict()  # retained, no owner; longest unused first
 
     # ------------------------------------------------------------------------------------------------ prefixes
 
@@ -145,7 +145,7 @@ class PrefixStore:
         if context.state == "retained":
             context.state = CONTEXT[context.state, "use"]
             if context.owner is None:
-                del self._shared[context.engine.id, context.id]
+                del self._shared[context]
         context.tasks += 1
 
     def release(self, context: Context, now: float) -> None:
@@ -155,7 +155,7 @@ class PrefixStore:
             context.state = CONTEXT[context.state, "release"]
             context.last_use_s = now
             if context.owner is None:
-                self._shared[context.engine.id, context.id] = context
+                self._shared[context] = None
 
     def drop(self, context: Context) -> list[Context]:
         """The context is gone, and with it all that continues it on that engine and is not in use. Returns them all."""
@@ -165,7 +165,7 @@ class PrefixStore:
             owner, node = gone.owner, gone.node
             if owner is None:
                 if gone.state == "retained":
-                    self._shared.pop((engine.id, gone.id), None)
+                    self._shared.pop(gone, None)
             elif owner.contexts is not None:
                 owner.contexts.pop(gone, None)
             engine.contexts.pop(gone.id, None)
@@ -196,12 +196,12 @@ class PrefixStore:
         """When the lifetime of the longest unused shared context is over."""
         if not self._shared:
             return None
-        return next(iter(self._shared.values())).last_use_s + self._lifetime_s
+        return next(iter(self._shared)).last_use_s + self._lifetime_s
 
     def expired(self, now: float) -> list[Context]:
         """Shared contexts whose lifetime is over. They stay until they are dropped."""
         found: list[Context] = []
-        for context in self._shared.values():
+        for context in self._shared:
             if context.last_use_s + self._lifetime_s > now:
                 break
             found.append(context)

@@ -7,8 +7,9 @@ bookkeeping of what it dispatched, exact and fresh, never scraped from an engine
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 Load = Any  #: whatever sorts engines; those of this file are one number, of which an index compares a dozen at each change
 
 KEPT_LANES = 16
+KEPT_OPENED = 32
 
 _TASK_BITS, _TOKEN_BITS = 24, 48  #: of a number of tasks on an engine, and of tokens reserved there
 
@@ -116,13 +118,26 @@ class Lane(msgspec.Struct, eq=False, weakref=True):
     models: tuple[str, ...]
     model_type: str
     engines: dict[int, Engine] = {}
-    version: int = 0  # changes whenever one of its engines has more room than before
+    version: int = 0  # how often one of its engines has had more room than before
+    opened: deque[Engine] = msgspec.field(default_factory=lambda: deque(maxlen=KEPT_OPENED))  # those engines, the last ones
     users: int = 0  # calls of open sessions that asked for it
     indexes: dict[Callable[[Engine], Load], EngineIndex] = {}
 
     def serves(self, description: EngineDescription) -> bool:
         kind = "text" if description.engine_type == "openai" else "token_id"
         return kind == self.model_type and (not self.models or description.model in self.models)
+
+    def opened_since(self, version: int) -> Collection[Engine]:
+        """The engines that have had more room since that version; all of them, when that is long ago."""
+        times = self.version - version
+        if times > len(self.opened):
+            return self.engines.values()
+        return dict.fromkeys(islice(reversed(self.opened), times))
+
+    def open(self, engine: Engine) -> None:
+        """That engine has more room than before."""
+        self.version += 1
+        self.opened.append(engine)
 
     def ordered(self, key: Callable[[Engine], Load]) -> EngineIndex:
         """The engines of the lane sorted by `key`; the index is kept from the first time it is asked for."""
@@ -182,7 +197,7 @@ class Engines:
     def _join(self, lane: Lane, engine: Engine) -> None:
         if lane.serves(engine.description):
             lane.engines[engine.id] = engine
-            lane.version += 1
+            lane.open(engine)
             for index in lane.indexes.values():
                 index.add(engine)
             engine.lanes = (*engine.lanes, lane)
@@ -205,6 +220,6 @@ class Engines:
             engine.version += 1
         for lane in engine.lanes:
             if more_room:
-                lane.version += 1
+                lane.open(engine)
             for index in lane.indexes.values():
                 index.update(engine)
