@@ -9,6 +9,7 @@ shared with everybody hangs below the common root, and what follows it is again 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -220,19 +221,17 @@ class PrefixStore:
         return count
 
     @staticmethod
-    def longest_matches(path: list[PrefixNode]) -> list[tuple[int, tuple[int, ...]]]:
+    def longest_matches(path: list[PrefixNode]) -> Iterator[tuple[int, tuple[int, ...]]]:
         """(matched links, engine ids) with the longest match first: each engine once, at its longest match. Time is
-        proportional to the links and to the engines that hold any of them."""
+        proportional to the links and to the engines that hold any of those that were asked for."""
         levels: list[dict[int, Context]] = []
         for node in path:
             if not node.contexts:
                 break
             levels.append(node.contexts)
         seen: set[int] = set()
-        result: list[tuple[int, tuple[int, ...]]] = []
         for depth in range(len(levels), 0, -1):
-            fresh = tuple(engine_id for engine_id in levels[depth - 1] if engine_id not in seen)
+            fresh = tuple([engine_id for engine_id in levels[depth - 1] if engine_id not in seen])
             if fresh:
                 seen.update(fresh)
-                result.append((depth, fresh))
-        return result
+                yield depth, fresh

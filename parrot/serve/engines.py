@@ -10,6 +10,7 @@ from bisect import bisect_left, insort
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator
 from itertools import islice
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -26,6 +27,7 @@ Load = Any  #: whatever sorts engines; those of this file are one number, of whi
 KEPT_LANES = 16
 KEPT_OPENED = 32
 
+_engine_of: Callable[[tuple[Load, int, Engine]], Engine] = itemgetter(2)
 _TASK_BITS, _TOKEN_BITS = 24, 48  #: of a number of tasks on an engine, and of tokens reserved there
 
 
@@ -105,8 +107,11 @@ class EngineIndex:
 
     def __iter__(self) -> Iterator[Engine]:
         """From the least to the most loaded. Do not change a load while iterating; place, then ask again."""
-        for _, _, engine in self._entries:
-            yield engine
+        return map(_engine_of, self._entries)  # a generator left after its first engine costs more than what is asked of it
+
+    def first(self) -> Engine | None:
+        """The least loaded one."""
+        return self._entries[0][2] if self._entries else None
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -170,8 +175,9 @@ class Engines:
             lane = self.lanes[models, model_type] = Lane(models, model_type)
             for engine in self.live.values():
                 self._join(lane, engine)
+        if not lane.users:
+            self._unused.pop(lane, None)
         lane.users += 1
-        self._unused.pop(lane, None)
         return lane
 
     def leave(self, lane: Lane) -> None:

@@ -374,7 +374,7 @@ class Scheduler:
         task.decode_s, task.max_gap_s = event.decode_s, event.max_gap_s
         task.finished_s = now
         self._forget(task)
-        self._effects.append(TaskEnded(task.id, task.attempt, task.output.id, event=self.event))
+        self._effects.append(TaskEnded(task.id, task.attempt, task.output.id, None, self.event))
         self._finished(task, event.content, now)
 
     def fail(self, task: Task, event: TaskFailed, now: float) -> None:
