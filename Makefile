@@ -28,7 +28,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 compiled: $(INSTALLED)
-	$(BIN)/python -m parrot.compiled
+	$(BIN)/python -m parrot.build_compiled
 
 # exec: Ctrl-C reaches the demo itself, which stops its processes
 demo: $(INSTALLED)

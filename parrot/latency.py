@@ -145,14 +145,17 @@ class Coverage:
             self.outside[name] = (float(value), least, most)
 
 
-class DecodeRun(NamedTuple):
+class DecodeRun:
     """Iterations of an unchanged decoding batch: each reads one KV token a row more than the one before.
 
     Edge k lies at t0 + at(k). Stepping and jumping both ask this one function, so that they agree to the last bit.
     """
 
-    first_s: float
-    growth_s: float
+    __slots__ = ("first_s", "growth_s")
+
+    def __init__(self, first_s: float, growth_s: float) -> None:
+        self.first_s = first_s
+        self.growth_s = growth_s
 
     def at(self, k: int) -> float:
         """Seconds from the start of the run to the end of its k-th iteration (k ≥ 0)."""

@@ -12,8 +12,6 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from parrot.serve.states import CONTEXT
 
 if TYPE_CHECKING:
@@ -26,33 +24,39 @@ COMMON = ""  #: the domain of leading constants that all sessions may share
 NodeKey = str | tuple[str, ...]
 
 
-class PrefixNode(msgspec.Struct, eq=False):
+class PrefixNode:
     """One prefix. `contexts`: engine id -> the context that holds it there. `queued`: tasks waiting for a placement
     whose prompt begins with it (kept only for policies that ask). `users`: tasks whose whole prompt it is."""
 
-    parent: PrefixNode | None
-    key: NodeKey
-    domain: str
-    depth: int
-    children: dict[NodeKey, PrefixNode] | None = None
-    contexts: dict[int, Context] | None = None
-    queued: dict[Task, None] | None = None
-    users: int = 0
+    __slots__ = ("children", "contexts", "depth", "domain", "key", "parent", "queued", "users")
+
+    def __init__(self, parent: PrefixNode | None, key: NodeKey, domain: str, depth: int) -> None:
+        self.parent = parent
+        self.key = key
+        self.domain = domain
+        self.depth = depth
+        self.children: dict[NodeKey, PrefixNode] | None = None
+        self.contexts: dict[int, Context] | None = None
+        self.queued: dict[Task, None] | None = None
+        self.users = 0
 
 
-class Context(msgspec.Struct, eq=False):
+class Context:
     """A prefix on an engine. `tasks` counts tasks in flight that use it or a child of it; `filled`: a task has said
     that the engine holds it complete. `owner`: the session whose end frees it (None: shared, with a lifetime)."""
 
-    id: int
-    engine: Engine
-    node: PrefixNode | None  # None while it is being generated
-    tokens: int
-    owner: Session | None
-    state: str = "live"
-    tasks: int = 0
-    filled: bool = False
-    last_use_s: float = 0.0
+    __slots__ = ("engine", "filled", "id", "last_use_s", "node", "owner", "state", "tasks", "tokens")
+
+    def __init__(self, id: int, engine: Engine, node: PrefixNode | None, tokens: int, owner: Session | None) -> None:
+        self.id = id
+        self.engine = engine
+        self.node = node  # None while it is being generated
+        self.tokens = tokens
+        self.owner = owner
+        self.state = "live"
+        self.tasks = 1  # the one that it is made for
+        self.filled = False
+        self.last_use_s = 0.0
 
 
 class PrefixStore:

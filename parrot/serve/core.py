@@ -280,7 +280,7 @@ class ServeCore:
                 f"{len(self._sessions)} sessions are open; max_sessions_num is {self.config.max_sessions_num}",
             )
         self._sequence += 1
-        session = Session(event.session_id, event.auth, event.tenant, self._sequence, now, now)
+        session = Session(event.session_id, event.auth, event.tenant, self._sequence, now)
         self._sessions[session.id] = session
         self._idle.touch(session, now)
         if key is not None:

@@ -13,7 +13,7 @@ from itertools import islice
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
-import msgspec
+from mypy_extensions import mypyc_attr
 
 from parrot.protocol.engine import EngineDescription
 from parrot.serve.states import ENGINE
@@ -31,23 +31,29 @@ _engine_of: Callable[[tuple[Load, int, Engine]], Engine] = itemgetter(2)
 _TASK_BITS, _TOKEN_BITS = 24, 48  #: of a number of tasks on an engine, and of tokens reserved there
 
 
-class Engine(msgspec.Struct, eq=False):
+class Engine:
     """A registered engine. `reserved` tokens: Σ(new prompt + max_gen_length) of its tasks in flight. `version` changes
     whenever its capacity has changed in a way that could let in what it refused. `failures`: attempts that failed there in a
     row, those that failed together counted once; `suspected_s`: when it was last suspected for it."""
 
-    id: int
-    description: EngineDescription
-    state: str = "live"
-    tasks: dict[Task, None] = {}
-    contexts: dict[int, Context] = {}
-    reserved: int = 0
-    latency_tasks: int = 0
-    version: int = 0
-    next_context_id: int = 0
-    failures: int = 0
-    suspected_s: float = -1.0
-    lanes: tuple[Lane, ...] = ()  # those that it serves
+    __slots__ = (
+        "contexts", "description", "failures", "id", "lanes", "latency_tasks", "next_context_id", "reserved", "state",
+        "suspected_s", "tasks", "version",
+    )  # fmt: skip
+
+    def __init__(self, id: int, description: EngineDescription) -> None:
+        self.id = id
+        self.description = description
+        self.state = "live"
+        self.tasks: dict[Task, None] = {}
+        self.contexts: dict[int, Context] = {}
+        self.reserved = 0
+        self.latency_tasks = 0
+        self.version = 0
+        self.next_context_id = 0
+        self.failures = 0
+        self.suspected_s = -1.0
+        self.lanes: tuple[Lane, ...] = ()  # those that it serves
 
     @property
     def name(self) -> str:
@@ -117,16 +123,20 @@ class EngineIndex:
         return len(self._entries)
 
 
-class Lane(msgspec.Struct, eq=False, weakref=True):
+@mypyc_attr(native_class=False)  # compiled classes know no weak references
+class Lane:
     """All that asks for one of `models` (empty: any) of a model type, and the live engines that serve it."""
 
-    models: tuple[str, ...]
-    model_type: str
-    engines: dict[int, Engine] = {}
-    version: int = 0  # how often one of its engines has had more room than before
-    opened: deque[Engine] = msgspec.field(default_factory=lambda: deque(maxlen=KEPT_OPENED))  # those engines, the last ones
-    users: int = 0  # calls of open sessions that asked for it
-    indexes: dict[Callable[[Engine], Load], EngineIndex] = {}
+    __slots__ = ("__weakref__", "engines", "indexes", "model_type", "models", "opened", "users", "version")
+
+    def __init__(self, models: tuple[str, ...], model_type: str) -> None:
+        self.models = models
+        self.model_type = model_type
+        self.engines: dict[int, Engine] = {}
+        self.version = 0  # how often one of its engines has had more room than before
+        self.opened: deque[Engine] = deque(maxlen=KEPT_OPENED)  # those engines, the last ones
+        self.users = 0  # calls of open sessions that asked for it
+        self.indexes: dict[Callable[[Engine], Load], EngineIndex] = {}
 
     def serves(self, description: EngineDescription) -> bool:
         kind = "text" if description.engine_type == "openai" else "token_id"

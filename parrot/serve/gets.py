@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import heapq
 
-import msgspec
-
 from parrot.serve.sessions import Session
 from parrot.serve.variables import Variable
 
 
-class PendingGet(msgspec.Struct, eq=False, gc=False):
+class PendingGet:
     """A get that waits: for which variable of which session, until when (None: without end)."""
 
-    session: Session
-    variable: Variable
-    deadline: float | None
+    __slots__ = ("deadline", "session", "variable")
+
+    def __init__(self, session: Session, variable: Variable, deadline: float | None) -> None:
+        self.session = session
+        self.variable = variable
+        self.deadline = deadline
 
 
 class PendingGets:

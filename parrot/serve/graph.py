@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterable
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from parrot.protocol.api import Criteria, SamplingConfig
 from parrot.protocol.engine import TaskId
 from parrot.serve import states
@@ -37,19 +35,35 @@ def tighter(a: Criteria | None, b: Criteria | None) -> Criteria | None:
     return a if _RANK[a] >= _RANK[b] else b
 
 
-class Call(msgspec.Struct, eq=False):
+class Call:
     """A submitted semantic call. `variables`: one for each segment, None for constants."""
 
-    number: int
-    session: Session
-    func_name: str
-    segments: tuple[Segment, ...]
-    variables: tuple[Variable | None, ...]
-    lane: Lane
-    cache_prefix: bool
-    fuse_fill: bool
-    submitted_s: float
-    tasks: list[Task] = []
+    __slots__ = (
+        "cache_prefix", "func_name", "fuse_fill", "lane", "number", "segments", "session", "submitted_s", "tasks", "variables",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        number: int,
+        session: Session,
+        func_name: str,
+        segments: tuple[Segment, ...],
+        variables: tuple[Variable | None, ...],
+        lane: Lane,
+        cache_prefix: bool,
+        fuse_fill: bool,
+        submitted_s: float,
+    ) -> None:
+        self.number = number
+        self.session = session
+        self.func_name = func_name
+        self.segments = segments
+        self.variables = variables
+        self.lane = lane
+        self.cache_prefix = cache_prefix
+        self.fuse_fill = fuse_fill
+        self.submitted_s = submitted_s
+        self.tasks: list[Task] = []
 
     @property
     def state(self) -> str:
@@ -61,66 +75,80 @@ class Call(msgspec.Struct, eq=False):
         return "finished"
 
 
-class Group(msgspec.Struct, eq=False):
+class Group:
     """Tasks of one stage that feed `root` in parallel. `queued`: those of its members that wait for a placement."""
 
-    root: TaskId
-    depth: int
-    queued: dict[Task, None] = {}
+    __slots__ = ("depth", "queued", "root")
+
+    def __init__(self, root: TaskId, depth: int) -> None:
+        self.root = root
+        self.depth = depth
+        self.queued: dict[Task, None] = {}
 
 
-class Link(msgspec.Struct, eq=False, gc=False):
+class Link:
     """One context of a chain, engine-independent: the contents that it adds, and whether a task generated them."""
 
-    contents: tuple[Content, ...]
-    output: bool
+    __slots__ = ("contents", "output")
+
+    def __init__(self, contents: tuple[Content, ...], output: bool) -> None:
+        self.contents = contents
+        self.output = output
 
 
-class Task(msgspec.Struct, eq=False):
+class Task:
     """A completion task: fills, then one generate. It is also the view of itself that policies read.
 
     `begin`, `end`: its own segments are call.segments[begin:end], the last of them its output; its chain starts at 0.
     Times are seconds of the core's clock, None while they have not come.
     """
 
-    id: TaskId
-    call: Call
-    begin: int
-    end: int
-    output: Variable
-    sampling: SamplingConfig
-    missing: int = 0  # inputs that are not ready
-    state: str = "waiting"
-    attempt: int = 0
-    tries: int = 0  # attempts that count towards max_attempts
-    activated: bool = False
-    criteria: Criteria | None = None
-    depth: int = 0
-    group: Group | None = None
-    # from the moment it is queued
-    sequence: int = 0
-    order: Any = None
-    links: list[Link] | None = None
-    path: list[PrefixNode] | None = None
-    tokens: dict[str, int] | None = None  # prompt length by tokenizer
-    refusals: dict[int, int] | None = None  # engine id -> its capacity version then; -1: never again
-    # while it is in flight
-    engine: Engine | None = None
-    contexts: list[Context] | None = None
-    reserved: int = 0
-    counted_latency: bool = False  # whether its engine counts it among its latency-bound tasks
-    # its life, for reports
-    engine_name: str | None = None
-    ready_s: float | None = None
-    dispatched_s: float | None = None
-    started_s: float | None = None
-    first_token_s: float | None = None
-    finished_s: float | None = None
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    output_tokens: int = 0
-    decode_s: float = 0.0
-    max_gap_s: float = 0.0
+    __slots__ = (
+        "activated", "attempt", "begin", "cached_tokens", "call", "contexts", "counted_latency", "criteria", "decode_s", "depth",
+        "dispatched_s", "end", "engine", "engine_name", "finished_s", "first_token_s", "group", "id", "links", "max_gap_s",
+        "missing", "order", "output", "output_tokens", "path", "prompt_tokens", "ready_s", "refusals", "reserved", "sampling",
+        "sequence", "started_s", "state", "tokens", "tries",
+    )  # fmt: skip
+
+    def __init__(self, id: TaskId, call: Call, begin: int, end: int, output: Variable, sampling: SamplingConfig) -> None:
+        self.id = id
+        self.call = call
+        self.begin = begin
+        self.end = end
+        self.output = output
+        self.sampling = sampling
+        self.missing = 0  # inputs that are not ready
+        self.state = "waiting"
+        self.attempt = 0
+        self.tries = 0  # attempts that count towards max_attempts
+        self.activated = False
+        self.criteria: Criteria | None = None
+        self.depth = 0
+        self.group: Group | None = None
+        # from the moment it is queued
+        self.sequence = 0
+        self.order: Any = None
+        self.links: list[Link] | None = None
+        self.path: list[PrefixNode] | None = None
+        self.tokens: dict[str, int] | None = None  # prompt length by tokenizer
+        self.refusals: dict[int, int] | None = None  # engine id -> its capacity version then; -1: never again
+        # while it is in flight
+        self.engine: Engine | None = None
+        self.contexts: list[Context] | None = None
+        self.reserved = 0
+        self.counted_latency = False  # whether its engine counts it among its latency-bound tasks
+        # its life, for reports
+        self.engine_name: str | None = None
+        self.ready_s: float | None = None
+        self.dispatched_s: float | None = None
+        self.started_s: float | None = None
+        self.first_token_s: float | None = None
+        self.finished_s: float | None = None
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.output_tokens = 0
+        self.decode_s = 0.0
+        self.max_gap_s = 0.0
 
     @property
     def ended(self) -> bool:

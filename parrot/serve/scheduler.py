@@ -187,7 +187,7 @@ class Scheduler:
         task.dispatched_s = now
         owner = self._owner(task)
         chain, parent, cached_links, new_tokens = self._hold_chain(task, engine, owner)
-        generate = Context(engine.new_context_id(), engine, None, 0, owner, tasks=1)
+        generate = Context(engine.new_context_id(), engine, None, 0, owner)
         engine.contexts[generate.id] = generate
         assert task.contexts is not None
         task.contexts.append(generate)
@@ -232,7 +232,7 @@ class Scheduler:
                 tokens = 0 if depth else bos_tokens
                 for content in contents:
                     tokens += length_of(content.lengths, tokenizer)
-                context = Context(engine.new_context_id(), engine, node, tokens, owner if node.domain else None, tasks=1)
+                context = Context(engine.new_context_id(), engine, node, tokens, owner if node.domain else None)
                 engine.contexts[context.id] = context
                 prefixes.add(context)
                 new_tokens += tokens

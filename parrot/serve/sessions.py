@@ -5,8 +5,6 @@ from __future__ import annotations
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import Any
 
-import msgspec
-
 from parrot.protocol.engine import TaskId
 from parrot.protocol.errors import ParrotError
 from parrot.serve.contexts import Context
@@ -14,33 +12,36 @@ from parrot.serve.graph import Call, Group, Task
 from parrot.serve.variables import Variable
 
 
-class Session(msgspec.Struct, eq=False):
+class Session:
     """One session. `sequence`: the order of arrival. `domain`: whom it shares contexts with.
 
     `unfinished` counts its tasks that have not ended, `waiting_gets` its pending gets: while `active` work or a get is
     there, it is not idle.
     """
 
-    id: int
-    auth: str
-    tenant: str
-    sequence: int
-    opened_s: float
-    last_access_s: float
-    state: str = "open"
-    variables: dict[str, Variable] = {}
-    calls: list[Call] = []
-    unfinished: int = 0
-    active: int = 0  # tasks that are queued or in flight
-    waiting_gets: int = 0
-    answers: dict[tuple[type, str], Any] | None = None  # kind of request, Idempotency-Key -> the first answer's payload
-    contexts: dict[Context, None] | None = None  # those that only this session can share
-    groups: dict[tuple[TaskId, int], Group] | None = None
-    watched: bool = False  # whether IdleSessions has it
-    domain: str = ""
+    __slots__ = (
+        "active", "answers", "auth", "calls", "contexts", "domain", "groups", "id", "last_access_s", "opened_s", "sequence",
+        "state", "tenant", "unfinished", "variables", "waiting_gets", "watched",
+    )  # fmt: skip
 
-    def __post_init__(self) -> None:
-        self.domain = f"tenant:{self.tenant}" if self.tenant else f"session:{self.id}"
+    def __init__(self, id: int, auth: str, tenant: str, sequence: int, now: float) -> None:
+        self.id = id
+        self.auth = auth
+        self.tenant = tenant
+        self.sequence = sequence
+        self.opened_s = now
+        self.last_access_s = now
+        self.state = "open"
+        self.variables: dict[str, Variable] = {}
+        self.calls: list[Call] = []
+        self.unfinished = 0
+        self.active = 0  # tasks that are queued or in flight
+        self.waiting_gets = 0
+        self.answers: dict[tuple[type, str], Any] | None = None  # kind of request, Idempotency-Key -> the first answer's payload
+        self.contexts: dict[Context, None] | None = None  # those that only this session can share
+        self.groups: dict[tuple[TaskId, int], Group] | None = None
+        self.watched = False  # whether IdleSessions has it
+        self.domain = f"tenant:{tenant}" if tenant else f"session:{id}"
 
     @property
     def busy(self) -> bool:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from parrot.protocol.api import Criteria
 from parrot.protocol.errors import ErrorInfo
 from parrot.serve.events import Content
@@ -14,18 +12,21 @@ if TYPE_CHECKING:
     from parrot.serve.graph import Task
 
 
-class Variable(msgspec.Struct, eq=False):
+class Variable:
     """One semantic variable. `producer` writes it, `consumers` wait for it; `getters` are the requests of pending gets."""
 
-    id: str
-    name: str
-    state: str = "empty"
-    content: Content | None = None
-    error: ErrorInfo | None = None
-    producer: Task | None = None
-    consumers: list[Task] | None = None
-    getters: list[int] | None = None
-    criteria: Criteria | None = None  # of its latest get
+    __slots__ = ("consumers", "content", "criteria", "error", "getters", "id", "name", "producer", "state")
+
+    def __init__(self, id: str, name: str) -> None:
+        self.id = id
+        self.name = name
+        self.state = "empty"
+        self.content: Content | None = None
+        self.error: ErrorInfo | None = None
+        self.producer: Task | None = None
+        self.consumers: list[Task] | None = None
+        self.getters: list[int] | None = None
+        self.criteria: Criteria | None = None  # of its latest get
 
     @property
     def settled(self) -> bool:

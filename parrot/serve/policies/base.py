@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, Protocol
 
-import msgspec
 import numpy as np
+from mypy_extensions import mypyc_attr
 
 from parrot.serve.contexts import PrefixStore
 from parrot.serve.engines import Engine, Engines, Lane
@@ -20,12 +20,15 @@ from parrot.serve.graph import Task
 from parrot.serve.queue import TaskQueue
 
 
-class Placement(msgspec.Struct, frozen=True, gc=False):
+class Placement:
     """Run `task` on `engine`. `terms`: the score that led there, for whoever asks why."""
 
-    task: Task
-    engine: Engine
-    terms: dict[str, float] | None = None
+    __slots__ = ("engine", "task", "terms")
+
+    def __init__(self, task: Task, engine: Engine, terms: dict[str, float] | None = None) -> None:
+        self.task = task
+        self.engine = engine
+        self.terms = terms
 
 
 class Cluster:
@@ -172,6 +175,7 @@ class Policy(Protocol):
         """Placements, in order."""
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class InOrder:
     """A policy that takes the queue strictly in its order: a task that finds no engine holds those behind it back, so
     that none starves. A subclass says where one task (or the tasks that go with it) shall run."""
