@@ -12,12 +12,13 @@ seconds, found by `sim.calibrate` with non-negative least squares on iterations 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import msgspec
-from msgspec import Meta
+from parrot.latency_profile import FixedCost, Hinge, LatencyProfile
 
-NonNegative = Annotated[float, Meta(ge=0.0)]
+__all__ = [
+    "BatchShape", "Coverage", "DecodeRun", "FixedCost", "Hinge", "LatencyModel", "LatencyProfile", "OutOfRange", "seen_ranges",
+]  # fmt: skip
 
 
 class BatchShape(NamedTuple):
@@ -44,42 +45,6 @@ class BatchShape(NamedTuple):
     @property
     def tokens(self) -> int:
         return self.decode_rows + self.prefill_tokens
-
-
-class FixedCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The cost of an iteration with at most `max_rows` rows (and more than the bucket below)."""
-
-    max_rows: int
-    seconds: NonNegative
-    graph: bool = False
-
-
-class Hinge(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`slope` seconds for every token above `knot`."""
-
-    knot: NonNegative
-    slope: NonNegative
-
-
-class LatencyProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A fitted latency model and where it came from. Written as JSON by `sim.calibrate`."""
-
-    name: str
-    model: str
-    device: str
-    attn_func: str
-    fixed: tuple[FixedCost, ...]
-    hinges: tuple[Hinge, ...]
-    pair_s: NonNegative
-    kv_s: NonNegative
-    shared_kv_once: bool = False  #: the attention function reads a shared prefix once for all rows
-    task_overhead_s: NonNegative = 0.0  #: HTTP and tokenization, per task, before it can be admitted
-    versions: dict[str, str] = {}
-    trace: str = ""
-    seen: dict[str, tuple[float, float]] = {}  #: BatchShape field (and rows, tokens) -> least, most in the trace
-    spread: NonNegative = 0.0  #: standard deviation of log(measured / predicted) of the total time of a whole held-out run
-    error: dict[str, float] = {}  #: on held-out iterations: mean and p99 of |predicted / measured − 1|, and their number
-    notes: str = ""
 
 
 class LatencyModel:

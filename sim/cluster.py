@@ -275,7 +275,7 @@ class Cluster:
             if error is not None:
                 raise ParrotError.of(error)
             deliver = functools.partial(self._from_engine if self._delay_s else self._deliver, answer.engine_id)
-            self.engines[answer.engine_id] = SimEngine(self.timeline, emulated, deliver)
+            self.engines[answer.engine_id] = SimEngine(self.timeline, emulated, deliver, len(self.engines))
 
         self._pending.append(events.RegisterEngine(self.expect(registered), model.description))
 

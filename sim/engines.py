@@ -8,7 +8,6 @@ edges at which nothing can change, which only stepping knows, come last of all.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Hashable, Iterable
 from typing import Protocol
 
@@ -29,15 +28,16 @@ class Clock(Protocol):
 
 
 class SimEngine:
-    """Drives one engine; `deliver` gets its events in order, all of one edge together."""
+    """Drives one engine; `deliver` gets its events in order, all of one edge together. `rank`: its place among engines with
+    an edge at the same instant."""
 
-    _ranks = itertools.count()  # only their order matters
-
-    def __init__(self, clock: Clock, engine: EmulatedEngine, deliver: Callable[[list[EmulatedEvent]], None]) -> None:
+    def __init__(
+        self, clock: Clock, engine: EmulatedEngine, deliver: Callable[[list[EmulatedEvent]], None], rank: int = 0
+    ) -> None:
         self.engine = engine
         self._clock = clock
         self._deliver = deliver
-        self._priority = EDGE + next(SimEngine._ranks) * 2.0**-40
+        self._priority = EDGE + rank * 2.0**-40
         # The call that counts, by its time and whether its edge is quiet; those planned before it are stale.
         self._planned_s = -1.0
         self._quiet = False

@@ -22,10 +22,11 @@ from parrot.serve.config import ServeCoreConfig
 from parrot.serve.effects import AnyEffect, Reply, SessionEnded
 from parrot.serve.engines import Engine
 from parrot.serve.events import AnyEvent, Content
+from parrot.serve.fault import Fault
 from parrot.serve.gets import PendingGet, PendingGets
 from parrot.serve.graph import Call, Deduction, Task, tasks_of, tighter
 from parrot.serve.reports import call_answer, input_failed, session_report
-from parrot.serve.scheduler import Fault, Scheduler
+from parrot.serve.scheduler import Scheduler
 from parrot.serve.sessions import IdleSessions, Session
 from parrot.serve.states import IN_FLIGHT, SESSION, TASK, VARIABLE
 from parrot.serve.submission import bind, check_form, check_room, check_variables

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from parrot.protocol.engine import EngineDescription
 from parrot.protocol.errors import ErrorInfo
@@ -18,6 +18,7 @@ from parrot.serve.contexts import Context, PrefixStore
 from parrot.serve.effects import Abort, AnyEffect, ChainLink, Dispatch, FreeContexts, TaskEnded
 from parrot.serve.engines import Engine, Engines, Lane
 from parrot.serve.events import Constant, Content, TaskFailed, TaskFinished
+from parrot.serve.fault import Fault
 from parrot.serve.graph import Task, chain_of
 from parrot.serve.pauses import Pauses
 from parrot.serve.policies import build_policy
@@ -26,13 +27,6 @@ from parrot.serve.policies.least_loaded import LeastLoaded
 from parrot.serve.queue import LAST, TaskQueue
 from parrot.serve.sessions import Session
 from parrot.serve.states import IN_FLIGHT, TASK
-
-
-class Fault(NamedTuple):
-    """Something that went wrong inside and was contained."""
-
-    what: str
-    error: Exception
 
 
 class Scheduler:

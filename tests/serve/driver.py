@@ -12,7 +12,7 @@ from parrot.serve.config import GlobalSchedulerConfig, ServeCoreConfig
 from parrot.serve.core import ServeCore
 from parrot.serve.effects import AnyEffect, Dispatch, Reply
 from parrot.serve.events import Constant, Content, Input, Output
-from parrot.serve.scheduler import Fault
+from parrot.serve.fault import Fault
 
 TOKENIZER = "synthetic"
 

@@ -1,0 +1,67 @@
+"""`python -m parrot.build_compiled`: compiles the hot modules with mypyc, for `parrot.compiled` to load.
+
+Needs mypy, setuptools, a C compiler and Python's headers. It writes one folder, whole or not at all, and changes no source.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from parrot.compiled import FOLDER, MANIFEST, MODULES, PURE, ROOT, digests, source_of
+
+
+def build() -> None:
+    """Compiles the modules of these sources. Raises SystemExit with a line that says what is missing or went wrong."""
+    try:
+        import mypyc.build  # noqa: F401 - part of mypy
+    except ImportError:
+        raise SystemExit("parrot.build_compiled: mypy is needed to build (pip install mypy setuptools)") from None
+    sources = digests()
+    with tempfile.TemporaryDirectory() as work:
+        config = Path(work) / "mypy.ini"
+        config.write_text(_MYPY)
+        script = Path(work) / "setup.py"
+        script.write_text(_SETUP)
+        names = [str(source_of(module).relative_to(ROOT)) for module in MODULES]
+        command = [sys.executable, str(script), str(config), *names]
+        environment = {**os.environ, PURE: "1", "PYTHONPATH": str(ROOT), "PARROT_BUILD": work}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"parrot.build_compiled: the build failed\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+        made = Path(work) / "lib"
+        files = {}
+        for path in sorted(made.rglob("*.so")) + sorted(made.rglob("*.pyd")):
+            relative = path.relative_to(made)
+            files[".".join([*relative.parent.parts, relative.name.split(".")[0]])] = str(relative)
+        missing = [module for module in MODULES if module not in files]
+        if missing:
+            raise SystemExit(f"parrot.build_compiled: the build made no {missing[0]}")
+        shutil.rmtree(FOLDER, ignore_errors=True)
+        shutil.copytree(made, FOLDER)
+    MANIFEST.write_text(json.dumps({"sources": sources, "files": files}, indent=2) + "\n")  # last: without it nothing is used
+    print(f"{len(MODULES)} modules compiled into {FOLDER}")
+
+
+_MYPY = """[mypy]
+follow_imports = silent
+[mypy-numpy.*,scipy.*,torch.*,transformers.*,simpy.*,pandas.*,pyarrow.*,aiohttp.*,matplotlib.*,rich.*]
+follow_imports = skip
+"""
+
+_SETUP = """import os, sys
+from mypyc.build import mypycify
+from setuptools import setup
+work, config, names = os.environ["PARROT_BUILD"], sys.argv[1], sys.argv[2:]
+extensions = mypycify(["--config-file", config, "--cache-dir", work + "/cache", *names], opt_level="2", target_dir=work + "/c")
+setup(name="parrot-compiled", packages=[], py_modules=[], ext_modules=extensions,
+      script_args=["--quiet", "build_ext", "--build-lib", work + "/lib", "--build-temp", work + "/o"])
+"""
+
+if __name__ == "__main__":
+    build()

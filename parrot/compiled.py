@@ -1,0 +1,86 @@
+"""Loads the optional compiled build of the hot modules, which `python -m parrot.build_compiled` makes.
+
+The modules are compiled as they stand, by mypyc, into a folder beside the package's sources that nothing else reads. They
+are used only when all of them were built from exactly the sources that lie here; otherwise the sources are, as without a
+build. PARROT_PURE=1 in the environment leaves the build out. docs/compiled.md says more.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ExtensionFileLoader, ModuleSpec
+from importlib.util import spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parent.parent  #: the folder of the packages `parrot` and `sim`
+FOLDER = Path(__file__).resolve().parent / "_compiled" / str(sys.implementation.cache_tag)
+MANIFEST = FOLDER / "manifest.json"
+PURE = "PARROT_PURE"
+
+#: What is compiled, all of it or nothing. None of them defines a msgspec Struct: those stay Python's own. ServeCore works on
+#: such, and gains nothing from being compiled (tried).
+MODULES = (
+    "parrot.engine.admission",
+    "parrot.engine.blocks",
+    "parrot.engine.contexts",
+    "parrot.engine.core",
+    "parrot.engine.emulated.engine",
+    "parrot.engine.lockstep",
+    "parrot.engine.running",
+    "parrot.latency",
+    "sim.clients",
+    "sim.engines",
+    "sim.population",
+)
+
+
+def source_of(module: str) -> Path:
+    return ROOT / (module.replace(".", "/") + ".py")
+
+
+def digests() -> dict[str, str]:
+    """Module -> sha256 of its source. Raises OSError when one is not there."""
+    import hashlib
+
+    return {module: hashlib.sha256(source_of(module).read_bytes()).hexdigest() for module in MODULES}
+
+
+class _Finder:
+    """Finds the extension of a compiled module, and the library that they share."""
+
+    def __init__(self, files: dict[str, Path]) -> None:
+        self.files = files
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        file = self.files.get(name)
+        if file is None:
+            return None
+        return spec_from_file_location(name, file, loader=ExtensionFileLoader(name, str(file)))
+
+
+def in_use() -> bool:
+    """Whether this process runs the compiled modules."""
+    return any(isinstance(finder, _Finder) for finder in sys.meta_path)
+
+
+def use() -> bool:
+    """Loads the compiled modules from now on, if they are built, fit the sources and are wanted. Whether they are."""
+    if os.environ.get(PURE) or not MANIFEST.is_file():
+        return False
+    import json
+
+    try:
+        manifest = json.loads(MANIFEST.read_bytes())
+        fits = manifest["sources"] == digests()
+        files = {name: FOLDER / file for name, file in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        fits = False
+    if not fits:
+        print("parrot: the compiled modules are not of these sources: not used (make compiled builds them)", file=sys.stderr)
+        os.environ[PURE] = "1"  # said once, not by every child
+        return False
+    sys.meta_path.insert(0, _Finder(files))
+    return True

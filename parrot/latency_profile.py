@@ -1,0 +1,46 @@
+"""A latency profile as data: the coefficients of the model in `parrot.latency`, where they come from, and how far they hold."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+NonNegative = Annotated[float, Meta(ge=0.0)]
+
+
+class FixedCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The cost of an iteration with at most `max_rows` rows (and more than the bucket below)."""
+
+    max_rows: int
+    seconds: NonNegative
+    graph: bool = False
+
+
+class Hinge(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`slope` seconds for every token above `knot`."""
+
+    knot: NonNegative
+    slope: NonNegative
+
+
+class LatencyProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A fitted latency model and where it came from. Written as JSON by `sim.calibrate`."""
+
+    name: str
+    model: str
+    device: str
+    attn_func: str
+    fixed: tuple[FixedCost, ...]
+    hinges: tuple[Hinge, ...]
+    pair_s: NonNegative
+    kv_s: NonNegative
+    shared_kv_once: bool = False  #: the attention function reads a shared prefix once for all rows
+    task_overhead_s: NonNegative = 0.0  #: HTTP and tokenization, per task, before it can be admitted
+    versions: dict[str, str] = {}
+    trace: str = ""
+    seen: dict[str, tuple[float, float]] = {}  #: BatchShape field (and rows, tokens) -> least, most in the trace
+    spread: NonNegative = 0.0  #: standard deviation of log(measured / predicted) of the total time of a whole held-out run
+    error: dict[str, float] = {}  #: on held-out iterations: mean and p99 of |predicted / measured − 1|, and their number
+    notes: str = ""

@@ -1,0 +1,12 @@
+"""A failure inside the core, kept for the shell to log."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    """Something that went wrong inside and was contained."""
+
+    what: str
+    error: Exception
