@@ -116,7 +116,7 @@ class _NoRecorder:
 
     def program_ended(self, player: Any) -> None: ...
 
-    def session_ended(self, serial: int, report: Any, outputs: Any) -> None: ...
+    def calls_ended(self, serial: int, calls: Any, outputs: Any) -> None: ...
 
 
 class _KeyedCluster(Cluster):
@@ -131,7 +131,8 @@ class _KeyedCluster(Cluster):
         if isinstance(event, events.OpenSession | events.SubmitCall | events.CreateVariable | events.SetVariable):
             event = msgspec.structs.replace(event, idempotency_key=f"key{next(self._key)}")
         elif isinstance(event, events.CloseSession) and self._rng.random() < ABANDONED:
-            self.timeline.call_at(self.timeline.now, functools.partial(self._waiting.pop(event.request), None, None))
+            on_reply, context = self._waiting.pop(event.request)
+            self.timeline.call_at(self.timeline.now, functools.partial(on_reply, None, None, *context))
             return
         super().post(event, *priority)
 

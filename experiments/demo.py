@@ -169,7 +169,7 @@ def real_runs() -> list[list[Outcome]]:
 def calibrate() -> LatencyProfile:
     """Fits a profile to what the engines logged."""
     logs = [OUT / f"iterations{index}.jsonl" for index in range(ENGINES)]
-    profile = fit(read_logs(logs), "demo", trace=", ".join(log.name for log in logs))
+    profile = fit(read_logs(logs, allow_cut=True), "demo", trace=", ".join(log.name for log in logs))
     write_profile(profile, OUT / "profile.json")
     console.print(describe(profile))
     return profile
@@ -208,7 +208,7 @@ def simulate(
     out = OUT / name
     command = ["sim.run", "--core", str(CORE_CONFIG), "--engines", f"{ENGINE_CONFIG}:{ENGINES}",
                "--workload", str(workload), "--policy", ",".join(policies), "--profile", str(OUT / "profile.json"),
-               "--out", str(out)]  # fmt: skip
+               "--out", str(out), "--fresh"]  # fmt: skip
     if rates:
         command += ["--rate", ",".join(f"{rate:g}" for rate in rates)]
     console.print("[dim]$ " + "python -m " + " ".join(command) + "[/]", soft_wrap=True)

@@ -11,6 +11,7 @@ seconds, found by `sim.calibrate` with non-negative least squares on iterations 
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -93,37 +94,90 @@ class LatencyModel:
             path: tuple(sorted((c.max_rows, c.seconds * factor) for c in profile.fixed if c.graph is path))
             for path in (False, True)
         }
+        self._fixed_of: dict[tuple[int, bool], float] = {}  # as asked for
+        self._shared_kv_once = profile.shared_kv_once
         self._hinges = tuple((h.knot, h.slope * factor) for h in profile.hinges)
         self._pair_s = profile.pair_s * factor
         self._kv_s = profile.kv_s * factor
 
     def fixed_s(self, rows: int, graph: bool = False) -> float:
         """The fixed cost of an iteration of `rows` rows; beyond the largest bucket, the largest bucket's."""
-        buckets = self._fixed[graph] or self._fixed[not graph]
-        seconds = 0.0
-        for max_rows, seconds in buckets:
-            if rows <= max_rows:
-                return seconds
-        return seconds
+        found = self._fixed_of.get((rows, graph))
+        if found is None:
+            buckets = self._fixed[graph] or self._fixed[not graph]
+            found = next((seconds for most, seconds in buckets if rows <= most), buckets[-1][1] if buckets else 0.0)
+            self._fixed_of[rows, graph] = found
+        return found
 
     def tokens_s(self, tokens: int) -> float:
         """The cost of computing `tokens` tokens in one iteration."""
-        return sum(slope * (tokens - knot) for knot, slope in self._hinges if tokens > knot)
+        seconds = 0.0
+        for knot, slope in self._hinges:
+            if tokens > knot:
+                seconds += slope * (tokens - knot)
+        return seconds
 
     def duration(self, shape: BatchShape) -> float:
         """Seconds that an iteration of `shape` takes."""
-        profile = self.profile
-        kv = shape.decode_kv_unique if profile.shared_kv_once else shape.decode_kv
+        decode_rows, prefill_rows, prefill_tokens, prefill_pairs, decode_kv, decode_kv_unique, graph = shape
         return (
-            self.fixed_s(shape.rows, shape.graph)
-            + self.tokens_s(shape.tokens)
-            + self._pair_s * shape.prefill_pairs
-            + self._kv_s * kv
+            self.fixed_s(decode_rows + prefill_rows, graph)
+            + self.tokens_s(decode_rows + prefill_tokens)
+            + self._pair_s * prefill_pairs
+            + self._kv_s * (decode_kv_unique if self._shared_kv_once else decode_kv)
         )
 
     def decode_run(self, shape: BatchShape) -> DecodeRun:
         """The run of iterations that begins with `shape`, all of whose rows decode (`prefill_rows` 0)."""
         return DecodeRun(self.duration(shape), self._kv_s * shape.decode_rows)
+
+
+class OutOfRange(Exception):
+    """An iteration lies outside the range that its profile was fitted in. The message says which, and how far."""
+
+
+class Coverage:
+    """How far iterations went beyond the range that a profile was fitted in. One for all engines of a profile.
+
+    `outside`: input of the model -> (furthest that was asked for, least seen, most seen). An input whose range the profile does
+    not state is not looked at.
+    """
+
+    INPUTS = ("rows", "tokens", "prefill_pairs", "decode_kv")
+
+    def __init__(self, profile: LatencyProfile, strict: bool = False) -> None:
+        """strict: the first iteration outside raises OutOfRange."""
+        self.outside: dict[str, tuple[float, float, float]] = {}
+        self._profile = profile
+        self._strict = strict
+        self._kv = "decode_kv_unique" if profile.shared_kv_once else "decode_kv"
+        ranges = [profile.seen.get(self._kv if name == "decode_kv" else name, (0.0, math.inf)) for name in self.INPUTS]
+        (self._rows, self._most_rows), (self._tokens, self._most_tokens) = ranges[:2]
+        (_, self._most_pairs), (_, self._most_kv) = ranges[2:]  # both can be 0: an iteration may only decode, or only fill
+
+    def note(self, shape: BatchShape, later: int = 0) -> None:
+        """An iteration of `shape`, and `later` more in which the same rows decode. Raises OutOfRange (strict)."""
+        decode_rows, prefill_rows, prefill_tokens, pairs, decode_kv, decode_kv_unique, _ = shape
+        rows, tokens = decode_rows + prefill_rows, decode_rows + prefill_tokens
+        kv = (decode_kv if self._kv == "decode_kv" else decode_kv_unique) + later * decode_rows
+        if not self._rows <= rows <= self._most_rows:
+            self._beyond("rows", rows, self._rows, self._most_rows)
+        if not self._tokens <= tokens <= self._most_tokens:
+            self._beyond("tokens", tokens, self._tokens, self._most_tokens)
+        if pairs > self._most_pairs:
+            self._beyond("prefill_pairs", pairs, 0.0, self._most_pairs)
+        if kv > self._most_kv:
+            self._beyond(self._kv, kv, 0.0, self._most_kv)
+
+    def _beyond(self, name: str, value: float, least: float, most: float) -> None:
+        if self._strict:
+            raise OutOfRange(
+                f"profile {self._profile.name!r} was fitted to iterations with {name} from {least:g} to {most:g}; "
+                f"this run asks for {value:g}"
+            )
+        known = self.outside.get(name)
+        if known is None or max(value - most, least - value) > max(known[0] - most, least - known[0]):
+            self.outside[name] = (float(value), least, most)
 
 
 class DecodeRun(NamedTuple):
@@ -138,6 +192,14 @@ class DecodeRun(NamedTuple):
     def at(self, k: int) -> float:
         """Seconds from the start of the run to the end of its k-th iteration (k ≥ 0)."""
         return k * self.first_s + self.growth_s * (k * (k - 1) // 2)
+
+    def after(self, seconds: float) -> int:
+        """About how many iterations `seconds` hold: to begin a search from, `at` decides."""
+        first, growth = self.first_s, self.growth_s
+        if growth <= 0.0:
+            return int(seconds / first) if first > 0.0 else 0
+        slope = first - growth / 2
+        return int((math.sqrt(slope * slope + 2.0 * growth * seconds) - slope) / growth)
 
 
 def seen_ranges(shapes: list[BatchShape]) -> dict[str, tuple[float, float]]:

@@ -5,13 +5,15 @@ Each action says in its first line what is asked for and which answer its player
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
+
+import msgspec
 
 from parrot.protocol.api import Criteria
 from sim.workloads.program import Call, Text
 
 
-class Value(NamedTuple):
+class Value(msgspec.Struct, frozen=True, gc=False):
     """A text at the client: its key and tokens, and the text itself where there is one (over HTTP)."""
 
     key: str
@@ -22,21 +24,21 @@ class Value(NamedTuple):
 # ---------------------------------------------------------------------------------------------- pieces of a prompt
 
 
-class Given(NamedTuple):
+class Given(msgspec.Struct, frozen=True, gc=False):
     """A value that the client fills in."""
 
     name: str
     value: Value
 
 
-class Reference(NamedTuple):
+class Reference(msgspec.Struct, frozen=True, gc=False):
     """The content of a variable that the core knows."""
 
     name: str
     var_id: str
 
 
-class Into(NamedTuple):
+class Into(msgspec.Struct, frozen=True, gc=False):
     """An output, into a preallocated variable or (`var_id` None) a new one. Lengths are tokens."""
 
     name: str
@@ -52,26 +54,26 @@ Piece = Text | Given | Reference | Into
 # --------------------------------------------------------------------------------------- actions, and their answers
 
 
-class Open(NamedTuple):
+class Open(msgspec.Struct, frozen=True, gc=False):
     """Open the session. Answer: None."""
 
     tenant: str
 
 
-class Create(NamedTuple):
+class Create(msgspec.Struct, frozen=True, gc=False):
     """Create a variable. Answer: its id."""
 
     var: str
 
 
-class Assign(NamedTuple):
+class Assign(msgspec.Struct, frozen=True, gc=False):
     """Give the variable `var_id` a content. Answer: None."""
 
     var_id: str
     value: Value
 
 
-class Submit(NamedTuple):
+class Submit(msgspec.Struct, frozen=True, gc=False):
     """Submit call number `call` of the program. Answer: the ids of its outputs, in order."""
 
     call: int
@@ -79,7 +81,7 @@ class Submit(NamedTuple):
     pieces: tuple[Piece, ...]
 
 
-class Fetch(NamedTuple):
+class Fetch(msgspec.Struct, frozen=True, gc=False):
     """Wait for a variable's content. Answer: its Value."""
 
     get: int
@@ -87,7 +89,7 @@ class Fetch(NamedTuple):
     criteria: Criteria
 
 
-class Complete(NamedTuple):
+class Complete(msgspec.Struct, frozen=True, gc=False):
     """One request of the baseline: open a session, submit, get, close; one round trip in all. Answer: the Value.
 
     `output`: which output of call number `call` it is."""
@@ -100,11 +102,11 @@ class Complete(NamedTuple):
     criteria: Criteria
 
 
-class Close(NamedTuple):
+class Close(msgspec.Struct, frozen=True, gc=False):
     """Close the session. Answer: None."""
 
 
-class Wait(NamedTuple):
+class Wait(msgspec.Struct, frozen=True, gc=False):
     """Let `delay_s` pass. Answer: None. Then `then` is tried again, or the steps `nodes` lose one of their edges."""
 
     delay_s: float

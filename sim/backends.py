@@ -19,29 +19,37 @@ from parrot.configuration import ConfigurationError
 from parrot.engine.config import description_of
 from parrot.latency import LatencyProfile
 from sim.clients import new_player
+from sim.fit import check_programs
 from sim.http_client import MODEL, TOLD, Api, HttpClient, Refusal, Style
 from sim.metrics import Recorder
 from sim.network import open_network
 from sim.processes import local_cluster
-from sim.spec import Run, check_programs, core_config_of, engine_configs_of, engine_models_of, profiles_of
-from sim.workloads import open_workload
+from sim.programs import play_programs
+from sim.spec import Run, core_config_of, engine_configs_of, engine_models_of, open_programs, profiles_of
 from sim.workloads.program import Program
 
 
-def run_on_cluster(run: Run, tables: bool, watch: Callable[[], None] | None) -> tuple[Recorder, int]:
+def run_on_cluster(
+    run: Run, rows: bool, expect: Callable[[int], None], ended: Callable[[], None]
+) -> tuple[Recorder, int]:
     """Carries out a run in real time; returns what it measured and the number of engines (0: of a cluster not ours).
 
-    Raises ConfigurationError for what cannot be run or a process that dies; KeyboardInterrupt after everything has stopped.
+    rows: whether the recorder keeps them. expect: told the number of programs. ended: called as each ends. Raises
+    ConfigurationError for what cannot be run or a process that dies; KeyboardInterrupt after everything has stopped.
     """
-    programs = list(
-        open_workload(run.workload, rate=run.rate, seed=run.seed, count=run.count, max_gen_length=run.max_gen_length)
-    )
-    if not programs:
-        raise ConfigurationError(f"workload {run.workload!r} has no programs")
-    recorder = Recorder(run.client, tables)
+    programs: list[Program] = []
+    if run.program is None:
+        programs = list(open_programs(run))
+        if not programs:
+            raise ConfigurationError(f"workload {run.workload!r} has no programs")
+        expect(len(programs))
+    recorder = Recorder(run.client, rows)
+    if run.core_url is not None and run.program is not None:
+        _run_interruptibly(play_programs(run, run.core_url, recorder, expect, ended))
+        return recorder, 0
     if run.core_url is not None:
         style = MODEL if run.backend == "real" else TOLD
-        _run_interruptibly(_play_on_running(run, run.core_url, programs, recorder, style, watch))
+        _run_interruptibly(_play_on_running(run, run.core_url, programs, recorder, style, ended))
         return recorder, 0
     configs = engine_configs_of(run)
     profiles: list[LatencyProfile | None] = [None] * len(configs)
@@ -55,7 +63,11 @@ def run_on_cluster(run: Run, tables: bool, watch: Callable[[], None] | None) -> 
 
     async def whole() -> None:
         async with local_cluster(core_config_of(run), list(zip(configs, profiles, strict=True))) as (url, processes):
-            playing = asyncio.ensure_future(_play_all(run, url, programs, recorder, style, watch))
+            if run.program is not None:
+                work = play_programs(run, url, recorder, expect, ended)
+            else:
+                work = _play_all(run, url, programs, recorder, style, ended)
+            playing = asyncio.ensure_future(work)
             try:
                 while not playing.done():
                     await asyncio.wait([playing], timeout=0.5)
@@ -85,7 +97,7 @@ async def _play_on_running(
     programs: Sequence[Program],
     recorder: Recorder,
     style: Style,
-    watch: Callable[[], None] | None,
+    ended: Callable[[], None],
 ) -> None:
     """On a cluster that is not ours: its engines are known by their models alone."""
     async with aiohttp.ClientSession() as http:
@@ -100,7 +112,7 @@ async def _play_on_running(
                 wanted = " or ".join(call.models) or "any model"
                 have = ", ".join(sorted(models)) or "no engine"
                 raise ConfigurationError(f"program {program.id!r} needs {wanted}; the cluster at {url} has {have}")
-    await _play_all(run, url, programs, recorder, style, watch)
+    await _play_all(run, url, programs, recorder, style, ended)
 
 
 async def _play_all(
@@ -109,9 +121,9 @@ async def _play_all(
     programs: Sequence[Program],
     recorder: Recorder,
     style: Style,
-    watch: Callable[[], None] | None,
+    ended: Callable[[], None],
 ) -> None:
-    """Starts each program when it arrives and waits for the last."""
+    """Starts each program when it arrives, or in a closed loop when one before it has ended, and waits for the last."""
     network = open_network(run.rtt_ms, run.seed)
     loop = asyncio.get_running_loop()
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
@@ -119,6 +131,7 @@ async def _play_all(
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http, asyncio.TaskGroup() as group:
         api = Api(url, http)
         zero_s = loop.time()
+        places = asyncio.Semaphore(run.clients) if run.clients is not None else None
 
         async def play(serial: int, program: Program) -> None:
             player = new_player(
@@ -126,9 +139,13 @@ async def _play_all(
             )
             await HttpClient(api, player, network, recorder, style, zero_s).play()
             recorder.program_ended(player)
-            if watch is not None:
-                watch()
+            ended()
+            if places is not None:
+                places.release()
 
         for serial, program in enumerate(programs):
-            await asyncio.sleep(max(zero_s + program.arrival_s - loop.time(), 0.0))
+            if places is not None:
+                await places.acquire()
+            else:
+                await asyncio.sleep(max(zero_s + program.arrival_s - loop.time(), 0.0))
             group.create_task(play(serial, program))

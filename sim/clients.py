@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from parrot.protocol.api import Criteria
 from parrot.protocol.errors import ErrorInfo
@@ -43,16 +43,6 @@ class Mode(enum.StrEnum):
     REQUEST = "request"
 
 
-class Outcome(NamedTuple):
-    """A get's times on the client's clock, in seconds; `returned_s` None: it never came back."""
-
-    id: str
-    var: str
-    criteria: Criteria
-    issued_s: float
-    returned_s: float | None
-
-
 class Player:
     """Plays one program in one mode. Steps (sets, then calls, then gets) are numbered in the order of the file.
 
@@ -77,10 +67,11 @@ class Player:
         self._blocked = [len(step.after) for step in self._steps]
         self._left = len(self._steps)
         self._on_get: dict[str, list[tuple[int, float]]] = {}
-        for node, step in enumerate(self._steps):
-            for edge in step.after:
-                if edge.get is not None:
-                    self._on_get.setdefault(edge.get, []).append((node, edge.delay_s))
+        if any(self._blocked):
+            for node, step in enumerate(self._steps):
+                for edge in step.after:
+                    if edge.get is not None:
+                        self._on_get.setdefault(edge.get, []).append((node, edge.delay_s))
 
     # ------------------------------------------------------------------------------------- what a shell calls
 
@@ -96,11 +87,14 @@ class Player:
             return []
         if self.error is not None:
             return []
+        out: list[Action] = []
         if type(action) is Wait:
             if action.then is not None:
                 return [action.then]
-            return self._unblock(action.nodes, now)
-        return self._advance(action, answer, now)
+            self._unblock(action.nodes, now, out)
+        else:
+            self._advance(action, answer, now, out)
+        return out
 
     def refuse(self, action: Action, retry_after_s: float, now: float) -> list[Action]:
         """`action` was refused for lack of room (429): it waits and tries again."""
@@ -119,14 +113,6 @@ class Player:
         self.ended_s = now
         return self._leave(action)
 
-    def outcomes(self) -> list[Outcome]:
-        """The gets that were issued, in the order of the file."""
-        return [
-            Outcome(get.id, get.var, get.criteria, self.issued[number], self.returned.get(number))
-            for number, get in enumerate(self.program.gets)
-            if number in self.issued
-        ]
-
     def waits_for(self) -> str:
         """What the program waits for, for a person to read."""
         pending = [g.id for n, g in enumerate(self.program.gets) if n in self.issued and n not in self.returned]
@@ -138,10 +124,11 @@ class Player:
 
     # ------------------------------------------------------------------------------------------ the two modes
 
-    def _advance(self, action: Action, answer: Any, now: float) -> list[Action]:
+    def _advance(self, action: Action, answer: Any, now: float, out: list[Action]) -> None:
+        """`action` gave `answer`: what follows goes to `out`."""
         raise NotImplementedError
 
-    def _release(self, node: int, now: float) -> list[Action]:
+    def _release(self, node: int, now: float, out: list[Action]) -> None:
         """Nothing holds step `node` back any more."""
         raise NotImplementedError
 
@@ -151,38 +138,37 @@ class Player:
 
     # ------------------------------------------------------------------------------------------------- shared
 
-    def _begin(self, now: float) -> list[Action]:
+    def _begin(self, now: float, out: list[Action]) -> None:
         """Releases the steps that nothing holds back and starts the waits that count from the arrival."""
-        actions: list[Action] = []
         free = [count == 0 for count in self._blocked]  # as things stand now: a release may free others, and releases them
         for node, step in enumerate(self._steps):
-            delays = [edge.delay_s for edge in step.after if edge.get is None]
             if free[node]:
-                actions += self._release(node, now)
-            elif delays:
-                late = max(self.started_s + max(delays) - now, 0.0)
-                self._blocked[node] -= len(delays) - 1
-                actions.append(Wait(late, nodes=(node,)))
-        return actions
+                self._release(node, now, out)
+            elif step.after:
+                delays = [edge.delay_s for edge in step.after if edge.get is None]
+                if delays:
+                    self._blocked[node] -= len(delays) - 1
+                    out.append(Wait(max(self.started_s + max(delays) - now, 0.0), nodes=(node,)))
 
-    def _unblock(self, nodes: Iterable[int], now: float) -> list[Action]:
-        actions: list[Action] = []
+    def _unblock(self, nodes: Iterable[int], now: float, out: list[Action]) -> None:
+        blocked = self._blocked
         for node in nodes:
-            self._blocked[node] -= 1
-            if self._blocked[node] == 0:
-                actions += self._release(node, now)
-        return actions
+            blocked[node] -= 1
+            if blocked[node] == 0:
+                self._release(node, now, out)
 
-    def _get_returned(self, number: int, now: float) -> list[Action]:
+    def _get_returned(self, number: int, now: float, out: list[Action]) -> None:
         self.returned[number] = now
-        actions: list[Action] = []
+        edges = self._on_get.get(self.program.gets[number].id)
+        if edges is None:
+            return
         at_once: list[int] = []
-        for node, delay_s in self._on_get.get(self.program.gets[number].id, ()):
+        for node, delay_s in edges:
             if delay_s > 0.0:
-                actions.append(Wait(delay_s, nodes=(node,)))
+                out.append(Wait(delay_s, nodes=(node,)))
             else:
                 at_once.append(node)
-        return actions + self._unblock(sorted(at_once), now)
+        self._unblock(sorted(at_once), now, out)
 
     def _into(self, write: Write, var_id: str | None = None) -> Into:
         most = write.max_gen_length or max(self._max_gen_length, write.tokens)
@@ -204,28 +190,33 @@ class SemanticPlayer(Player):
     def __init__(self, program: Program, serial: int, max_gen_length: int, preallocate: bool = False) -> None:
         super().__init__(program, serial, max_gen_length)
         self._ids: dict[str, str] = {}
-        self._to_create = [source.var for source in program.sets]
         self._on_id: dict[str, list[int]] = {}
-        producers = {s.var: n for n, call in enumerate(program.calls) for s in call.segments if type(s) is Write}
-        fed: list[str] = []
+        to_create = [source.var for source in program.sets]
+        producers: dict[str, int] = {}
+        reads: dict[tuple[int, str], None] = {}
         for number, call in enumerate(program.calls):
-            reads = dict.fromkeys(s.var for s in call.segments if type(s) is Read)
-            for var in reads:
-                self._hold_until_id(self._first_call + number, var)
-                if var in producers:
-                    fed.append(var)
-                    if producers[var] == number:  # only a variable that exists can be read by the call that writes it
-                        self._to_create.append(var)
+            for segment in call.segments:
+                if type(segment) is Write:
+                    producers[segment.var] = number
+                elif type(segment) is Read:
+                    reads[number, segment.var] = None
+        fed: list[str] = []
+        for number, var in reads:
+            self._hold_until_id(self._first_call + number, var)
+            if var in producers:
+                fed.append(var)
+                if producers[var] == number:  # only a variable that exists can be read by the call that writes it
+                    to_create.append(var)
         for number, get in enumerate(program.gets):
             self._hold_until_id(self._first_get + number, get.var)
         if preallocate and fed:
-            self._to_create += [var for var in dict.fromkeys([*fed, *(get.var for get in program.gets)]) if var in producers]
-        self._to_create = list(dict.fromkeys(self._to_create))
+            to_create += [var for var in dict.fromkeys([*fed, *(get.var for get in program.gets)]) if var in producers]
+        self._to_create = list(dict.fromkeys(to_create))
         for var in self._to_create:
             if var in producers:  # its call names the variable, so it needs the id
                 self._hold_until_id(self._first_call + producers[var], var)
-        for number in range(self._first_call):
-            self._hold_until_id(number, program.sets[number].var)
+        for number, source in enumerate(program.sets):
+            self._hold_until_id(number, source.var)
 
     def start(self, now: float) -> list[Action]:
         self.started_s = now
@@ -235,61 +226,57 @@ class SemanticPlayer(Player):
         self._blocked[node] += 1
         self._on_id.setdefault(var, []).append(node)
 
-    def _advance(self, action: Action, answer: Any, now: float) -> list[Action]:
-        kind = type(action)
-        if kind is Fetch:
-            actions = self._get_returned(action.get, now)  # type: ignore[union-attr]
-            return self._done_one(now) if not actions else [*actions, *self._done_one(now)]
-        if kind is Submit:
-            actions = []
-            writes = [s.var for s in action.spec.segments if type(s) is Write]  # type: ignore[union-attr]
-            for var, var_id in zip(writes, answer, strict=True):
-                actions += self._identified(var, var_id, now)
-            return [*actions, *self._done_one(now)]
-        if kind is Create:
-            return self._identified(action.var, answer, now)  # type: ignore[union-attr]
-        if kind is Assign:
-            return self._done_one(now)
-        creates: list[Action] = [Create(var) for var in self._to_create]
-        return [*creates, *self._begin(now), *self._close_if_over(now)]
+    def _advance(self, action: Action, answer: Any, now: float, out: list[Action]) -> None:
+        if type(action) is Fetch:
+            self._left -= 1
+            self._get_returned(action.get, now, out)
+        elif type(action) is Submit:
+            self._left -= 1
+            place = 0
+            for segment in action.spec.segments:
+                if type(segment) is Write:
+                    self._identified(segment.var, answer[place], now, out)
+                    place += 1
+        elif type(action) is Create:
+            self._identified(action.var, answer, now, out)
+        elif type(action) is Assign:
+            self._left -= 1
+        else:
+            out += [Create(var) for var in self._to_create]
+            self._begin(now, out)
+        if not self._left and self.ended_s is None:
+            self.ended_s = max(self.returned.values(), default=now)
+            out.append(Close())
 
-    def _identified(self, var: str, var_id: str, now: float) -> list[Action]:
-        if var in self._ids:
-            return []
-        self._ids[var] = var_id
-        return self._unblock(self._on_id.get(var, ()), now)
+    def _identified(self, var: str, var_id: str, now: float, out: list[Action]) -> None:
+        if var not in self._ids:
+            self._ids[var] = var_id
+            self._unblock(self._on_id.get(var, ()), now, out)
 
-    def _done_one(self, now: float) -> list[Action]:
-        self._left -= 1
-        return self._close_if_over(now)
-
-    def _close_if_over(self, now: float) -> list[Action]:
-        if self._left or self.ended_s is not None:
-            return []
-        self.ended_s = max(self.returned.values(), default=now)
-        return [Close()]
-
-    def _release(self, node: int, now: float) -> list[Action]:
+    def _release(self, node: int, now: float, out: list[Action]) -> None:
         step = self._steps[node]
         if type(step) is Get:
             number = node - self._first_get
             self.issued[number] = now
-            return [Fetch(number, self._ids[step.var], step.criteria)]
-        if type(step) is Call:
-            return [Submit(node - self._first_call, step, tuple(self._pieces(step)))]
-        assert type(step) is Set
-        return [Assign(self._ids[step.var], Value(step.key, step.tokens))]
+            out.append(Fetch(number, self._ids[step.var], step.criteria))
+        elif type(step) is Call:
+            out.append(Submit(node - self._first_call, step, tuple(self._pieces(step))))
+        else:
+            assert type(step) is Set
+            out.append(Assign(self._ids[step.var], Value(step.key, step.tokens)))
 
-    def _pieces(self, call: Call) -> Iterable[Piece]:
+    def _pieces(self, call: Call) -> list[Piece]:
+        pieces: list[Piece] = []
         for segment in call.segments:
             if type(segment) is Text:
                 if segment.tokens:
-                    yield segment
+                    pieces.append(segment)
             elif type(segment) is Read:
-                yield Reference(segment.var, self._ids[segment.var])
+                pieces.append(Reference(segment.var, self._ids[segment.var]))
             else:
                 assert type(segment) is Write
-                yield self._into(segment, self._ids.get(segment.var))
+                pieces.append(self._into(segment, self._ids.get(segment.var)))
+        return pieces
 
     def _leave(self, failed: Action) -> list[Action]:
         if type(failed) is Open:
@@ -323,7 +310,9 @@ class RequestPlayer(Player):
     def start(self, now: float) -> list[Action]:
         self.started_s = now
         self.ended = not self.program.gets
-        return self._begin(now)
+        out: list[Action] = []
+        self._begin(now, out)
+        return out
 
     def _hold_until_value(self, node: int, var: str) -> None:
         self._blocked[node] += 1
@@ -344,20 +333,15 @@ class RequestPlayer(Player):
             open_vars += [s.var for s in calls[number].segments if type(s) is Read and place.get(s.var, (-1,))[0] != number]
         return wanted
 
-    def _advance(self, action: Action, answer: Any, now: float) -> list[Action]:
+    def _advance(self, action: Action, answer: Any, now: float, out: list[Action]) -> None:
         assert type(action) is Complete
-        write = _writes(action.spec)[action.output]
-        actions = self._came(write.var, answer, now)
+        var = _writes(action.spec)[action.output].var
+        self._values[var] = answer
         if action.output + 1 < self._wanted[action.call]:
-            actions = [*self._request(action.call, action.output + 1), *actions]
-        return actions
+            out.append(self._request(action.call, action.output + 1))
+        self._unblock(self._on_value.get(var, ()), now, out)
 
-    def _came(self, var: str, value: Value, now: float) -> list[Action]:
-        """`var` has its value at the client."""
-        self._values[var] = value
-        return self._unblock(self._on_value.get(var, ()), now)
-
-    def _release(self, node: int, now: float) -> list[Action]:
+    def _release(self, node: int, now: float, out: list[Action]) -> None:
         step = self._steps[node]
         if type(step) is Get:
             number = node - self._first_get
@@ -366,14 +350,17 @@ class RequestPlayer(Player):
             if self._gets_left == 0:
                 self.ended_s = now
                 self.ended = True
-            return self._get_returned(number, now)
-        if type(step) is Call:
+            self._get_returned(number, now, out)
+        elif type(step) is Call:
             number = node - self._first_call
-            return self._request(number, 0) if self._wanted[number] else []
-        assert type(step) is Set
-        return self._came(step.var, Value(step.key, step.tokens), now)
+            if self._wanted[number]:
+                out.append(self._request(number, 0))
+        else:
+            assert type(step) is Set
+            self._values[step.var] = Value(step.key, step.tokens)
+            self._unblock(self._on_value.get(step.var, ()), now, out)
 
-    def _request(self, number: int, output: int) -> list[Action]:
+    def _request(self, number: int, output: int) -> Complete:
         call = self.program.calls[number]
         write = _writes(call)[output]
         pieces: list[Piece] = []
@@ -387,7 +374,7 @@ class RequestPlayer(Player):
             elif not isinstance(segment, Text):
                 pieces.append(Given(f"{segment.var}_{place}", self._values[segment.var]))
         criteria = self._criteria.get(write.var, Criteria.LATENCY)
-        return [Complete(number, output, call, self._tenant, tuple(pieces), criteria)]
+        return Complete(number, output, call, self._tenant, tuple(pieces), criteria)
 
     def _leave(self, failed: Action) -> list[Action]:
         self.ended = True

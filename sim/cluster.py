@@ -13,25 +13,33 @@ from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 from typing import Any, NamedTuple
 
+import msgspec
 import simpy
 
 from parrot.engine.core import EngineLimits, EngineTask, Link
 from parrot.engine.emulated.engine import EmulatedEngine, EmulatedEvent
-from parrot.latency import LatencyModel, LatencyProfile
+from parrot.latency import Coverage, LatencyModel, LatencyProfile, OutOfRange
 from parrot.protocol.api import SessionReport
 from parrot.protocol.engine import EngineDescription, TaskId
 from parrot.protocol.errors import ERRORS, ErrorInfo, ParrotError
 from parrot.serve import effects, events
 from parrot.serve.config import ServeCoreConfig
 from parrot.serve.core import ServeCore
+from parrot.serve.graph import Call
 from sim.engines import SimEngine
+
+__all__ = ["Cluster", "EngineModel", "OutOfRange", "Timeline"]
 
 AUTH = "simulated"
 NORMAL = 1
 FLUSH = 2  #: SimPy priority: after all clients of the instant (urgent 0, normal 1), before the engines' edges (3)
 FLUSH_EDGES = 3.5  #: after all engines' edges, before those at which nothing happens (4, only when stepping)
 
-OnReply = Callable[[Any, ErrorInfo | None], None]
+KEPT_LENGTHS = 65_536  #: contents of as many different lengths share what says their length
+
+OnReply = Callable[..., None]  #: called with payload, error, and what `expect` was given beside it
+#: The tokens that an engine generates for a dispatch, and what gives the content of as many of them as it did generate.
+Generate = Callable[[effects.Dispatch], tuple[int, Callable[[int], events.Content]]]
 Observe = Callable[[str, Any], None]  #: engine name, what the engine shows of each iteration or run of iterations
 
 
@@ -50,29 +58,69 @@ class Timeline(simpy.Environment):
     They arrive exactly (now + (t − now) may not be t) and cost a third of an event.
     """
 
+    now: float = 0.0  # an attribute, for it is read some forty times a request
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._soon: tuple[float, Callable[[], object]] | None = None
+        self._stopped = False
+
     def call_at(self, time_s: float, callback: Callable[[], object], priority: float = NORMAL) -> None:
         """Calls `callback` at `time_s`, or now when that has passed."""
-        now = self._now
+        now = self.now
         heappush(self._queue, (time_s if time_s > now else now, priority, next(self._eid), callback))  # type: ignore[misc]
+
+    def call_now(self, callback: Callable[[], object], priority: float) -> None:
+        """Calls `callback` in this instant, when all that has no greater priority has happened. The calendar is spared where
+        nothing else waits like this."""
+        if self._soon is None:
+            self._soon = (priority, callback)
+        else:
+            self.call_at(self.now, callback, priority)
 
     def step(self) -> None:
         """As SimPy's, for both kinds of entry."""
-        if self._queue and not isinstance(self._queue[0][3], simpy.Event):
-            self._now, _, _, callback = heappop(self._queue)
+        queue, soon = self._queue, self._soon
+        if soon is not None and (not queue or queue[0][0] > self.now or queue[0][1] > soon[0]):
+            self._soon = None
+            soon[1]()
+            return
+        if queue:
+            self.now = queue[0][0]
+        if queue and not isinstance(queue[0][3], simpy.Event):
+            self._now, _, _, callback = heappop(queue)
             callback()
         else:
             super().step()
 
     def run_until(self, finished: Callable[[], bool]) -> bool:
         """Steps until `finished()` or, with False as the answer, until nothing is left to happen."""
-        queue, event_type = self._queue, simpy.Event
         while not finished():
-            if not queue:
+            if not self._queue and self._soon is None:
                 return False
-            if isinstance(queue[0][3], event_type):
-                super().step()
+            self.step()
+        return True
+
+    def stop(self) -> None:
+        """Ends `run_to_stop` with the present step."""
+        self._stopped = True
+
+    def run_to_stop(self) -> bool:
+        """Steps until `stop` is called or, with False as the answer, until nothing is left to happen."""
+        queue, event_type, step = self._queue, simpy.Event, self.step
+        self._stopped = False
+        while not self._stopped:  # `step`, written out: this loop turns a dozen times a request
+            soon = self._soon
+            if soon is not None and (not queue or queue[0][0] > self.now or queue[0][1] > soon[0]):
+                self._soon = None
+                soon[1]()
+            elif not queue:
+                return False
+            elif isinstance(queue[0][3], event_type):
+                step()
             else:
-                self._now, _, _, callback = heappop(queue)
+                self.now, _, _, callback = heappop(queue)
+                self._now = self.now
                 callback()
         return True
 
@@ -80,11 +128,12 @@ class Timeline(simpy.Environment):
 _Key = tuple[TaskId, int]  #: a task and the number of the attempt: the engine's key of it
 
 
-class _Attempt(NamedTuple):
-    """What the shell keeps of a dispatch until its end."""
+class _Attempt(msgspec.Struct, frozen=True, gc=False):
+    """What the shell keeps of a dispatch until its end. `content`: what gives the output that was generated, by its tokens."""
 
     epoch: int
     output_var: str
+    content: Callable[[int], events.Content] | None
 
 
 class Cluster:
@@ -99,13 +148,16 @@ class Cluster:
         engine_delay_s: float = 0.0,
         jump: bool = True,
         observe: Observe | None = None,
+        strict: bool = False,
     ) -> None:
         self.timeline = timeline
         self.core = ServeCore(config)
         self.engines: dict[int, SimEngine] = {}
+        #: says what engines generate, where a task's length and its output's name (`name_output`) do not say it
+        self.generate: Generate | None = None
         self._tokenizers = tuple(dict.fromkeys(model.description.tokenizer for model in engines))
         self._delay_s = engine_delay_s
-        self._waiting: dict[int, OnReply] = {}
+        self._waiting: dict[int, tuple[OnReply, tuple[Any, ...]]] = {}
         self._requests = 0
         self._pending: list[events.AnyEvent] = []
         self._flushing = False
@@ -114,23 +166,22 @@ class Cluster:
         self._output_keys: dict[int, dict[str, str]] = {}
         self._attempts: dict[_Key, _Attempt] = {}
         self._carry: dict[type, Callable[[Any], None]] = {
-            effects.Reply: self._reply,
             effects.Dispatch: self._dispatch,
             effects.Abort: self._abort,
             effects.FreeContexts: self._free,
             effects.SessionEnded: self._session_ended,
-            effects.TaskEnded: lambda effect: None,
         }
+        self._coverages: dict[str, Coverage] = {}
         for model in engines:
-            self._register(model, jump, observe)
+            self._register(model, jump, observe, strict)
         self._flush()
 
     # ------------------------------------------------------------------------------------------------ for clients
 
-    def expect(self, on_reply: OnReply) -> int:
-        """A new request number, whose answer goes to `on_reply(payload, error)`."""
+    def expect(self, on_reply: OnReply, *context: Any) -> int:
+        """A new request number, whose answer goes to `on_reply(payload, error, *context)`."""
         self._requests += 1
-        self._waiting[self._requests] = on_reply
+        self._waiting[self._requests] = (on_reply, context)
         return self._requests
 
     def post(self, event: events.AnyEvent, priority: float = FLUSH) -> None:
@@ -138,18 +189,28 @@ class Cluster:
         self._pending.append(event)
         if not self._flushing:
             self._flushing = True
-            self.timeline.call_at(self.timeline.now, self._flush, priority)
+            self.timeline.call_now(self._flush, priority)
 
     def content(self, key: str, tokens: int) -> events.Content:
         """A text of `tokens` tokens under every tokenizer of the cluster."""
         lengths = self._lengths.get(tokens)
         if lengths is None:
+            if len(self._lengths) >= KEPT_LENGTHS:
+                self._lengths.clear()
             lengths = self._lengths[tokens] = dict.fromkeys(self._tokenizers, tokens)
         return events.Content(key, lengths)
 
     def name_output(self, session_id: int, var_id: str, key: str) -> None:
         """What engines generate into that variable has this content key."""
         self._output_keys.setdefault(session_id, {})[var_id] = key
+
+    def calls(self, session_id: int) -> Sequence[Call]:
+        """The session's calls as the core has them, to be read only and at once; () when it is gone."""
+        return self.core.calls(session_id)
+
+    def outside(self) -> dict[str, dict[str, tuple[float, float, float]]]:
+        """For each latency profile that was asked for more than it was fitted to: `Coverage.outside`."""
+        return {name: coverage.outside for name, coverage in self._coverages.items() if coverage.outside}
 
     def report(self, session_id: int) -> SessionReport | None:
         """The session with its calls, None when it is gone."""
@@ -164,17 +225,22 @@ class Cluster:
         """Hands the instant's events to the core, then what follows from them in no time, until nothing more does."""
         now = self.timeline.now
         self._flushing = True
-        carry = self._carry
+        core, carry, waiting = self.core, self._carry, self._waiting
         while self._pending:
             batch, self._pending = self._pending, []
-            for effect in self.core.handle(batch, now):
-                carry[type(effect)](effect)
-            for fault in self.core.scheduler.faults and self.core.take_faults():
-                raise fault.error  # a simulation stops where a server would log and go on
+            for effect in core.handle(batch, now):
+                if type(effect) is effects.Reply:
+                    asked = waiting.pop(effect.request, None)
+                    if asked is not None:
+                        on_reply, context = asked
+                        on_reply(effect.payload, effect.error, *context)
+                elif type(effect) is not effects.TaskEnded:
+                    carry[type(effect)](effect)
+            if core.scheduler.faults:
+                raise core.take_faults()[0].error  # a simulation stops where a server would log and go on
         self._flushing = False
-        deadline_s = self.core.next_deadline()
-        if deadline_s is not None and deadline_s < self._timer_s:
-            self._set_timer(deadline_s)
+        if core.due_at < self._timer_s:  # no deadline is before; `_tick` asks for the exact one
+            self._set_timer(core.due_at)
 
     def _set_timer(self, deadline_s: float) -> None:
         self._timer_s = deadline_s
@@ -190,61 +256,61 @@ class Cluster:
         elif deadline_s is not None:
             self.post(events.Tick())
 
-    def _reply(self, effect: effects.Reply) -> None:
-        on_reply = self._waiting.pop(effect.request, None)
-        if on_reply is not None:
-            on_reply(effect.payload, effect.error)
-
     def _session_ended(self, effect: effects.SessionEnded) -> None:
         self._output_keys.pop(effect.session_id, None)
 
     # ------------------------------------------------------------------------------------------------- the engines
 
-    def _register(self, model: EngineModel, jump: bool, observe: Observe | None) -> None:
+    def _register(self, model: EngineModel, jump: bool, observe: Observe | None, strict: bool) -> None:
         watch = functools.partial(observe, model.description.engine_name) if observe else None
-        emulated = EmulatedEngine(model.limits, LatencyModel(model.profile, model.factor), jump=jump, observe=watch)
+        coverage = None
+        if model.profile.seen:
+            coverage = self._coverages.get(model.profile.name)
+            if coverage is None:
+                coverage = self._coverages[model.profile.name] = Coverage(model.profile, strict)
+        latency = LatencyModel(model.profile, model.factor)
+        emulated = EmulatedEngine(model.limits, latency, jump=jump, observe=watch, coverage=coverage)
 
         def registered(answer: Any, error: ErrorInfo | None) -> None:
             if error is not None:
                 raise ParrotError.of(error)
-            deliver = functools.partial(self._from_engine, answer.engine_id)
+            deliver = functools.partial(self._from_engine if self._delay_s else self._deliver, answer.engine_id)
             self.engines[answer.engine_id] = SimEngine(self.timeline, emulated, deliver)
 
         self._pending.append(events.RegisterEngine(self.expect(registered), model.description))
 
-    def _to_engine(self, action: Callable[[], Any]) -> None:
+    def _to_engine(self, action: Callable[..., Any], *arguments: Any) -> None:
         if self._delay_s:
-            self.timeline.call_at(self.timeline.now + self._delay_s, action)
+            self.timeline.call_at(self.timeline.now + self._delay_s, functools.partial(action, *arguments))
         else:
-            action()
+            action(*arguments)
 
     def _dispatch(self, effect: effects.Dispatch) -> None:
         key = (effect.task, effect.attempt)
         sampling = effect.sampling
-        self._attempts[key] = _Attempt(effect.epoch, effect.output_var)
+        output_tokens, content = sampling.output_length or sampling.max_gen_length, None
+        if self.generate is not None:
+            output_tokens, content = self.generate(effect)
+        self._attempts[key] = _Attempt(effect.epoch, effect.output_var, content)
         task = EngineTask(
             key=key,
             links=tuple([Link(link.context_id, link.tokens) for link in effect.chain]),
             generate_context_id=effect.generate_context_id,
             max_gen_length=sampling.max_gen_length,
         )
-        output_tokens = sampling.output_length or sampling.max_gen_length
-        self._to_engine(functools.partial(self.engines[effect.engine_id].submit, task, output_tokens))
+        self._to_engine(self.engines[effect.engine_id].submit, task, output_tokens)
 
     def _abort(self, effect: effects.Abort) -> None:
         key = (effect.task, effect.attempt)
         self._attempts.pop(key, None)
-        self._to_engine(functools.partial(self.engines[effect.engine_id].abort, key))
+        self._to_engine(self.engines[effect.engine_id].abort, key)
 
     def _free(self, effect: effects.FreeContexts) -> None:
-        self._to_engine(functools.partial(self.engines[effect.engine_id].free_contexts, effect.context_ids))
+        self._to_engine(self.engines[effect.engine_id].free_contexts, effect.context_ids)
 
     def _from_engine(self, engine_id: int, emulated: Sequence[EmulatedEvent]) -> None:
-        if self._delay_s:
-            arrive = functools.partial(self._deliver, engine_id, emulated)
-            self.timeline.call_at(self.timeline.now + self._delay_s, arrive)
-        else:
-            self._deliver(engine_id, emulated)
+        arrive = functools.partial(self._deliver, engine_id, emulated)
+        self.timeline.call_at(self.timeline.now + self._delay_s, arrive)
 
     def _deliver(self, engine_id: int, emulated: Sequence[EmulatedEvent]) -> None:
         """An engine's events in the core's terms. Those of an attempt that was given up go no further."""
@@ -254,19 +320,25 @@ class Cluster:
             key: _Key = event.key  # type: ignore[assignment]
             attempt = self._attempts.get(key)
             if attempt is not None:
-                self.post(self._told(event, key, attempt), FLUSH_EDGES)
+                self._pending.append(self._told(event, key, attempt))
+        if self._pending and not self._flushing:
+            self._flushing = True
+            self.timeline.call_now(self._flush, FLUSH_EDGES)
 
     def _told(self, event: EmulatedEvent, key: _Key, attempt: _Attempt) -> events.AnyEvent:
         task, number = key
         kind, epoch = event.kind, attempt.epoch
         if kind == "finished":
             del self._attempts[key]
-            content_key = self._output_keys[task.session_id][attempt.output_var]
+            if attempt.content is not None:
+                content = attempt.content(event.output_tokens)
+            else:
+                content = self.content(self._output_keys[task.session_id][attempt.output_var], event.output_tokens)
             return events.TaskFinished(
                 epoch,
                 task,
                 number,
-                self.content(content_key, event.output_tokens),
+                content,
                 event.output_tokens,
                 event.prompt_tokens,
                 event.cached_tokens,

@@ -38,38 +38,55 @@ class SimEngine:
         self._clock = clock
         self._deliver = deliver
         self._priority = EDGE + next(SimEngine._ranks) * 2.0**-40
-        self._planned: tuple[float, float] | None = None  # the call that counts; those planned before it are stale
+        # The call that counts, by its time and whether its edge is quiet; those planned before it are stale.
+        self._planned_s = -1.0
+        self._quiet = False
 
     def submit(self, task: EngineTask, output_tokens: int) -> None:
         """Hands the engine a task and the tokens that it would generate. Whether it is taken is told by an event."""
-        self.engine.submit(task, output_tokens, self._clock.now)
-        self._plan()
+        now = self._clock.now
+        self.engine.submit(task, output_tokens, now)
+        self._plan(now)
 
     def abort(self, key: Hashable) -> None:
         """Gives a task up; unknown ones are ignored."""
-        self.engine.abort(key, self._clock.now)
-        self._plan()
+        now = self._clock.now
+        self.engine.abort(key, now)
+        self._plan(now)
 
     def free_contexts(self, ids: Iterable[int]) -> None:
         """Nobody will ask for these contexts again."""
-        self.engine.free_contexts(ids, self._clock.now)
-        self._plan()
+        now = self._clock.now
+        self.engine.free_contexts(ids, now)
+        self._plan(now)
 
-    def _plan(self) -> None:
-        edge = self.engine.next_edge()
+    def _plan(self, now: float) -> None:
+        engine = self.engine
+        edge = engine.next_edge()
         if edge is None:
-            self._planned = None
+            self._planned_s = -1.0
             return
-        call = (max(edge, self._clock.now), QUIET_EDGE if self.engine.quiet else self._priority)
-        if call != self._planned:
-            self._planned = call
-            self._clock.call_at(call[0], lambda: self._edge(call), call[1])
+        if edge < now:
+            edge = now
+        quiet = not engine.jumps and engine.quiet
+        if edge != self._planned_s or quiet is not self._quiet:
+            self._planned_s, self._quiet = edge, quiet
+            if quiet:
+                self._clock.call_at(edge, self._on_quiet_edge, QUIET_EDGE)
+            else:
+                self._clock.call_at(edge, self._on_edge, self._priority)
 
-    def _edge(self, call: tuple[float, float]) -> None:
-        if call != self._planned:
-            return
-        self._planned = None
-        events = self.engine.advance(self._clock.now)
-        self._plan()
+    def _on_edge(self) -> None:
+        if self._planned_s == self._clock.now and not self._quiet:
+            self._advance()
+
+    def _on_quiet_edge(self) -> None:
+        if self._planned_s == self._clock.now and self._quiet:
+            self._advance()
+
+    def _advance(self) -> None:
+        now, self._planned_s = self._planned_s, -1.0
+        events = self.engine.advance(now)
+        self._plan(now)
         if events:
             self._deliver(events)

@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 
 from parrot.protocol.api import CallReport, SessionReport, TaskReport
+from parrot.serve.graph import Call, Task
 from sim.clients import Mode, Player
 
 
@@ -153,16 +154,46 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True, tag="run", tag_field="k
     outside: dict[str, dict[str, tuple[float, float, float]]] = {}
 
 
+_IDENTITY = {"rate", "clients", "seed", "repeat", "draw", "engines"}  #: numbers of a summary that say which run it was
+
+
+def _metrics() -> tuple[str, ...]:
+    names: list[str] = []
+    for name, hint in get_type_hints(Summary).items():
+        if hint is Distribution:
+            names += [f"{name}.{part}" for part in Distribution.__struct_fields__]
+        elif hint in (int, int | None, float, float | None) and name not in _IDENTITY:
+            names.append(name)
+    return tuple(names)
+
+
+METRICS = _metrics()  #: every number that a run measures, as `ttft_s.p99`: distributions by part
+
+
+def metrics_of(summary: Summary) -> dict[str, float | None]:
+    """The numbers of a run by the names in METRICS."""
+    values: dict[str, float | None] = {}
+    for metric in METRICS:
+        name, _, part = metric.partition(".")
+        value = getattr(summary, name)
+        values[metric] = getattr(value, part) if part else value
+    return values
+
+
 class Recorder:
-    """Collects the rows of a run. With `tables` off it keeps eight bytes a value and no rows."""
+    """Collects the rows of a run. With `tables` off it keeps eight bytes a value and no rows.
+
+    `programs`, `gets`, `calls` and `tasks` are the rows so far, in the order in which they came.
+    """
 
     def __init__(self, mode: Mode, tables: bool = True) -> None:
         self._from_submission = mode is Mode.REQUEST
         self._tables = tables
-        self.programs: list[ProgramRow] = []
-        self.gets: list[GetRow] = []
-        self.calls: list[CallRow] = []
-        self.tasks: list[TaskRow] = []
+        # Plain tuples, each in the order of its row's fields: a NamedTuple a row would cost three times as much.
+        self._programs: list[tuple[Any, ...]] = []
+        self._gets: list[tuple[Any, ...]] = []
+        self._calls: list[tuple[Any, ...]] = []
+        self._tasks: list[tuple[Any, ...]] = []
         self.values: dict[str, array[float]] = {
             name: array("d") for name in ("ttft_s", "tpot_s", "max_gap_s", "jct_s", "normalized_latency_s")
         }
@@ -185,6 +216,24 @@ class Recorder:
         )
         self.errors: dict[str, int] = {}
         self.last_s = 0.0
+        #: of a simulation: latency profile -> input -> (furthest that was asked for, least and most that it was fitted to)
+        self.outside: dict[str, dict[str, tuple[float, float, float]]] = {}
+
+    @property
+    def programs(self) -> list[ProgramRow]:
+        return [ProgramRow(*row) for row in self._programs]
+
+    @property
+    def gets(self) -> list[GetRow]:
+        return [GetRow(*row) for row in self._gets]
+
+    @property
+    def calls(self) -> list[CallRow]:
+        return [CallRow(*row) for row in self._calls]
+
+    @property
+    def tasks(self) -> list[TaskRow]:
+        return [TaskRow(*row) for row in self._tasks]
 
     def program_ended(self, player: Player) -> None:
         """Takes the program's own times; to be called once, when it has ended."""
@@ -194,7 +243,8 @@ class Recorder:
         finished = player.error is None
         counts["finished" if finished else "failed"] += 1
         ended_s = player.ended_s if player.ended_s is not None else player.started_s
-        self.last_s = max(self.last_s, ended_s)
+        if ended_s > self.last_s:
+            self.last_s = ended_s
         jct_s = ended_s - player.started_s if finished else None
         if jct_s is not None:
             self.values["jct_s"].append(jct_s)
@@ -202,9 +252,8 @@ class Recorder:
             self.errors[player.error.code] = self.errors.get(player.error.code, 0) + 1
         if self._tables:
             program = player.program
-            error = f"{player.error.code}: {player.error.message}" if player.error else None
-            self.programs.append(
-                ProgramRow(
+            self._programs.append(
+                (
                     player.serial,
                     program.id,
                     program.application,
@@ -217,55 +266,73 @@ class Recorder:
                     len(program.calls),
                     len(program.gets),
                     player.refusals,
-                    error,
+                    f"{player.error.code}: {player.error.message}" if player.error else None,
                 )
             )
-            self.gets += [GetRow(player.serial, o.id, o.var, o.criteria, o.issued_s, o.returned_s) for o in player.outcomes()]
+            for number, get in enumerate(program.gets):
+                if number in player.issued:
+                    times = (player.issued[number], player.returned.get(number))
+                    self._gets.append((player.serial, get.id, get.var, get.criteria, *times))
 
     def session_ended(self, serial: int, report: SessionReport, outputs: Mapping[str, tuple[int, int]]) -> None:
         """Takes a session of program `serial`. `outputs`: variable id -> (call, output) of the program."""
         for call in report.reports or ():
-            self._call(serial, call, outputs)
+            tasks = call.tasks
+            number, output = outputs.get(tasks[0].var_id, (-1, 0)) if tasks else (-1, 0)
+            for place, task in enumerate(tasks):
+                self._task(serial, number, output + place, task, task.attempts, task.engine, task.criteria)
+            self._call(serial, number, output, call, tasks)
 
-    def _call(self, serial: int, call: CallReport, outputs: Mapping[str, tuple[int, int]]) -> None:
-        tasks = call.tasks
+    def calls_ended(self, serial: int, calls: Sequence[Call], outputs: Mapping[str, tuple[int, int]]) -> None:
+        """As `session_ended`, from the core's own calls where they are at hand: nobody need make a report of them."""
+        for call in calls:
+            tasks = call.tasks
+            number, output = outputs.get(tasks[0].output.id, (-1, 0)) if tasks else (-1, 0)
+            for place, task in enumerate(tasks):
+                self._task(serial, number, output + place, task, task.attempt, task.engine_name, task.criteria)
+            self._call(serial, number, output, call, tasks)
+
+    def _call(
+        self, serial: int, number: int, output: int, call: CallReport | Call, tasks: Sequence[TaskReport] | Sequence[Task]
+    ) -> None:
         counts = self.counts
         counts["calls"] += 1
-        finished = all(task.state == "finished" for task in tasks)
-        state = "finished" if finished else "failed" if any(task.state == "failed" for task in tasks) else call.state
-        if finished:
-            counts["calls_finished"] += 1
-        elif state == "failed":
-            counts["calls_failed"] += 1
-        number, output = outputs.get(tasks[0].var_id, (-1, 0)) if tasks else (-1, 0)
-        since = call.submitted_s if self._from_submission else tasks[0].ready_s if tasks else None
+        finished, failed = True, False
         prompt_tokens = cached_tokens = output_tokens = 0
-        for place, task in enumerate(tasks):
-            self._task(serial, number, output + place, task)
+        for task in tasks:
+            if task.state != "finished":
+                finished = False
+                failed = failed or task.state == "failed"
             prompt_tokens += task.prompt_tokens
             cached_tokens += task.cached_tokens
             output_tokens += task.output_tokens
+        state = "finished" if finished else "failed" if failed else call.state
+        if finished:
+            counts["calls_finished"] += 1
+        elif failed:
+            counts["calls_failed"] += 1
+        first = tasks[0] if tasks else None
+        since = call.submitted_s if self._from_submission else first.ready_s if first is not None else None
         ttft_s = latency_s = normalized_s = None
-        if since is not None and tasks[0].first_token_s is not None:
-            ttft_s = tasks[0].first_token_s - since
+        if since is not None and first is not None and first.first_token_s is not None:
+            ttft_s = first.first_token_s - since
             self.values["ttft_s"].append(ttft_s)
         if finished and since is not None:
             latency_s = (tasks[-1].finished_s or since) - since
             normalized_s = latency_s / max(output_tokens, 1)
             self.values["normalized_latency_s"].append(normalized_s)
         if self._tables:
-            first = tasks[0] if tasks else None
-            self.calls.append(
-                CallRow(
+            self._calls.append(
+                (
                     serial,
                     number,
                     output,
                     call.func_name,
                     state,
                     call.submitted_s,
-                    first.ready_s if first else None,
-                    first.first_token_s if first else None,
-                    tasks[-1].finished_s if finished and tasks else None,
+                    first.ready_s if first is not None else None,
+                    first.first_token_s if first is not None else None,
+                    tasks[-1].finished_s if finished and first is not None else None,
                     prompt_tokens,
                     cached_tokens,
                     output_tokens,
@@ -275,10 +342,19 @@ class Recorder:
                 )
             )
 
-    def _task(self, serial: int, call: int, output: int, task: TaskReport) -> None:
+    def _task(
+        self,
+        serial: int,
+        call: int,
+        output: int,
+        task: TaskReport | Task,
+        attempts: int,
+        engine: str | None,
+        criteria: str | None,
+    ) -> None:
         counts = self.counts
         counts["tasks"] += 1
-        counts["attempts"] += task.attempts
+        counts["attempts"] += attempts
         tpot_s = None
         if task.state == "finished":
             counts["prompt_tokens"] += task.prompt_tokens
@@ -289,15 +365,15 @@ class Recorder:
                 self.values["tpot_s"].append(tpot_s)
                 self.values["max_gap_s"].append(task.max_gap_s)
         if self._tables:
-            self.tasks.append(
-                TaskRow(
+            self._tasks.append(
+                (
                     serial,
                     call,
                     output,
                     task.state,
-                    task.attempts,
-                    task.engine,
-                    task.criteria,
+                    attempts,
+                    engine,
+                    criteria,
                     task.depth,
                     task.ready_s,
                     task.dispatched_s,
@@ -325,16 +401,17 @@ class Recorder:
             "throughput_tokens_per_s": tokens / span_s if span_s > 0 else None,
             "throughput_programs_per_s": programs / span_s if span_s > 0 else None,
             "errors": dict(sorted(self.errors.items())),
+            "outside": self.outside,
         }
         return Summary(**fields)
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """The tables programs, gets, calls and tasks, in order of program, call and output."""
         return {
-            "programs": _table(ProgramRow, self.programs),
-            "gets": _table(GetRow, self.gets),
-            "calls": _table(CallRow, self.calls),
-            "tasks": _table(TaskRow, self.tasks),
+            "programs": _table(ProgramRow, self._programs),
+            "gets": _table(GetRow, self._gets),
+            "calls": _table(CallRow, self._calls),
+            "tasks": _table(TaskRow, self._tasks),
         }
 
 
@@ -351,9 +428,16 @@ _TYPES = {int: "int64", float: "float64", float | None: "float64", str: "string"
 
 
 def _table(kind: Any, rows: Sequence[Any]) -> pd.DataFrame:
-    table = pd.DataFrame.from_records(rows, columns=kind._fields)
-    table = table.astype({name: _TYPES[hint] for name, hint in get_type_hints(kind).items()})
-    keys = [name for name in ("program", "call", "output") if name in kind._fields]
+    hints = get_type_hints(kind)
+    columns = list(zip(*rows, strict=True)) or [()] * len(hints)
+    # A column at a time, from the types: pandas need not find them out, row by row.
+    table = pd.DataFrame(
+        {
+            name: pd.array(column, dtype="string") if _TYPES[hint] == "string" else np.array(column, dtype=_TYPES[hint])
+            for (name, hint), column in zip(hints.items(), columns, strict=True)
+        }
+    )
+    keys = [name for name in ("program", "call", "output") if name in hints]
     return table.sort_values(keys, kind="stable", ignore_index=True)
 
 

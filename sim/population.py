@@ -10,6 +10,8 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import msgspec
+
 from parrot.protocol.api import CallAnswer, SamplingConfig
 from parrot.protocol.errors import ERRORS, ErrorInfo
 from parrot.serve import events
@@ -38,6 +40,7 @@ from sim.workloads.program import Call, Program, Text
 
 RETRY_AFTER_S = 1.0  #: when a refusal does not say how long to wait
 STUCK_AFTER_S = 24 * 3600.0  #: of simulated time in which every answer was a refusal
+KEPT_SAMPLINGS = 65_536  #: outputs of the same lengths share what says so
 
 
 class StuckError(Exception):
@@ -45,7 +48,11 @@ class StuckError(Exception):
 
 
 class Population:
-    """The clients of a run: starts each program when it arrives, reading the workload as it goes, and ends with the last."""
+    """The clients of a run: starts each program when it arrives, reading the workload as it goes, and ends with the last.
+
+    clients: None: programs arrive at their `arrival_s`. A number: a closed loop of so many clients, each of which starts the
+    next program, whatever its `arrival_s`, in the instant in which its last one ended.
+    """
 
     def __init__(
         self,
@@ -56,6 +63,7 @@ class Population:
         recorder: Recorder,
         max_gen_length: int,
         on_ended: Callable[[], None] | None = None,
+        clients: int | None = None,
     ) -> None:
         self.cluster = cluster
         self.network = network
@@ -69,8 +77,12 @@ class Population:
         self._serial = 0
         self._sessions = 0
         self._samplings: dict[tuple[int, int], SamplingConfig] = {}
-        self._next: Program | None = None
-        self._await_next()
+        self._next: Program | None = next(self._programs, None)
+        self._closed = clients is not None
+        if clients is None:
+            self._await_next()
+        for _ in range(clients or 0):
+            self.cluster.timeline.call_at(0.0, self._arrive)
 
     def ended(self, conversation: Conversation) -> None:
         """A program has ended, well or badly."""
@@ -78,6 +90,10 @@ class Population:
         del self._live[conversation.player.serial]
         if self._on_ended is not None:
             self._on_ended()
+        if self.is_over():
+            self.cluster.timeline.stop()
+        elif self._closed:
+            self.cluster.timeline.call_at(0.0, self._arrive)
 
     def is_over(self) -> bool:
         """Whether every program has arrived and ended."""
@@ -91,6 +107,8 @@ class Population:
         lengths = (into.max_gen_length, into.output_length)
         found = self._samplings.get(lengths)
         if found is None:
+            if len(self._samplings) >= KEPT_SAMPLINGS:
+                self._samplings.clear()
             found = SamplingConfig(seed=0, max_gen_length=into.max_gen_length, output_length=into.output_length)
             self._samplings[lengths] = found
         return found
@@ -109,40 +127,40 @@ class Population:
         return "; ".join(lines) + more
 
     def _await_next(self) -> None:
-        self._next = next(self._programs, None)
         if self._next is not None:
             self.cluster.timeline.call_at(self._next.arrival_s, self._arrive)
 
     def _arrive(self) -> None:
         program = self._next
-        assert program is not None
         timeline = self.cluster.timeline
+        if program is None:  # more clients than programs
+            return
+        self._next = next(self._programs, None)
+        if self._closed:
+            program = msgspec.structs.replace(program, arrival_s=timeline.now)
         serial = self._serial
         self._serial += 1
-        player = new_player(
-            program,
-            self._mode,
-            serial=serial,
-            max_gen_length=self._max_gen_length,
-            preallocate=not self.network.is_local,
-        )
+        far = not self.network.is_local
+        player = new_player(program, self._mode, serial=serial, max_gen_length=self._max_gen_length, preallocate=far)
         if not self._live:
             self.answered_s = timeline.now
         conversation = self._live[serial] = Conversation(self, player)
-        self._await_next()
+        if not self._closed:
+            self._await_next()
         conversation.perform(player.start(timeline.now))
 
 
 class Conversation:
     """One program's client: its player, and what the core's end knows of its sessions."""
 
-    __slots__ = ("_cluster", "_outputs", "_over", "_population", "_session_id", "exchanges", "player")
+    __slots__ = ("_cluster", "_network", "_outputs", "_over", "_session_id", "exchanges", "player", "population")
 
     def __init__(self, population: Population, player: Player) -> None:
         self.player = player
+        self.population = population
         self.exchanges: dict[Exchange, None] = {}  # requests of the baseline that are at the core
-        self._population = population
         self._cluster = population.cluster
+        self._network = None if population.network.is_local else population.network
         self._session_id = 0
         self._outputs: dict[int, dict[str, tuple[int, int]]] = {}
         self._over = False
@@ -152,65 +170,64 @@ class Conversation:
         for action in actions:
             if type(action) is Wait:
                 timeline = self._cluster.timeline
-                timeline.call_at(timeline.now + action.delay_s, functools.partial(self._answer, action, None))
-            elif self._population.network.is_local:
+                timeline.call_at(timeline.now + action.delay_s, functools.partial(self._answer, action, None, None))
+            elif self._network is None:
                 self._arrive(action, 0.0)
             else:
                 timeline = self._cluster.timeline
-                half_s = self._population.network.round_trip_s() / 2
+                half_s = self._network.round_trip_s() / 2
                 timeline.call_at(timeline.now + half_s, functools.partial(self._arrive, action, half_s))
         if self.player.ended and not self._over:
             self._over = True
             for exchange in list(self.exchanges):  # a program that has failed drops its connections
                 exchange.give_up()
-            self._population.ended(self)
+            self.population.ended(self)
 
     def work(self) -> str:
         """What the core says of the session's tasks, for a message."""
-        report = self._cluster.report(self._session_id) if self._session_id else None
-        calls = (report.reports or ()) if report is not None else ()
-        states = [f"{task.state} (attempts: {task.attempts})" for call in calls for task in call.tasks]
+        calls = self._cluster.calls(self._session_id)
+        states = [f"{task.state} (attempts: {task.attempt})" for call in calls for task in call.tasks]
         return f"; its tasks are {', '.join(states[:5])}" if states else ""
 
     # ---------------------------------------------------------------------------------------------- the core's end
 
     def _arrive(self, action: Action, half_s: float) -> None:
         """The action's request reaches the core."""
-        kind = type(action)
+        cluster, kind, session_id = self._cluster, type(action), self._session_id
         if kind is Complete:
             if not self._over:
                 Exchange(self, action, half_s)  # type: ignore[arg-type]
             return
-        request = self._cluster.expect(functools.partial(self._replied, action, half_s))
-        self._cluster.post(self._event(action, request))
-
-    def _event(self, action: Any, request: int) -> events.AnyEvent:
-        kind, session_id = type(action), self._session_id
+        request = cluster.expect(self._replied, action, half_s)
+        event: events.AnyEvent
         if kind is Fetch:
-            return events.GetVariable(request, session_id, AUTH, action.var_id, action.criteria)
-        if kind is Submit:
-            return self.submit_call(request, session_id, action.spec, action.pieces)
-        if kind is Open:
-            self._session_id = self._population.new_session_id()
-            return events.OpenSession(request, self._session_id, AUTH, action.tenant)
-        if kind is Close:
+            event = events.GetVariable(request, session_id, AUTH, action.var_id, action.criteria)  # type: ignore[union-attr]
+        elif kind is Submit:
+            event = self.submit_call(request, session_id, action.spec, action.pieces)  # type: ignore[union-attr]
+        elif kind is Open:
+            self._session_id = self.population.new_session_id()
+            event = events.OpenSession(request, self._session_id, AUTH, action.tenant)  # type: ignore[union-attr]
+        elif kind is Close:
             self.record(session_id)
-            return events.CloseSession(request, session_id, AUTH)
-        if kind is Create:
-            return events.CreateVariable(request, session_id, AUTH, action.var)
-        assert kind is Assign
-        content = self._cluster.content(action.value.key, action.value.tokens)
-        return events.SetVariable(request, session_id, AUTH, action.var_id, content)
+            event = events.CloseSession(request, session_id, AUTH)
+        elif kind is Create:
+            event = events.CreateVariable(request, session_id, AUTH, action.var)  # type: ignore[union-attr]
+        else:
+            assert type(action) is Assign
+            content = cluster.content(action.value.key, action.value.tokens)
+            event = events.SetVariable(request, session_id, AUTH, action.var_id, content)
+        cluster.post(event)
 
     def submit_call(self, request: int, session_id: int, call: Call, pieces: Sequence[Piece]) -> events.SubmitCall:
-        content, sampling = self._cluster.content, self._population.sampling
+        content = self._cluster.content
         segments: list[events.Segment] = []
         for piece in pieces:
             kind = type(piece)
             if kind is Text:
                 segments.append(events.Constant(content(piece.key, piece.tokens)))  # type: ignore[union-attr]
             elif kind is Into:
-                segments.append(events.Output(piece.name, sampling(piece), piece.var_id))  # type: ignore[union-attr,arg-type]
+                sampling = self.population.sampling(piece)  # type: ignore[arg-type]
+                segments.append(events.Output(piece.name, sampling, piece.var_id))  # type: ignore[union-attr]
             elif kind is Reference:
                 segments.append(events.Input(piece.name, piece.var_id))  # type: ignore[union-attr]
             else:
@@ -231,32 +248,37 @@ class Conversation:
     ) -> tuple[str, ...]:
         """The ids of the outputs; from now on the cluster knows what will be generated into them."""
         var_ids = tuple([item.var_id for item in answer.param_info if item.is_output])
-        outputs = [piece for piece in pieces if type(piece) is Into]
-        known = self._outputs.setdefault(session_id, {})
-        for place, (var_id, into) in enumerate(zip(var_ids, outputs, strict=True)):
-            known[var_id] = (call, output + place)
-            self._cluster.name_output(session_id, var_id, into.key)
+        known = self._outputs.get(session_id)
+        if known is None:
+            known = self._outputs[session_id] = {}
+        place = 0
+        for piece in pieces:
+            if type(piece) is Into:
+                known[var_ids[place]] = (call, output + place)
+                self._cluster.name_output(session_id, var_ids[place], piece.key)
+                place += 1
         return var_ids
 
     def record(self, session_id: int) -> None:
-        """Takes the session's report before it closes."""
-        report = self._cluster.report(session_id)
+        """Takes down what the core knows of the session before it closes."""
         outputs = self._outputs.pop(session_id, {})
-        if report is not None:
-            self._population.recorder.session_ended(self.player.serial, report, outputs)
+        self.population.recorder.calls_ended(self.player.serial, self._cluster.calls(session_id), outputs)
 
-    def _replied(self, action: Any, half_s: float, payload: Any, error: ErrorInfo | None) -> None:
+    def _replied(self, payload: Any, error: ErrorInfo | None, action: Action, half_s: float) -> None:
         """The core has answered; the answer goes back."""
         answer: Any = None
         if error is None:
-            kind = type(action)
-            if kind is Submit:
+            if type(action) is Submit:
                 answer = self.submitted(self._session_id, action.call, 0, action.pieces, payload)
-            elif kind is Create:
+            elif type(action) is Create:
                 answer = payload["var_id"]
-            elif kind is Fetch:
+            elif type(action) is Fetch:
                 answer = Value(payload, 0)
-        self.send_back(action, half_s, answer, error)
+        if half_s or error is not None:
+            self.send_back(action, half_s, answer, error)
+        else:  # as `_answer` does: what happens most takes the fewest steps
+            now = self.population.answered_s = self._cluster.timeline.now
+            self.perform(self.player.answer(action, answer, now))
 
     def send_back(self, action: Action, half_s: float, answer: Any, error: ErrorInfo | None) -> None:
         if half_s:
@@ -267,22 +289,18 @@ class Conversation:
 
     # -------------------------------------------------------------------------------------------- the client's end
 
-    def _answer(self, action: Action, answer: Any, error: ErrorInfo | None = None) -> None:
+    def _answer(self, action: Action, answer: Any, error: ErrorInfo | None) -> None:
         now = self._cluster.timeline.now
         player = self.player
         if error is None:
             if type(action) is not Wait:
-                self._population.answered_s = now
+                self.population.answered_s = now
             self.perform(player.answer(action, answer, now))
         elif ERRORS[error.code].status == 429:
-            self._population.check_progress()
+            self.population.check_progress()
             self.perform(player.refuse(action, float(error.details.get("retry_after_s", RETRY_AFTER_S)), now))
         else:
             self.perform(player.fail(action, error, now))
-
-    @property
-    def population(self) -> Population:
-        return self._population
 
 
 class Exchange:
@@ -363,12 +381,22 @@ def simulate(
     tables: bool = True,
     observe: Observe | None = None,
     on_ended: Callable[[], None] | None = None,
+    clients: int | None = None,
+    strict: bool = False,
 ) -> Recorder:
-    """Runs `programs`, which arrive in order of `arrival_s`, to the end of the last. Raises StuckError when there is none."""
+    """Runs `programs`, which arrive in order of `arrival_s`, to the end of the last. Raises StuckError when there is none.
+
+    clients: a closed loop of so many clients (see `Population`). Raises ValueError when it is below 1.
+    strict: an iteration outside the range that its engine's latency profile was fitted in raises parrot.latency.OutOfRange;
+        without, `Recorder.outside` says how far it went.
+    """
+    if clients is not None and clients < 1:
+        raise ValueError(f"clients is {clients}; a closed loop has at least 1")
     timeline = Timeline()
-    cluster = Cluster(timeline, config, engines, engine_delay_s=engine_delay_s, jump=jump, observe=observe)
+    cluster = Cluster(timeline, config, engines, engine_delay_s=engine_delay_s, jump=jump, observe=observe, strict=strict)
     recorder = Recorder(mode, tables)
-    population = Population(cluster, iter(programs), mode, network, recorder, max_gen_length, on_ended)
-    if not timeline.run_until(population.is_over):
+    population = Population(cluster, iter(programs), mode, network, recorder, max_gen_length, on_ended, clients)
+    if not population.is_over() and not timeline.run_to_stop():
         raise StuckError(f"nothing more can happen, but {population.waiting()}")
+    recorder.outside = cluster.outside()
     return recorder

@@ -7,9 +7,11 @@ It refuses what cannot be run, with file, key and reason, before anything starts
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -25,9 +27,11 @@ from parrot.serve.config import ServeCoreConfig
 from parrot.serve.policies import parse_policy
 from sim.clients import Mode
 from sim.cluster import EngineModel
-from sim.network import read_round_trips
+from sim.metrics import METRICS
+from sim.network import read_round_trips, stream
 from sim.objectives import Objectives
-from sim.workloads.program import Call, Program, Read, Text, Write
+from sim.workloads import open_workload
+from sim.workloads.program import Program
 
 Backend = Literal["sim", "emulated", "real"]
 
@@ -65,11 +69,15 @@ class Specification(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     try. rtt_ms: milliseconds, or a file of measured ones. profiles: files or shipped names, which stand above the engines'
     own. strict: an iteration outside a profile's range ends the run. core_url: a cluster that already runs. intervals: runs a
     seed with durations drawn from the profiles' spread, beside the one without. confidence: of every interval. metrics: the
-    columns of the table on the terminal. tables, trace, report: what is written beside the summaries.
+    columns of the table on the terminal. tables, trace, report: what is written beside the summaries. program: in the place
+    of workloads, an application's own code, with the inputs of its instances and where outputs come from (`sim.programs`).
     """
 
     about: str = ""
-    workloads: tuple[str, ...]
+    workloads: tuple[str, ...] = ()
+    program: str | None = None
+    inputs: str | None = None
+    outputs: str | None = None
     core: str | None = None
     engines: tuple[EngineChoice, ...] = ()
     policies: tuple[str, ...] = ("parrot",)
@@ -103,6 +111,9 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     workload: str
+    program: str | None
+    inputs: str | None
+    outputs: str | None
     core: str | None
     engines: tuple[EngineGroup, ...]
     policy: str
@@ -147,9 +158,10 @@ def runs_of(spec: Specification) -> list[Run]:
     clusters = list(itertools.product(*(choice.groups() for choice in spec.engines)))
     values = list(itertools.product(*spec.settings.values()))
     draws = [None, *range(1, spec.intervals + 1)]
+    workloads = spec.workloads or (spec.program or "",)
     runs = []
     for workload, engines, policy, chosen, rate, clients, seed, repeat, draw in itertools.product(
-        spec.workloads, clusters, spec.policies, values, spec.rates, spec.clients, spec.seeds, range(spec.repeats), draws
+        workloads, clusters, spec.policies, values, spec.rates, spec.clients, spec.seeds, range(spec.repeats), draws
     ):
         run = Run(
             name="",
@@ -173,7 +185,13 @@ def runs_of(spec: Specification) -> list[Run]:
 
 
 def _check(spec: Specification) -> None:
-    for name in ("workloads", "policies", "rates", "clients", "seeds"):
+    if bool(spec.workloads) == bool(spec.program):
+        raise ConfigurationError("workloads, program: one of the two is needed, and only one")
+    if spec.program is None and (spec.inputs is not None or spec.outputs is not None):
+        raise ConfigurationError("inputs and outputs are a program's, and there is none")
+    if spec.program is not None and spec.client is not Mode.SEMANTIC:
+        raise ConfigurationError(f"client {spec.client} is a workload's: a program sends what its own code sends")
+    for name in ("policies", "rates", "clients", "seeds"):
         if not getattr(spec, name):
             raise ConfigurationError(f"{name}: at least one is needed")
     for key, values in spec.settings.items():
@@ -203,6 +221,10 @@ def _check(spec: Specification) -> None:
         raise ConfigurationError(f"intervals {spec.intervals}: the number of draws a seed is 2 or more, or 0 for none")
     if spec.intervals and spec.backend != "sim":
         raise ConfigurationError(f"intervals: only a simulation draws from a profile's spread; backend is {spec.backend}")
+    for metric in spec.metrics:
+        if metric not in METRICS:
+            close = ", ".join(difflib.get_close_matches(metric, METRICS, 3, 0.3)) or ", ".join(METRICS)
+            raise ConfigurationError(f"metrics: {metric!r} is none; expected such as {close}")
     if not 0.0 < spec.confidence < 1.0:
         raise ConfigurationError(f"confidence {spec.confidence:g}: must lie between 0 and 1")
     if spec.core_url is not None:
@@ -268,10 +290,10 @@ def _override(data: Any, dotted: str, value: Any) -> None:
 def engine_configs_of(run: Run) -> list[EngineConfig]:
     """One configuration an engine, with the run's settings and a name of its own. Raises ConfigurationError."""
     overrides = {key.removeprefix(ENGINE_PREFIX): v for key, v in run.settings.items() if key.startswith(ENGINE_PREFIX)}
-    configs = [load_engine_config(group.file, overrides) for group in run.engines for _ in range(group.count)]
-    total: dict[str, int] = {}
-    for config in configs:
-        total[config.name] = total.get(config.name, 0) + 1
+    configs: list[EngineConfig] = []
+    for group in run.engines:
+        configs += [load_engine_config(group.file, overrides)] * group.count
+    total = Counter(config.name for config in configs)
     counter = {name: itertools.count() for name in total}
     return [
         msgspec.structs.replace(c, engine_name=f"{c.name}-{next(counter[c.name])}") if total[c.name] > 1 else c for c in configs
@@ -282,24 +304,34 @@ def profiles_of(run: Run, configs: Sequence[EngineConfig]) -> list[tuple[str, La
     """For each engine the name or file of its latency profile, and the profile: the run's, else the file's, else the shipped
     one of its model and device. Raises ConfigurationError when there is none, or the run's are of other models."""
     given = [(name, find_profile(name)) for name in run.profiles]
-    chosen = []
+    chosen: dict[tuple[Any, ...], tuple[str, LatencyProfile]] = {}
+    profiles = []
     for config in configs:
-        if given:
-            fitting = [item for item in given if _fits(item[1], config)]
-            if not fitting:
-                models = ", ".join(f"{name} is of {profile.model!r}" for name, profile in given)
-                raise ConfigurationError(f"engine {config.name!r} runs {config.model!r}, but no --profile is of it: {models}")
-            chosen.append(fitting[0])
-            continue
-        profile = profile_of(config)
-        if profile is None:
-            shipped = ", ".join(shipped_profiles()) or "none"
-            raise ConfigurationError(
-                f"engine {config.name!r}: no latency profile of {config.model!r} on {config.device or config.engine_type!r}; "
-                f"give --profile FILE, or latency_profile in its file (shipped: {shipped})"
-            )
-        chosen.append((config.latency_profile or profile.name, profile))
-    return chosen
+        key = (config.model, config.device, config.engine_type, config.latency_profile)
+        if key not in chosen:
+            chosen[key] = _profile_of(config, given)
+        profiles.append(chosen[key])
+    return profiles
+
+
+def _profile_of(config: EngineConfig, given: Sequence[tuple[str, LatencyProfile]]) -> tuple[str, LatencyProfile]:
+    if given:
+        fitting = [item for item in given if _fits(item[1], config)]
+        if not fitting:
+            models = ", ".join(f"{name} is of {profile.model!r}" for name, profile in given)
+            raise ConfigurationError(f"engine {config.name!r} runs {config.model!r}, but no --profile is of it: {models}")
+        return fitting[0]
+    profile = profile_of(config)
+    if profile is None:
+        shipped = ", ".join(shipped_profiles()) or "none"
+        raise ConfigurationError(
+            f"engine {config.name!r}: no latency profile of {config.model!r} on {config.device or config.engine_type!r}; "
+            f"give --profile FILE, or latency_profile in its file (shipped: {shipped})"
+        )
+    if not _fits(profile, config):
+        named = f"its latency_profile {config.latency_profile} is of {profile.model!r}"
+        raise ConfigurationError(f"engine {config.name!r} runs {config.model!r}, but {named}")
+    return config.latency_profile or profile.name, profile
 
 
 def _fits(profile: LatencyProfile, config: EngineConfig) -> bool:
@@ -307,19 +339,34 @@ def _fits(profile: LatencyProfile, config: EngineConfig) -> bool:
 
 
 def engine_models_of(run: Run) -> list[EngineModel]:
-    """The engines as the simulator needs them. Raises ConfigurationError."""
+    """The engines as the simulator needs them. Raises ConfigurationError.
+
+    In a draw of `intervals` each engine's durations are multiplied by exp(N(0, spread of its profile)), drawn from a stream
+    of the seed's own, so that every policy meets the same engines.
+    """
     configs = engine_configs_of(run)
+    generator = None if run.draw is None else stream(run.seed, f"engines/{run.draw}")
     models = []
     for config, (_, profile) in zip(configs, profiles_of(run, configs), strict=True):
         limits = limits_of(config)
         description = description_of(config, limits, accepts_output_length=True, latency_profile=profile)
-        models.append(EngineModel(description, limits, profile))
+        factor = 1.0 if generator is None else math.exp(profile.spread * generator.standard_normal())
+        models.append(EngineModel(description, limits, profile, factor))
     return models
+
+
+def spreads_of(run: Run) -> dict[str, float]:
+    """The profiles of the run's engines by name, and the spread that each states. Raises ConfigurationError."""
+    return {profile.name: profile.spread for _, profile in profiles_of(run, engine_configs_of(run))}
 
 
 def check_files(run: Run) -> None:
     """Raises ConfigurationError for whatever in the run's files would stop it, before anything starts."""
     read_round_trips(run.rtt_ms)
+    if run.program is not None:
+        from sim.programs import check_program  # what only programs need, the server's code for one
+
+        check_program(run)
     if run.core_url is not None:
         return
     core_config_of(run)
@@ -328,55 +375,13 @@ def check_files(run: Run) -> None:
         profiles_of(run, configs)
 
 
-# ------------------------------------------------------------------------------------------ a workload and a cluster
-
-
-def check_programs(programs: Iterator[Program], engines: Sequence[EngineModel], workload: str) -> Iterator[Program]:
-    """Passes `programs` on. Raises ConfigurationError for one that no engine can run: its model, or the longest prompt."""
-    longest: dict[tuple[str, ...], int] = {}
-    for program in programs:
-        lengths = {source.var: source.tokens for source in program.sets}
-        lengths |= {s.var: s.tokens for call in program.calls for s in call.segments if type(s) is Write}
-        for number, call in enumerate(program.calls):
-            room = longest.get(call.models)
-            if room is None:
-                room = longest[call.models] = _room(engines, call.models)
-            where = f"{workload}: program {program.id!r}, call {number}"
-            if room < 0:
-                have = ", ".join(sorted({engine.description.model for engine in engines}))
-                wanted = " or ".join(call.models)
-                raise ConfigurationError(f"{where}: needs model {wanted}, which no engine has (they have: {have})")
-            needed = _prompt_tokens(call, lengths, where)
-            if needed + 1 > room:
-                raise ConfigurationError(
-                    f"{where}: its prompt has {needed} tokens; the largest engine takes {room} with at least one generated"
-                )
-        yield program
-
-
-def _room(engines: Sequence[EngineModel], models: tuple[str, ...]) -> int:
-    rooms = [
-        min(e.limits.max_seq_len, e.limits.num_blocks * e.limits.block_size)
-        for e in engines
-        if not models or e.description.model in models
-    ]
-    return max(rooms, default=-1)
-
-
-def _prompt_tokens(call: Call, lengths: dict[str, int], where: str) -> int:
-    """Tokens in front of the call's last output."""
-    total = last = 0
-    written: set[str] = set()
-    own = {s.var for s in call.segments if type(s) is Write}
-    for segment in call.segments:
-        if type(segment) is Text:
-            total += segment.tokens
-        elif type(segment) is Read:
-            if segment.var in own and segment.var not in written:
-                raise ConfigurationError(f"{where}: reads its own output {segment.var!r} before it is written")
-            total += lengths[segment.var]
-        elif type(segment) is Write:
-            last = total
-            total += segment.tokens
-            written.add(segment.var)
-    return last
+def open_programs(run: Run) -> Iterator[Program]:
+    """The run's workload. Raises WorkloadError."""
+    return open_workload(
+        run.workload,
+        rate=run.rate,
+        seed=run.seed,
+        count=run.count,
+        max_gen_length=run.max_gen_length,
+        arrivals=run.arrivals,
+    )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from parrot.latency import BatchShape
+
+if TYPE_CHECKING:
+    from parrot.engine.running import Task
 
 
 class EngineLimits(msgspec.Struct, frozen=True):
@@ -44,8 +47,12 @@ class EngineLimits(msgspec.Struct, frozen=True):
     def fit(self, task: EngineTask) -> EngineTask:
         """The task, its max_gen_length cut to what is left behind its prompt: an output ends there as at any limit. A
         prompt that leaves no room for one token stays as it is, to be refused."""
-        room = self.largest_task - sum(link.tokens for link in task.links)
-        if task.parent_context_id is not None or not task.forced_tokens < room < task.max_gen_length:
+        if task.parent_context_id is not None:
+            return task
+        room = self.largest_task
+        for link in task.links:
+            room -= link.tokens
+        if not task.forced_tokens < room < task.max_gen_length:
             return task
         return msgspec.structs.replace(task, max_gen_length=room)
 
@@ -94,19 +101,68 @@ class Row(NamedTuple):
     decode: bool
 
 
-class Batch(NamedTuple):
+class Batch:
     """An iteration to compute: decode rows first, then chunks of fills.
 
     `copies`: (source block, destination block), whole blocks, made before anything is computed. `admitted`: tasks that run
     from this iteration on, with the prompt tokens found in memory. `preempted`: tasks that lost their room and wait again.
+    `decoders` and `fills` are the core's own tasks; `step` numbers the iterations that decode (0: this one does not).
     """
 
-    number: int
-    rows: tuple[Row, ...]
-    copies: tuple[tuple[int, int], ...]
-    admitted: tuple[tuple[Hashable, int], ...]
-    preempted: tuple[Hashable, ...]
-    shape: BatchShape
+    __slots__ = ("_shape", "_shifted", "admitted", "copies", "decoders", "fills", "number", "preempted", "step")
+
+    def __init__(
+        self,
+        number: int,
+        step: int,
+        decoders: tuple[Task, ...],
+        fills: list[tuple[Task, Row]],
+        copies: tuple[tuple[int, int], ...],
+        admitted: tuple[tuple[Hashable, int], ...],
+        preempted: tuple[Hashable, ...],
+        shape: BatchShape,
+    ) -> None:
+        self.number = number
+        self.step = step
+        self.decoders = decoders
+        self.fills = fills
+        self.copies = copies
+        self.admitted = admitted
+        self.preempted = preempted
+        self._shape = shape
+        self._shifted = 0  # iterations since it had that shape
+
+    @property
+    def shape(self) -> BatchShape:
+        """What its duration depends on."""
+        shape = self._shape
+        if self._shifted:
+            more = self._shifted * shape.decode_rows
+            shape = shape._replace(decode_kv=shape.decode_kv + more, decode_kv_unique=shape.decode_kv_unique + more)
+        return shape
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """A row a task. They are made when they are asked for: simulation never asks."""
+        behind = self.step - 1
+        rows = [
+            Row(task.key, task.output_id, task.origin + behind, task.origin + self.step, True, True)  # type: ignore[arg-type]
+            for task in self.decoders
+        ]
+        rows += [row for _, row in self.fills]
+        return tuple(rows)
+
+    @property
+    def tasks(self) -> list[Task]:
+        """The task of each row."""
+        return [*self.decoders, *(task for task, _ in self.fills)]
+
+    def shift(self, k: int) -> None:
+        """Becomes the batch that follows it after `k` iterations in which nothing but decoding happened."""
+        self.number += k
+        self.step += k
+        self.copies = self.admitted = self.preempted = ()
+        self._shifted += k
 
 
 class Progress(NamedTuple):

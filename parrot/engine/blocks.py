@@ -21,11 +21,8 @@ class BlockPool:
         self._fresh = 0  # blocks from here on were never taken: a pool costs memory only for what was used
         self._returned = array("i")
         self._sharers: dict[int, int] = {}
-
-    @property
-    def free(self) -> int:
-        """Blocks that nobody holds."""
-        return self.num_blocks - self._fresh + len(self._returned)
+        self.free = num_blocks  #: blocks that nobody holds, those owed left out
+        self._owed = 0
 
     def take(self, count: int) -> array[int]:
         """`count` free blocks, now held once. Raises IndexError when there are fewer: a pool is never over-allocated."""
@@ -37,13 +34,30 @@ class BlockPool:
         if fresh := count - reused:
             taken.extend(range(self._fresh, self._fresh + fresh))
             self._fresh += fresh
+        self.free -= count
         return taken
+
+    def owe(self, count: int) -> None:
+        """`count` free blocks are spoken for; which they are is decided by `take_owed`. Raises IndexError as `take` does."""
+        if count > self.free:
+            raise IndexError(f"{count} blocks asked of a pool with {self.free} free")
+        self.free -= count
+        self._owed += count
+
+    def take_owed(self, count: int) -> array[int]:
+        """`count` of the blocks that were spoken for, now held once."""
+        if count > self._owed:
+            raise IndexError(f"{count} blocks asked of a pool that owes {self._owed}")
+        self._owed -= count
+        self.free += count
+        return self.take(count)
 
     def give(self, blocks: array[int]) -> None:
         """The owner gives `blocks` back. Nobody shares them any more."""
-        if self._sharers and not self._sharers.keys().isdisjoint(blocks):
+        if self._sharers and blocks and blocks[-1] in self._sharers:  # only a last block is ever shared
             raise ValueError("a block was given back while a context still shares it")
         self._returned.extend(blocks)
+        self.free += len(blocks)
 
     def share(self, block: int) -> None:
         """One more context holds `block`."""

@@ -26,7 +26,7 @@ class Context:
 
     __slots__ = (
         "blocks", "children", "computed", "copy_from", "decoders", "filled_in", "filler", "freed", "generating", "id",
-        "lender", "parent", "size", "stamp", "start", "tail", "tokens", "users",
+        "lender", "parent", "size", "stamp", "start", "tail", "task", "tokens", "users",
     )  # fmt: skip
 
     def __init__(self, context_id: int, parent: Context | None, tokens: int) -> None:
@@ -45,6 +45,7 @@ class Context:
         self.children = 0
         self.freed = False  # nobody will ask for it again: it goes with its last user and child
         self.generating = False  # the output of a task that has not ended
+        self.task: Any = None  # that task
         self.filler: Any = None  # the task that computes it at present
         self.filled_in = -1  # the batch that last computed some of it
         self.stamp = 0  # when it was last used
@@ -148,20 +149,6 @@ class ContextTree:
             context.blocks.extend(self._take(more))
         self._resize(context, size)
 
-    def extend(self, contexts: Iterable[Context], tokens: int) -> None:
-        """`grow` for many contexts in use, each by `tokens`: most find the room in their last block."""
-        block_size = self.pool.block_size
-        within = 0
-        for context in contexts:
-            used = (context.start + context.size) % block_size
-            if used and context.size and used + tokens <= block_size:
-                context.size += tokens
-                within += tokens
-            else:
-                self.grow(context, context.size + tokens)
-        self.stored_tokens += within
-        self.held_tokens += within
-
     def shrink(self, context: Context, size: int) -> array[int]:
         """Gives up the room beyond `size` tokens; the blocks that this frees are the caller's to give back. Never called
         for a retained context, whose blocks are counted."""
@@ -187,9 +174,17 @@ class ContextTree:
         context.size = size
 
     def _take(self, count: int) -> array[int]:
-        while self.pool.free < count and self.evict_one():
-            pass
+        self._evict_for(count)
         return self.pool.take(count)
+
+    def owe(self, count: int) -> None:
+        """Speaks for `count` blocks of the pool; evicts what it must."""
+        self._evict_for(count)
+        self.pool.owe(count)
+
+    def _evict_for(self, blocks: int) -> None:
+        while self.pool.free < blocks and self.evict_one():
+            pass
 
     def next_blocks(self, gens: list[Context]) -> int:
         """Blocks that one more token of each of `gens` needs."""
@@ -204,25 +199,6 @@ class ContextTree:
             blocks += before.tail is not None or before in claimed
             claimed.add(before)
         return blocks
-
-    def steps_with_room(self, gens: list[Context], most: int) -> int:
-        """The most iterations, up to `most`, for which all of `gens` can grow without a preemption."""
-        block_size, available = self.pool.block_size, self.available
-        if len(gens) * -(-most // block_size) <= available:
-            return most
-        used = [(gen.start + gen.size - 1) % block_size + 1 for gen in gens]  # of each one's last block
-
-        def blocks(steps: int) -> int:
-            return sum((n + steps - 1) // block_size for n in used)
-
-        low, high = 0, most
-        while low < high:
-            middle = (low + high + 1) // 2
-            if blocks(middle) <= available:
-                low = middle
-            else:
-                high = middle - 1
-        return low
 
     # ---------------------------------------------------------------------------------------------------- uses
 
@@ -278,6 +254,11 @@ class ContextTree:
                 self._remove(context)
                 return True
         return False
+
+    @property
+    def has_evicted(self) -> bool:
+        """Whether `take_evicted` has something to say."""
+        return bool(self._evicted)
 
     def take_evicted(self) -> tuple[int, ...]:
         """Ids of the contexts given up since the last call that nobody had freed."""

@@ -15,7 +15,6 @@ With `pipeline_depth` batches issued ahead, rows are issued as if nothing had en
 
 from __future__ import annotations
 
-from array import array
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 
@@ -23,7 +22,8 @@ from parrot.engine.admission import Need, check_form, claim_output, found_of, gi
 from parrot.engine.batches import Batch, EngineLimits, EngineTask, Link, Progress, Refused, Row, Span
 from parrot.engine.blocks import BlockPool
 from parrot.engine.contexts import Context, ContextTree
-from parrot.engine.running import State, Task, fill_row, ready_tokens, shifted
+from parrot.engine.lockstep import Lockstep
+from parrot.engine.running import State, Task, fill_row, ready_tokens
 from parrot.latency import BatchShape
 
 __all__ = ["Batch", "EngineCore", "EngineLimits", "EngineTask", "Link", "Progress", "Refused", "Row", "Span"]
@@ -35,23 +35,24 @@ class EngineCore:
     def __init__(self, limits: EngineLimits) -> None:
         self.limits = limits
         self.pool = BlockPool(limits.num_blocks, limits.block_size)
-        self.contexts = ContextTree(self.pool)
+        self._contexts = ContextTree(self.pool)
+        self._lockstep = Lockstep(self._contexts)
         self._tasks: dict[Hashable, Task] = {}
         self._outputs: set[int] = set()
         self._waiting: deque[Task] = deque()
         self._filling: dict[Task, None] = {}
-        self._decoding: dict[Task, None] = {}
-        self._in_flight: deque[tuple[Batch, list[Task]]] = deque()
+        self._maxed: deque[tuple[int, Task]] = deque()  # tasks at max_gen_length, with the decode iteration that ends each
+        self._joining: list[Task] = []  # decode from the batch after the one that is being made on
+        self._lingering: list[Task] = []  # ended, while a batch in flight touches what they used
+        self.in_flight: deque[Batch] = deque()  #: issued and not complete, oldest first; to be read only
         self._running_most = min(limits.max_batch_size, limits.max_num_batched_tokens)
         self._arrivals = 0
         self._number = 0
         self._stuck = False  # the head of the queue has no room, and nothing was let go since that was found
-        self._decode_kv = 0  # KV tokens of the decoding tasks
-        self._decode_kv_unique = 0
         self._admitted: list[tuple[Hashable, int]] = []
         self._preempted: list[Hashable] = []
         self._preempted_untold: list[Hashable] = []
-        self._failed: list[tuple[Hashable, Refused]] = []
+        self.failed: list[tuple[Hashable, Refused]] = []  #: for `take_failed`
 
     # ------------------------------------------------------------------------------------------------ what is told
 
@@ -62,14 +63,14 @@ class EngineCore:
             raise Refused("conflict", f"task {task.key!r} is on this engine already")
         if len(self._tasks) >= self.limits.tasks_capacity:
             raise Refused("engine_rejected", f"the engine has {len(self._tasks)} tasks; its tasks_capacity is no more")
-        before = given_links(task.parent_context_id, self.contexts)
+        before = given_links(task.parent_context_id, self._contexts)
         links = (*before, *task.links)
         prompt = sum(link.tokens for link in links)
         check_form(task, links, prompt, self.limits)
-        found_of(links, self.contexts)
+        found_of(links, self._contexts)
         output_id = task.generate_context_id
         if output_id is not None:
-            claim_output(output_id, links, self._outputs, self.contexts)
+            claim_output(output_id, links, self._outputs, self._contexts)
             self._outputs.add(output_id)
         self._arrivals += 1
         accepted = Task(task, links, len(before), prompt, self._arrivals)
@@ -88,23 +89,38 @@ class EngineCore:
     def free_contexts(self, ids: Iterable[int]) -> int:
         """Nobody will ask for these again: tokens that they added. Unknown ids are ignored; those in use go later."""
         self._stuck = False
-        return self.contexts.free(ids)
+        return self._contexts.free(ids)
 
     def take_evicted(self) -> tuple[int, ...]:
         """Contexts that the engine gave up by itself since the last call."""
-        return self.contexts.take_evicted()
+        return self._contexts.take_evicted()
+
+    @property
+    def has_evicted(self) -> bool:
+        """Whether `take_evicted` has something to say."""
+        return self._contexts.has_evicted
 
     def take_failed(self) -> tuple[tuple[Hashable, Refused], ...]:
         """Tasks that were accepted and then found impossible while they waited (their parent context was evicted)."""
-        failed = tuple(self._failed)
-        self._failed.clear()
+        failed = tuple(self.failed)
+        self.failed.clear()
         return failed
 
     # ---------------------------------------------------------------------------------------------- what is asked
 
     @property
     def has_work(self) -> bool:
-        return bool(self._tasks or self._in_flight)
+        return bool(self._tasks or self.in_flight)
+
+    @property
+    def can_issue(self) -> bool:
+        """Whether `pipeline_depth` lets another batch be issued now."""
+        return len(self.in_flight) <= self.limits.pipeline_depth
+
+    @property
+    def waits(self) -> bool:
+        """Whether a task waits for room."""
+        return bool(self._waiting)
 
     @property
     def num_total_tasks(self) -> int:
@@ -117,22 +133,32 @@ class EngineCore:
     @property
     def held_tokens(self) -> int:
         """KV tokens held by running tasks, shared ones once."""
-        return self.contexts.held_tokens
+        return self._contexts.held_tokens
 
     @property
     def cached_tokens(self) -> int:
         """KV tokens held by all contexts, retained ones too."""
-        return self.contexts.stored_tokens
+        return self._contexts.stored_tokens
 
     @property
-    def in_flight(self) -> tuple[Batch, ...]:
-        """The batches issued and not complete, oldest first."""
-        return tuple(batch for batch, _ in self._in_flight)
+    def contexts(self) -> ContextTree:
+        """The tree of contexts, all of them up to date; to be read only."""
+        self._lockstep.settle_all()
+        return self._contexts
+
+    @property
+    def decoded(self) -> int:
+        """Decode iterations that are complete. They are numbered from 1, and every task that decodes has a row in each."""
+        return self._lockstep.done
+
+    def decodes_after(self, key: Hashable) -> int:
+        """The decode iteration before the first that has a row of the task, whose prompt is computed."""
+        return self._tasks[key].joined
 
     @property
     def limbo_blocks(self) -> int:
         """Blocks that no context holds any more, and that are not free before a batch in flight is complete."""
-        return sum(len(task.limbo) for task in dict.fromkeys(task for _, tasks in self._in_flight for task in tasks))
+        return sum(len(task.limbo) for task in self._lingering)
 
     def block_table(self, context_id: int) -> list[int]:
         """The blocks of a chain's tokens from its head to the end of this context. KeyError: the engine has no such context."""
@@ -147,63 +173,89 @@ class EngineCore:
         return [Span(c.id, c.start, c.end) for c in self._context(context_id).path()]
 
     def _context(self, context_id: int) -> Context:
-        context = self.contexts.get(context_id)
+        context = self._contexts.get(context_id)
         if context is None:
             raise KeyError(f"context {context_id} is not on this engine")
+        if context.generating and context.task in self._lockstep.tasks:
+            self._lockstep.settle(context.task)
         return context
 
     # ------------------------------------------------------------------------------------------------- iterations
 
     def next_batch(self, now: float) -> Batch | None:
         """What to compute next; None when there is nothing, or pipeline_depth forbids to issue before a completion."""
-        if len(self._in_flight) > self.limits.pipeline_depth or not self._make_decode_room():
+        if len(self.in_flight) > self.limits.pipeline_depth or not self._make_decode_room():
             return None
         number = self._number + 1
-        decoders = list(self._decoding)
-        kv = self._decode_kv + len(decoders), self._decode_kv_unique + len(decoders)
+        lockstep = self._lockstep
+        decoders = lockstep.members
+        kv, kv_unique = lockstep.kv + len(decoders), lockstep.kv_unique + len(decoders)
         copies: list[tuple[int, int]] = []
-        fills, alone = self._fill_rows(number, copies)
-        if alone:
-            decoders, kv = [], (0, 0)
-        if not decoders and not fills:
+        fills: list[tuple[Task, Row]] = []
+        if (self._filling or (self._waiting and not self._stuck)) and self._fill_rows(number, fills, copies):
+            decoders, kv, kv_unique = (), 0, 0  # the fill runs alone
+        if decoders:
+            for task in lockstep.step(copies):
+                self._drain(task)
+        elif not fills:
             return None
-        rows = [self._decode_row(task, copies) for task in decoders]
-        rows += [row for _, row in fills]
-        shape = BatchShape(len(decoders), len(fills), sum(row.stop - row.start for _, row in fills),
-                           sum((row.stop - row.start) * (row.stop + row.start + 1) // 2 for _, row in fills), *kv)  # fmt: skip
-        batch = Batch(number, tuple(rows), tuple(copies), tuple(self._admitted), tuple(self._preempted), shape)
+        for task in self._joining:
+            lockstep.join(task)
+        self._joining.clear()
+        prefill = pairs = 0
+        for task, row in fills:
+            count = row.stop - row.start
+            prefill += count
+            pairs += count * (row.stop + row.start + 1) // 2
+            task.in_flight += 1
+        shape = BatchShape(len(decoders), len(fills), prefill, pairs, kv, kv_unique)
+        step = lockstep.steps if decoders else 0
+        batch = Batch(number, step, decoders, fills, tuple(copies), tuple(self._admitted), tuple(self._preempted), shape)
         self._number = number
         self._admitted.clear()
-        self._preempted_untold += self._preempted
-        self._preempted.clear()
-        tasks = decoders + [task for task, _ in fills]
-        for task in tasks:
-            task.in_flight += 1
-        self._in_flight.append((batch, tasks))
+        if self._preempted:
+            self._preempted_untold += self._preempted
+            self._preempted.clear()
+        self.in_flight.append(batch)
         return batch
 
     def complete(self, batch: Batch, ended: Mapping[Hashable, int], now: float) -> Progress:
         """The oldest batch in flight was computed. `ended`: task -> tokens of its output that are kept, forced ones included.
         A task with max_gen_length tokens ends without being named. Raises ValueError for another batch."""
-        tasks = self._pop(batch)
+        self._pop(batch)
         first_tokens: list[Hashable] = []
         finished: list[Hashable] = []
-        for row, task in zip(batch.rows, tasks, strict=True):
+        if batch.decoders:
+            self._lockstep.done += 1
+        filling = set()
+        for task, row in batch.fills:
             task.in_flight -= 1
-            if task.state is State.ENDED:
-                if not task.in_flight:
-                    self._let_go(task)
-            elif row.samples:
+            if row.samples and task.state is not State.ENDED:
+                filling.add(task.key)
                 task.known += 1
                 if not task.first_token:
                     task.first_token = True
                     first_tokens.append(task.key)
+        for key, kept in ended.items():
+            if key not in filling and (named := self._tasks.get(key)) is not None:
+                self._end(named, kept)
+                finished.append(key)
+        while self._maxed and self._maxed[0][0] <= self._lockstep.done:
+            _, task = self._maxed.popleft()
+            if task.state is State.DRAINING:
+                self._end(task, task.max_gen)
+                finished.append(task.key)
+        for task, row in batch.fills:
+            if task.state is State.ENDED:
+                continue
+            if row.samples:
                 if task.key in ended or task.known >= task.max_gen:
                     self._end(task, ended.get(task.key, task.known))
                     finished.append(task.key)
             elif task.gen is None and row.stop == task.target:
                 self._end(task, 0)
                 finished.append(task.key)
+        self._sweep()
         preempted = tuple(self._preempted_untold)
         self._preempted_untold.clear()
         return Progress(tuple(first_tokens), tuple(finished), preempted)
@@ -211,16 +263,18 @@ class EngineCore:
     def fail(self, batch: Batch) -> tuple[Hashable, ...]:
         """The oldest batch in flight could not be computed: what it and those issued after it should have filled is not
         there, and all their tasks are given up. Their keys. Later batches are still to be completed."""
-        later = [task for _, tasks in self._in_flight for task in tasks]
-        tasks = self._pop(batch)
-        for task in tasks:
+        issued = list(self.in_flight)
+        self._pop(batch)
+        if batch.decoders:
+            self._lockstep.done += 1
+        for task, _ in batch.fills:
             task.in_flight -= 1
-        lost = [task for task in dict.fromkeys(later) if task.state is not State.ENDED]
+        lost = [t for t in dict.fromkeys(t for b in issued for t in b.tasks) if t.state is not State.ENDED]
         for task in lost:
             self._leave(task)
-        starts = {task: row.start for row, task in zip(batch.rows, tasks, strict=True)}
-        for issued, issued_tasks in self._in_flight:
-            for row, task in zip(issued.rows, issued_tasks, strict=True):
+        starts: dict[Task, int] = {}
+        for unfilled in issued:
+            for row, task in zip(unfilled.rows, unfilled.tasks, strict=True):
                 starts.setdefault(task, row.start)
         for task, start in starts.items():
             for context in task.chain:
@@ -230,147 +284,124 @@ class EngineCore:
             task.cursor = 0
         for task in lost:
             self._drop(task)
-        for task in tasks:
-            if task.state is State.ENDED and not task.in_flight and task.chain:
-                self._let_go(task)
+        self._sweep()
         return tuple(task.key for task in lost)
 
     # ------------------------------------------------------------------------------- the simulator's: many at once
 
-    def decode_horizon(self, batch: Batch, remaining: Mapping[Hashable, int]) -> int:
+    def decode_horizon(self, remaining: int) -> int:
         """For how many iterations, from the oldest batch in flight on, only the same tasks decode: at least 1, and in all
-        but the last nothing can end, be admitted or be preempted. `remaining`: task -> tokens still to be sampled, that
-        batch's included."""
-        limits = self.limits
-        rows = len(self._decoding)
-        if len(self._in_flight) <= limits.pipeline_depth or self._filling or (self._waiting and not self._stuck) or not rows:
+        but the last nothing can end, be admitted or be preempted. `remaining`: tokens still to be sampled by that of them
+        which ends first, that batch's included."""
+        limits, lockstep = self.limits, self._lockstep
+        rows = len(lockstep.tasks)
+        if len(self.in_flight) <= limits.pipeline_depth or self._filling or (self._waiting and not self._stuck) or not rows:
             return 1
-        decoding = list(self._decoding)
-        if any(tasks != decoding or issued.shape.prefill_rows for issued, tasks in self._in_flight):
-            return 1
-        steps = min(min(remaining[task.key] - 1, task.max_gen - task.gen.tokens) for task in decoding)  # type: ignore[union-attr]
-        steps = min(steps, (limits.max_total_tokens - self.contexts.held_tokens) // rows)
-        if steps <= 0:
-            return 1
-        return 1 + self.contexts.steps_with_room([task.gen for task in decoding if task.gen is not None], steps)
+        members = lockstep.members
+        for issued in self.in_flight:
+            if issued.decoders is not members or issued.fills:
+                return 1
+        steps = min(remaining - 1, (limits.max_total_tokens - self._contexts.held_tokens) // rows)
+        return 1 + lockstep.horizon(steps) if steps > 0 else 1
 
-    def advance(self, batch: Batch, k: int) -> Batch:
-        """Applies `k` < decode_horizon completions in which nothing ended, each with the batch issued after it. The batch
-        that is the oldest in flight then."""
-        if k < 1:
-            return batch
-        tasks = self._in_flight[0][1]
+    def advance(self, k: int) -> None:
+        """Applies `k` < decode_horizon completions in which nothing ended, each with the batch issued after it."""
         self._number += k
-        self._decode_kv += k * len(tasks)
-        self._decode_kv_unique += k * len(tasks)
-        self.contexts.extend([task.gen for task in tasks if task.gen is not None], k)
-        for task in tasks:
-            gen = task.gen
-            assert gen is not None, "a decoding task has an output"
-            gen.computed += k
-            gen.tokens += k
-            task.known += k
-            if gen.tokens >= task.max_gen:
-                self._leave(task)
-        self._in_flight = deque([(shifted(issued, k), issued_tasks) for issued, issued_tasks in self._in_flight])
-        return self._in_flight[0][0]
+        for task in self._lockstep.advance(k):
+            self._drain(task)
+        for issued in self.in_flight:
+            issued.shift(k)
 
     # ------------------------------------------------------------------------------------------------ decode rows
 
     def _make_decode_room(self) -> bool:
         """Room for one more token of every decoding task. False: there is none before a batch in flight is complete."""
-        contexts = self.contexts
-        while True:
-            growing = [t.gen for t in self._decoding if t.gen is not None and t.gen.size == t.gen.computed]
-            fits = contexts.held_tokens + len(growing) <= self.limits.max_total_tokens
-            if fits and contexts.next_blocks(growing) <= contexts.available:
-                contexts.extend(growing, 1)
-                return True
-            if self._in_flight:
+        while not self._lockstep.make_room(self.limits.max_total_tokens):
+            if self.in_flight:
                 return False
-            alone = len(self._filling) + len(self._decoding) == 1
-            self._preempt(max((*self._filling, *self._decoding), key=lambda task: task.arrival))
+            alone = self._running == 1
+            self._preempt(max((*self._filling, *self._lockstep.tasks), key=lambda task: task.arrival))
             if alone:  # what it holds is split by copies that it would not need had it come first: it begins anew
                 self._evict_all()
+        return True
 
     def _evict_all(self) -> None:
-        while self.contexts.evict_one():
+        while self._contexts.evict_one():
             pass
 
-    def _decode_row(self, task: Task, copies: list[tuple[int, int]]) -> Row:
-        gen = task.gen
-        assert gen is not None, "a decoding task has an output"
-        position = gen.start + gen.computed
-        if gen.copy_from is not None:
-            copies.append((gen.copy_from, gen.blocks[0]))
-            gen.copy_from = None
-        gen.computed += 1
-        gen.tokens += 1
-        self._decode_kv += 1
-        self._decode_kv_unique += 1
-        if gen.tokens >= task.max_gen:
-            self._leave(task)
-        return Row(task.key, gen.id, position, position + 1, True, True)
+    def _drain(self, task: Task) -> None:
+        """The row that brings the task to max_gen_length is issued."""
+        self._leave(task)
+        self._maxed.append((task.last_step, task))
 
     def _preempt(self, task: Task) -> None:
         """Takes a task's room away; no batch in flight has a row of it. What it has generated becomes forced."""
+        if task.gen is not None:
+            if task.state is State.DECODING:
+                task.known = self._lockstep.known(task)
+            task.forced = task.known
         self._leave(task)
         if task.gen is not None:
-            task.forced = task.known
             task.gen.tokens = task.known
-        self.contexts.release(task.chain)
+        self._contexts.release(task.chain)
         task.chain = []
         task.cursor = 0
         task.state = State.WAITING
+        task.joined = task.last_step = 0
         self._waiting.appendleft(task)
         self._preempted.append(task.key)
         self._stuck = False
 
     # ------------------------------------------------------------------------------------------- fills, admission
 
-    def _fill_rows(self, number: int, copies: list[tuple[int, int]]) -> tuple[list[tuple[Task, Row]], bool]:
-        """The fills of this iteration, running ones first, then newly admitted ones; whether they run without decode rows."""
-        fills: list[tuple[Task, Row]] = []
-        budget = self.limits.max_num_batched_tokens - len(self._decoding)
-        for task in self._candidates(number, budget, fills):
+    def _fill_rows(self, number: int, fills: list[tuple[Task, Row]], copies: list[tuple[int, int]]) -> bool:
+        """Adds the fills of this iteration, running ones first, then newly admitted ones. Whether one runs alone."""
+        left = budget = self.limits.max_num_batched_tokens - len(self._lockstep.tasks)
+        for task in self._candidates(budget, fills):
             ready = ready_tokens(task, number)
             if not ready:
                 continue
-            left = budget - sum(row.stop - row.start for _, row in fills)
             chunk = self._chunk(ready, left, alone=not fills)
             if not chunk:
                 break
             fills.append((task, self._fill(task, chunk, number, copies)))
-            if chunk >= left:
-                return fills, chunk > left
-        return fills, False
+            left -= chunk
+            if left <= 0:
+                return left < 0
+        return False
 
-    def _candidates(self, number: int, budget: int, fills: list[tuple[Task, Row]]) -> Iterator[Task]:
+    def _candidates(self, budget: int, fills: list[tuple[Task, Row]]) -> Iterator[Task]:
         """Tasks that may fill, first come first; admits waiting ones as it comes to them."""
-        rows = len(self._decoding)
-        yield from list(self._filling)
+        rows = len(self._lockstep.tasks)
+        if self._filling:
+            yield from list(self._filling)
         while self._waiting and rows + len(fills) < self._running_most:
-            if self._stuck or len(self._filling) + len(self._decoding) >= self._running_most:
+            if self._stuck or self._running >= self._running_most:
                 self._stuck = True
                 return
             task = self._waiting[0]
             try:
-                need = need_of(task, self.contexts)
+                need = need_of(task, self._contexts)
             except Refused as refusal:
                 self._drop(task)
-                self._failed.append((task.key, refusal))
+                self.failed.append((task.key, refusal))
                 continue
             if fills and self._chunk(task.target - need.start, budget - sum(r.stop - r.start for _, r in fills), False) == 0:
                 return
-            if fills or self._filling or self._decoding or self._in_flight:
+            if fills or self._filling or rows or self._joining or self.in_flight:
                 if not self._has_room(need):
                     self._stuck = True
                     return
-            elif need.blocks > self.contexts.available - need.reclaimed:  # what it would share is split by copies
+            elif need.blocks > self._contexts.available - need.reclaimed:  # what it would share is split by copies
                 self._evict_all()
                 continue
             self._admit(task, need)
             yield task
+
+    @property
+    def _running(self) -> int:
+        """Tasks that fill or decode."""
+        return len(self._filling) + len(self._lockstep.tasks) + len(self._joining)
 
     def _chunk(self, ready: int, budget: int, alone: bool) -> int:
         """How much of a fill of `ready` tokens is computed; more than `budget` means that it runs alone, where it may."""
@@ -391,26 +422,19 @@ class EngineCore:
         gen = task.gen
         assert gen is not None
         gen.tokens += 1
-        if gen.tokens >= task.max_gen:
-            return
-        task.state = State.DECODING
-        self._decoding[task] = None
-        self._decode_kv += gen.start + gen.computed
-        for context in task.chain:
-            if not context.decoders:
-                self._decode_kv_unique += context.computed
-            context.decoders += 1
+        if gen.tokens < task.max_gen:
+            self._joining.append(task)
 
     def _has_room(self, need: Need) -> bool:
         """Room for a task beside others, and for one more token of each: nothing is admitted to be preempted at once."""
-        spare = len(self._filling) + len(self._decoding) + 1
+        spare = self._running + 1
         return (
-            need.blocks + spare <= self.contexts.available - need.reclaimed
-            and self.contexts.held_tokens + need.tokens + spare <= self.limits.max_total_tokens
+            need.blocks + spare <= self._contexts.available - need.reclaimed
+            and self._contexts.held_tokens + need.tokens + spare <= self.limits.max_total_tokens
         )
 
     def _admit(self, task: Task, need: Need) -> None:
-        contexts = self.contexts
+        contexts = self._contexts
         self._waiting.popleft()
         chain = list(need.found)
         for link in task.links[len(chain) :]:
@@ -418,7 +442,7 @@ class EngineCore:
         if task.output_id is not None:
             if need.gen is None:
                 task.gen = contexts.create(task.output_id, chain[-1], task.forced)
-                task.gen.generating = True
+                task.gen.generating, task.gen.task = True, task
             assert task.gen is not None
             chain.append(task.gen)
         contexts.use(chain)
@@ -433,45 +457,37 @@ class EngineCore:
 
     # ------------------------------------------------------------------------------------------------------- ends
 
-    def _pop(self, batch: Batch) -> list[Task]:
-        if not self._in_flight or self._in_flight[0][0].number != batch.number:
-            oldest = self._in_flight[0][0].number if self._in_flight else None
+    def _pop(self, batch: Batch) -> None:
+        if not self.in_flight or self.in_flight[0].number != batch.number:
+            oldest = self.in_flight[0].number if self.in_flight else None
             raise ValueError(f"batch {batch.number} is not the oldest in flight, which is {oldest}")
-        return self._in_flight.popleft()[1]
+        self.in_flight.popleft()
 
     def _leave(self, task: Task) -> None:
         """The task is issued no more rows: it drains."""
-        if task.state is State.FILLING:
+        if task.state is State.DECODING:
+            self._lockstep.leave(task)
+        elif task.state is State.FILLING:
             del self._filling[task]
             for context in task.chain:
                 if context.filler is task:
                     context.filler = None
-        elif task.state is State.DECODING:
-            gen = task.gen
-            assert gen is not None, "a decoding task has an output"
-            del self._decoding[task]
-            self._decode_kv -= gen.start + gen.computed
-            for context in task.chain:
-                context.decoders -= 1
-                if not context.decoders:
-                    self._decode_kv_unique -= context.computed
         task.state = State.DRAINING
         self._stuck = False
 
     def _end(self, task: Task, kept: int) -> None:
         """The task is done; its output context is cut to `kept` tokens and stays."""
-        if not 0 <= kept <= task.known:
-            raise ValueError(f"task {task.key!r} ended with {kept} tokens kept of {task.known}")
+        known = self._lockstep.known(task)
+        if not 0 <= kept <= known:
+            raise ValueError(f"task {task.key!r} ended with {kept} tokens kept of {known}")
         self._leave(task)
         gen = task.gen
         if gen is not None:
             gen.tokens = kept
             gen.computed = min(gen.computed, kept)
-            gen.generating = False
-            task.limbo = self.contexts.shrink(gen, kept)
+            gen.generating, gen.task = False, None
+            task.limbo = self._contexts.shrink(gen, kept)
         self._forget(task)
-        if not task.in_flight:
-            self._let_go(task)
 
     def _drop(self, task: Task) -> None:
         """The task is given up, and its output with it."""
@@ -480,23 +496,33 @@ class EngineCore:
             self._waiting.remove(task)
         else:
             self._leave(task)
-        self._forget(task)
-        if task.gen is not None and self.contexts.get(task.gen.id) is task.gen:
+        if task.gen is not None and self._contexts.get(task.gen.id) is task.gen:
             if waits:
-                self.contexts.free((task.gen.id,))
-            self.contexts.forget_id(task.gen)
-        if not task.in_flight:
-            self._let_go(task)
+                self._contexts.free((task.gen.id,))
+            self._contexts.forget_id(task.gen)
+        self._forget(task)
 
     def _forget(self, task: Task) -> None:
+        """The task has ended: what it used is let go when no batch in flight touches it."""
         task.state = State.ENDED
         del self._tasks[task.key]
         if task.output_id is not None:
             self._outputs.discard(task.output_id)
+        if not self._let_go(task):
+            self._lingering.append(task)
 
-    def _let_go(self, task: Task) -> None:
-        """No batch in flight touches what the task used."""
-        self.contexts.release(task.chain)
-        self.pool.give(task.limbo)
-        task.chain, task.limbo = [], array("i")
+    def _sweep(self) -> None:
+        """A batch is complete: perhaps the last that touches what ended tasks used."""
+        if self._lingering:
+            self._lingering = [task for task in self._lingering if not self._let_go(task)]
+
+    def _let_go(self, task: Task) -> bool:
+        """Lets go of what an ended task used. False: a batch in flight touches it."""
+        if task.in_flight or task.last_step > self._lockstep.done:
+            return False
+        self._contexts.release(task.chain)
+        if task.limbo:
+            self.pool.give(task.limbo)
+        task.chain = []
         self._stuck = False
+        return True

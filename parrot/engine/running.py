@@ -5,8 +5,10 @@ from __future__ import annotations
 from array import array
 from enum import Enum
 
-from parrot.engine.batches import Batch, EngineTask, Link, Row
+from parrot.engine.batches import EngineTask, Link, Row
 from parrot.engine.contexts import Context
+
+_NOTHING: array[int] = array("i")
 
 
 class State(Enum):
@@ -21,8 +23,9 @@ class Task:
     """A task from its submission until its contexts are let go."""
 
     __slots__ = (
-        "admitted", "arrival", "chain", "cursor", "first_token", "forced", "gen", "given", "in_flight", "key", "known",
-        "limbo", "links", "max_gen", "output_id", "prompt", "state",
+        "admitted", "arrival", "chain", "cursor", "first_token", "forced", "gen", "given", "in_flight", "joined", "key",
+        "known", "last_step", "limbo", "links", "max_gen", "origin", "output_id", "phase", "prompt", "roomed", "settled",
+        "state", "ticket",
     )  # fmt: skip
 
     def __init__(self, spec: EngineTask, links: tuple[Link, ...], given: int, prompt: int, arrival: int) -> None:
@@ -33,16 +36,24 @@ class Task:
         self.output_id = spec.generate_context_id
         self.max_gen = spec.max_gen_length
         self.forced = spec.forced_tokens if spec.generate_context_id is not None else 0
-        self.known = self.forced  # tokens of the output whose values are known
+        self.known = self.forced  # tokens of the output whose values are known, without those of its decode rows
         self.arrival = arrival
         self.state = State.WAITING
         self.admitted = False
         self.first_token = False
-        self.in_flight = 0  # batches that have a row of it
+        self.in_flight = 0  # batches in flight that fill some of it
         self.chain: list[Context] = []
         self.gen: Context | None = None
         self.cursor = 0  # contexts of the chain before it are computed
-        self.limbo: array[int] = array("i")  # blocks given up that a batch in flight may still write
+        self.limbo = _NOTHING  # blocks given up that a batch in flight may still write
+        # Of its time in the lockstep (parrot.engine.lockstep), in iterations of it:
+        self.ticket = 0  # which join it was, of all there were
+        self.joined = 0  # issued when it joined
+        self.last_step = 0  # the last that has a row of it, once it has left; 0: none
+        self.origin = 0  # the position that iteration k computes is origin + k − 1
+        self.settled = 0  # up to which its context is up to date
+        self.roomed = 0  # up to which its context has its room
+        self.phase = 0
 
     @property
     def target(self) -> int:
@@ -97,17 +108,3 @@ def fill_row(task: Task, chunk: int, number: int, copies: list[tuple[int, int]])
             task.cursor += 1
     stop = start + chunk
     return Row(task.key, deepest.id, start, stop, stop == task.target and task.gen is not None, False)
-
-
-def shifted(batch: Batch, k: int) -> Batch:
-    """The batch that follows an all-decode one after `k` iterations of the same tasks."""
-    shape = batch.shape
-    more = k * shape.decode_rows
-    return batch._replace(
-        number=batch.number + k,
-        rows=tuple([row._replace(start=row.start + k, stop=row.stop + k) for row in batch.rows]),
-        copies=(),
-        admitted=(),
-        preempted=(),
-        shape=shape._replace(decode_kv=shape.decode_kv + more, decode_kv_unique=shape.decode_kv_unique + more),
-    )

@@ -9,7 +9,8 @@ import asyncio
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import TYPE_CHECKING
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from parrot.frontend.blocking import BlockingTransport
@@ -23,6 +24,18 @@ if TYPE_CHECKING:
 StreamRequest = Callable[[int], Request]
 
 
+class Carriers(NamedTuple):
+    """What carries requests to an address instead of HTTP: `blocking` has the surface of a BlockingTransport, `looped`, made
+    once an event loop, that of an AsyncTransport."""
+
+    blocking: Callable[[str], Any]
+    looped: Callable[[str], Any]
+
+
+#: Used by the links that are made in this context: where a program runs in a world of its own, as the simulator's is.
+CARRIERS: ContextVar[Carriers | None] = ContextVar("parrot_carriers", default=None)
+
+
 class Link:
     """Requests to the core at `address`. Blocking calls serve any thread, async ones the loop they run in."""
 
@@ -30,7 +43,9 @@ class Link:
         self.address = _checked_address(address)
         self.stat = Stat()
         self._retry = retry or RetryPolicy()
-        self._blocking = BlockingTransport(self.address)
+        self._carriers = CARRIERS.get()
+        make = self._carriers.blocking if self._carriers is not None else BlockingTransport
+        self._blocking: BlockingTransport = make(self.address)
         self._by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncTransport] = weakref.WeakKeyDictionary()
         self._closing: set[asyncio.Task[None]] = set()
         weakref.finalize(self, self._blocking.close)
@@ -133,9 +148,18 @@ class Link:
         return Attempts(self._retry, self.stat, self.address, urgent=urgent)
 
     def _transport(self) -> AsyncTransport:
+        loop = asyncio.get_running_loop()
+        transport = self._by_loop.get(loop)
+        if transport is None:
+            transport = self._by_loop[loop] = self._looped()(self.address)
+        return transport
+
+    def _looped(self) -> Callable[[str], AsyncTransport]:
+        if self._carriers is not None:
+            return self._carriers.looped
         from parrot.frontend.aio import AsyncTransport  # aiohttp is slow to import, and a blocking program needs none
 
-        return self._by_loop.setdefault(asyncio.get_running_loop(), AsyncTransport(self.address))
+        return AsyncTransport
 
 
 def _wait_or_raise(attempts: Attempts, answer: Answer) -> float:

@@ -48,6 +48,7 @@ from parrot.serve.events import (
     SetVariable,
     SubmitCall,
 )
+from parrot.serve.routing import Paths
 from parrot.serve.shell import Shell
 from parrot.serve.streams import OutputStream, OutputStreams
 from parrot.serve.texts import Piece, Texts
@@ -77,6 +78,7 @@ class ApiRoutes:
         tokenization: Tokenization,
         streams: OutputStreams,
         credentials: Credentials,
+        stream_response: Callable[..., web.StreamResponse] | None = None,
     ) -> None:
         self._shell = shell
         self._models = models
@@ -84,6 +86,19 @@ class ApiRoutes:
         self._tokenization = tokenization
         self._streams = streams
         self._credentials = credentials
+        self._stream_response = stream_response or web.StreamResponse
+
+    def paths(self) -> Paths:
+        """Which of them has which path."""
+        return {
+            "/v1/session": {"POST": self.open_session},
+            "/v1/session/": {"GET": self.describe_session, "DELETE": self.close_session},
+            "/v1/semantic_call": {"POST": self.semantic_call},
+            "/v1/py_native_call": {"POST": self.native_call},
+            "/v1/semantic_var": {"GET": self.list_variables, "POST": self.create_variable},
+            "/v1/semantic_var/": {"GET": self.get_variable, "POST": self.set_variable},
+            "/v1/models": {"GET": self.models},
+        }
 
     # ----------------------------------------------------------------------------------------------------- sessions
 
@@ -218,7 +233,7 @@ class ApiRoutes:
         self, request: web.BaseRequest, future: asyncio.Future[str], session_id: int, var_id: str, sent: int
     ) -> web.StreamResponse:
         """Sends the text as it comes, from character `sent` on. Errors before the first line are ordinary refusals."""
-        response = web.StreamResponse(headers={"Content-Type": NDJSON})
+        response = self._stream_response(headers={"Content-Type": NDJSON})
         try:
             await self._send_pieces(request, response, future, session_id, var_id, sent)
             await _write(request, response, {"done": True})

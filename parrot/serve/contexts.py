@@ -54,7 +54,7 @@ class Context(msgspec.Struct, eq=False):
     last_use_s: float = 0.0
 
     def move(self, by: str) -> None:
-        self.state = states.move(states.CONTEXT, self.state, by)
+        self.state = states.CONTEXT[self.state, by]
 
 
 class PrefixStore:
@@ -70,12 +70,14 @@ class PrefixStore:
     def path(self, links: list[Link], domain: str, common_head: bool) -> list[PrefixNode]:
         """The nodes of a chain, made where they are new. `common_head`: its first link may be shared by everybody.
         The last node counts one more user; `leave` gives it back."""
-        node = self._root(COMMON if common_head else domain)
+        wanted = COMMON if common_head else domain
+        node = self._root(wanted)
         path: list[PrefixNode] = []
         for link in links:
             contents = link.contents
-            key: NodeKey = contents[0].key if len(contents) == 1 else tuple(c.key for c in contents)
-            node = self._child(node, key, domain if path or not common_head else COMMON)
+            key: NodeKey = contents[0].key if len(contents) == 1 else tuple([c.key for c in contents])
+            node = self._child(node, key, wanted)
+            wanted = domain
             path.append(node)
         if path:
             path[-1].users += 1
@@ -83,9 +85,10 @@ class PrefixStore:
 
     def leave(self, path: list[PrefixNode]) -> None:
         """The task of that path no longer needs its nodes."""
-        if path:
-            path[-1].users -= 1
-            self._prune(path[-1])
+        last = path[-1]
+        last.users -= 1
+        if not (last.users or last.contexts):
+            self._prune(last)
 
     def _root(self, domain: str) -> PrefixNode:
         root = self._roots.get(domain)
@@ -96,11 +99,12 @@ class PrefixStore:
     def _child(self, node: PrefixNode, key: NodeKey, domain: str) -> PrefixNode:
         # Below a common node every domain has children of its own.
         edge: NodeKey = key if node.domain == domain else (domain, *((key,) if isinstance(key, str) else key))
-        if node.children is None:
-            node.children = {}
-        child = node.children.get(edge)
+        children = node.children
+        if children is None:
+            children = node.children = {}
+        child = children.get(edge)
         if child is None:
-            child = node.children[edge] = PrefixNode(node, edge, domain, node.depth + 1)
+            child = children[edge] = PrefixNode(node, edge, domain, node.depth + 1)
         return child
 
     def _prune(self, node: PrefixNode) -> None:
@@ -123,10 +127,11 @@ class PrefixStore:
         if node.contexts is None:
             node.contexts = {}
         node.contexts[context.engine.id] = context
-        if context.owner is not None:
-            if context.owner.contexts is None:
-                context.owner.contexts = {}
-            context.owner.contexts[context] = None
+        owner = context.owner
+        if owner is not None:
+            if owner.contexts is None:
+                owner.contexts = {}
+            owner.contexts[context] = None
 
     def attach_output(self, context: Context, parent: PrefixNode | None, key: str, domain: str) -> bool:
         """A generated context's content is known now: hangs it below its prompt's node. False when the engine holds
@@ -157,17 +162,19 @@ class PrefixStore:
 
     def drop(self, context: Context) -> list[Context]:
         """The context is gone, and with it all that continues it on that engine and is not in use. Returns them all."""
-        dropped = [context] if context.node is None else self._below(context.node, context.engine.id)
+        node, engine = context.node, context.engine
+        dropped = [context] if node is None or not node.children else self._below(node, engine.id)
         for gone in dropped:
-            if gone.state == "retained" and gone.owner is None:
-                self._shared.pop((gone.engine.id, gone.id), None)
-            if gone.owner is not None and gone.owner.contexts is not None:
-                gone.owner.contexts.pop(gone, None)
-            gone.engine.contexts.pop(gone.id, None)
+            owner, node = gone.owner, gone.node
+            if owner is None:
+                if gone.state == "retained":
+                    self._shared.pop((engine.id, gone.id), None)
+            elif owner.contexts is not None:
+                owner.contexts.pop(gone, None)
+            engine.contexts.pop(gone.id, None)
             gone.move("drop")
-            node = gone.node
-            if node is not None and node.contexts is not None and node.contexts.get(gone.engine.id) is gone:
-                del node.contexts[gone.engine.id]
+            if node is not None and node.contexts is not None and node.contexts.get(engine.id) is gone:
+                del node.contexts[engine.id]
                 self._prune(node)
         return dropped
 

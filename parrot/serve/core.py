@@ -56,12 +56,14 @@ class ServeCore:
         self._sequence = 0
         self._deduction = Deduction(self._activated)
         self._now = 0.0
-        self._due_at = math.inf  # a time before which nothing is due
+        self.due_at = math.inf  #: a time before which there is no deadline; `next_deadline` is exact, and costs more
         self._quiet_until = 0.0  # no deadline before, after a fault
         self._place_again_at = math.inf  # placing failed
         self._recalling = False  # what is taken in was accepted in an earlier life
         self._recalled_gets = 0
-        self._least_span_s = min(config.session_life_span, config.constant_prefix_var_timeout, Scheduler.least_span_s(config))
+        self._least_span_s = min(  # no deadline is set closer than this, but for a get's and the end of a pause
+            config.session_life_span, config.constant_prefix_var_timeout, config.global_scheduler.engine_wait_timeout
+        )
         self.scheduler = Scheduler(config, epoch, self._effects, self._task_finished, self._task_failed)
         self._handlers: dict[type, Callable[[Any, float], None]] = {
             ev.OpenSession: self._open_session,
@@ -81,7 +83,7 @@ class ServeCore:
             ev.TaskFailed: self._on_failed,
             ev.TaskRejected: self._on_rejected,
             ev.ContextsEvicted: lambda event, now: self.scheduler.evict(event.engine_id, event.context_ids),
-            ev.Tick: lambda event, now: None,
+            ev.Tick: self._tick,
             ev.Restarted: self._restarted,
             ev.TaskGivenUp: self._refuse_journal_event,
         }
@@ -108,7 +110,7 @@ class ServeCore:
             except Exception as error:  # a bug of ours: it costs this event, and no other
                 self._fault(event, error)
         scheduler.event = len(events)
-        if now >= self._due_at:
+        if now >= self.due_at:
             self._due(now)
         if scheduler.changed:
             try:
@@ -116,13 +118,13 @@ class ServeCore:
             except Exception as error:  # a bug of ours; a policy's is contained in there
                 scheduler.faults.append(Fault("the core failed at placing", error))
                 self._place_again_at = now + FAULT_PAUSE_S
-                self._due_at = min(self._due_at, self._place_again_at)
+                self.due_at = min(self.due_at, self._place_again_at)
         if scheduler.freed:
             scheduler.flush_freed()
-        # Nothing that came up in this instant is due before the shortest span there is (gets see to themselves).
+        # Nothing that came up in this instant is due before the shortest span there is (gets and pauses see to themselves).
         due_at = now + self._least_span_s
-        if due_at < self._due_at:
-            self._due_at = due_at
+        if due_at < self.due_at:
+            self.due_at = due_at
         effects = self._effects[:]
         self._effects.clear()
         return effects
@@ -184,11 +186,11 @@ class ServeCore:
 
     def next_deadline(self) -> float | None:
         """When `Tick` is wanted at the latest, in seconds of the same clock; None: not before the next event."""
-        deadlines = (self._gets.next_deadline(), self._idle.next_deadline(), self.scheduler.next_deadline())
-        first = min((d for d in deadlines if d is not None), default=math.inf)
-        if first < self._quiet_until:
-            first = self._quiet_until
-        first = min(first, self._place_again_at)
+        first = math.inf
+        for deadline in (self._gets.next_deadline(), self._idle.next_deadline(), self.scheduler.next_deadline()):
+            if deadline is not None and deadline < first:
+                first = deadline
+        first = min(max(first, self._quiet_until), self._place_again_at)
         return None if first == math.inf else first
 
     @property
@@ -223,9 +225,15 @@ class ServeCore:
             raise self._no_session(session_id)
         return session_report(session, now, calls)
 
+    def calls(self, session_id: int) -> Sequence[Call]:
+        """The calls of a session with their tasks, () when it is gone: for who measures in the same process. To be read
+        only, and at once: they are emptied when the session ends."""
+        session = self._sessions.get(session_id)
+        return session.calls if session is not None else ()
+
     def counts(self) -> dict[str, int]:
         """Tasks of live sessions by state, queued ones, sessions and pending gets: for invariants and for operators."""
-        found: dict[str, int] = {"sessions": len(self._sessions), "gets": len(self._gets), "queue": len(self.scheduler.queue)}
+        found: dict[str, int] = {"sessions": len(self._sessions), "gets": len(self._gets), "queue": self.scheduler.queue.size}
         for session in self._sessions.values():
             for call in session.calls:
                 for task in call.tasks:
@@ -243,7 +251,9 @@ class ServeCore:
             raise ParrotError("unauthorized", f"session {session_id}: session_auth is missing")
         if auth != session.auth:
             raise ParrotError("forbidden", f"session {session_id}: session_auth is wrong")
-        self._idle.touch(session, now)
+        session.last_access_s = now
+        if not session.watched:
+            self._idle.touch(session, now)
         return session
 
     def _no_session(self, session_id: int) -> ParrotError:
@@ -259,7 +269,7 @@ class ServeCore:
                 self._opened.popitem(last=False)
             known = self._opened.get(key)
             if known is not None:
-                self._reply(event.request, known[0])
+                self._effects.append(Reply(event.request, known[0]))
                 return
         if event.session_id in self._sessions:
             raise ParrotError("conflict", f"session id {event.session_id} is in use")
@@ -274,12 +284,12 @@ class ServeCore:
         self._idle.touch(session, now)
         if key is not None:
             self._opened[key] = (session.id, now + self.config.session_life_span)
-        self._reply(event.request, session.id)
+        self._effects.append(Reply(event.request, session.id))
 
     def _close_session(self, event: ev.CloseSession, now: float) -> None:
         session = self._session(event.session_id, event.auth, now)
         self._end_session(session, "close", now)
-        self._reply(event.request, _EMPTY)
+        self._effects.append(Reply(event.request, _EMPTY))
 
     def _end_session(self, session: Session, by: str, now: float) -> None:
         """Cancels its work, answers its gets, frees its contexts, forgets its variables."""
@@ -318,17 +328,14 @@ class ServeCore:
         idle_since = session.last_access_s if session is not None and not session.busy else now
         session = self._session(event.session_id, event.auth, now)
         report = session_report(session, now, event.calls)
-        self._reply(event.request, msgspec.structs.replace(report, idle_s=now - idle_since))
-
-    def _reply(self, request: int, payload: Any) -> None:
-        self._effects.append(Reply(request, payload))
+        self._effects.append(Reply(event.request, msgspec.structs.replace(report, idle_s=now - idle_since)))
 
     def _repeated(self, session: Session, event: _Repeatable) -> bool:
         """Answers a request that was answered before under the same Idempotency-Key. A key names one request of one kind."""
         key = event.idempotency_key
         if key is None or session.answers is None or (type(event), key) not in session.answers:
             return False
-        self._reply(event.request, session.answers[type(event), key])
+        self._effects.append(Reply(event.request, session.answers[type(event), key]))
         return True
 
     def _answer(self, session: Session, event: _Repeatable, payload: Any) -> None:
@@ -336,7 +343,7 @@ class ServeCore:
             if session.answers is None:
                 session.answers = {}
             session.answers[type(event), event.idempotency_key] = payload
-        self._reply(event.request, payload)
+        self._effects.append(Reply(event.request, payload))
 
     # =============================================================================================== variables
 
@@ -371,14 +378,15 @@ class ServeCore:
             )
             for variable in session.variables.values()
         ]
-        self._reply(event.request, listed)
+        self._effects.append(Reply(event.request, listed))
 
     def _became_ready(self, session: Session, variable: Variable, now: float) -> None:
         """The variable has its content: whoever waited for it goes on."""
         content = variable.content
         assert content is not None
-        for request in self._gets.settle(session, variable):
-            self._effects.append(Reply(request, content.key))
+        if variable.getters:
+            for request in self._gets.settle(session, variable):
+                self._effects.append(Reply(request, content.key))
         if variable.consumers:
             for task in variable.consumers:
                 task.missing -= 1
@@ -407,7 +415,7 @@ class ServeCore:
         variable = session.variable(event.var_id)
         if variable.state == "ready":
             assert variable.content is not None
-            self._reply(event.request, variable.content.key)
+            self._effects.append(Reply(event.request, variable.content.key))
             return
         if variable.state == "failed":
             self._effects.append(Reply(event.request, None, variable.error))
@@ -415,7 +423,7 @@ class ServeCore:
         deadline = None if event.timeout is None else now + event.timeout
         self._gets.add(event.request, session, variable, deadline)
         if deadline is not None:
-            self._due_at = min(self._due_at, deadline)
+            self.due_at = min(self.due_at, deadline)
         self._idle.touch(session, now)
         variable.criteria = tighter(variable.criteria, event.criteria or Criteria.THROUGHPUT)
         if variable.producer is not None:
@@ -436,9 +444,9 @@ class ServeCore:
         session = self._session(event.session_id, event.auth, now)
         if self._repeated(session, event):
             return
-        check_form(event)
+        outputs = check_form(event)
         if not self._recalling:  # how full it was then is not known any more
-            check_room(session, event, self.config, len(self.scheduler.queue))
+            check_room(session, outputs, self.config, self.scheduler.queue.size)
         check_variables(session, event)
         call = Call(
             number=len(session.calls),
@@ -458,17 +466,17 @@ class ServeCore:
         session.unfinished += len(tasks)
         self._answer(session, event, call_answer(call))
         for task in tasks:
-            self._connect(session, task, now)
+            self._connect(task, now)
         if event.output_criteria is not None and not tasks[-1].ended:
             self._deduction.fetch(tasks[-1], event.output_criteria)
 
-    def _connect(self, session: Session, task: Task, now: float) -> None:
+    def _connect(self, task: Task, now: float) -> None:
         """Puts a new task into the graph: what it waits for, and who waits for it already."""
         output = task.output
         output.producer = task
         output.move("produce")
         failed: Variable | None = None
-        for variable in dict.fromkeys(task.inputs()):
+        for variable in task.inputs():
             if variable.state == "failed":
                 failed = failed or variable
             elif variable.state != "ready":
@@ -497,7 +505,6 @@ class ServeCore:
     def _enqueue(self, task: Task, now: float) -> None:
         session = task.call.session
         session.active += 1
-        self._idle.remove(session)
         self.scheduler.enqueue(task, now)
 
     # =============================================================================================== tasks end
@@ -538,17 +545,16 @@ class ServeCore:
                 if tokenizer not in content.lengths and content.key in event.lengths:
                     content.lengths[tokenizer] = event.lengths[content.key]
         engine = self.scheduler.register(event.engine, now)
-        self._reply(event.request, RegisterAnswer(engine.id, self.scheduler.epoch))
+        self._effects.append(Reply(event.request, RegisterAnswer(engine.id, self.scheduler.epoch)))
 
     def _in_flight(self, event: _TaskEvent) -> Task | None:
         """The task that the event speaks of, if that attempt is the present one; stale events are dropped."""
         if event.epoch != self.scheduler.epoch:
             return None
         session = self._sessions.get(event.task.session_id)
-        task = session.task(event.task) if session is not None else None
-        if task is None or task.attempt != event.attempt or task.state not in IN_FLIGHT:
+        if session is None or (task := session.task(event.task)) is None:
             return None
-        return task
+        return task if task.attempt == event.attempt and task.state in IN_FLIGHT else None
 
     def _task_started(self, event: ev.TaskStarted, now: float) -> None:
         if (task := self._in_flight(event)) is not None:
@@ -565,14 +571,21 @@ class ServeCore:
     def _on_failed(self, event: ev.TaskFailed, now: float) -> None:
         if (task := self._in_flight(event)) is not None:
             self.scheduler.fail(task, event, now)
-            # It may have begun a pause, which is shorter than all that `handle` reckons with.
-            self._due_at = min(self._due_at, self.scheduler.next_deadline() or math.inf)
+            self._paused()
 
     def _on_rejected(self, event: ev.TaskRejected, now: float) -> None:
         if (task := self._in_flight(event)) is not None:
             self.scheduler.reject(task, event.message, now)
+            self._paused()
+
+    def _paused(self) -> None:
+        """A pause may have begun, which is shorter than all that `handle` reckons with."""
+        self.due_at = min(self.due_at, self.scheduler.next_deadline() or math.inf)
 
     # =============================================================================================== time
+
+    def _tick(self, event: ev.Tick, now: float) -> None:
+        self.due_at = now
 
     def _due(self, now: float) -> None:
         """Everything whose deadline has come: gets that time out, sessions that expire, what the scheduler waits for. A
@@ -592,7 +605,7 @@ class ServeCore:
         if len(scheduler.faults) > faults:
             self._quiet_until = now + FAULT_PAUSE_S
         deadline = self.next_deadline()
-        self._due_at = math.inf if deadline is None else deadline
+        self.due_at = math.inf if deadline is None else deadline
 
     def _time_out(self, request: int, now: float) -> None:
         pending = self._drop_get(request, now)

@@ -10,6 +10,7 @@ from aiohttp import web
 from parrot.protocol.engine import HeartbeatRequest, RegisterRequest
 from parrot.serve.credentials import Credentials
 from parrot.serve.engine_links import EngineLinks
+from parrot.serve.routing import Paths
 from parrot.serve.wire import answer, body_of, decoded
 
 #: Where an engine that listens everywhere says it is; it is reached where it called from.
@@ -23,6 +24,10 @@ class EngineRoutes:
     def __init__(self, links: EngineLinks, credentials: Credentials) -> None:
         self._links = links
         self._credentials = credentials
+
+    def paths(self) -> Paths:
+        """Which of them has which path."""
+        return {"/register_engine": {"POST": self.register}, "/engine_heartbeat": {"POST": self.heartbeat}}
 
     async def register(self, request: web.BaseRequest, _: str, query: str) -> web.StreamResponse:
         """POST /register_engine"""

@@ -41,6 +41,7 @@ class Engine(msgspec.Struct, eq=False):
     next_context_id: int = 0
     failures: int = 0
     suspected_s: float = -1.0
+    lanes: tuple[Lane, ...] = ()  # those that it serves
 
     @property
     def name(self) -> str:
@@ -56,7 +57,7 @@ class Engine(msgspec.Struct, eq=False):
         return self.next_context_id
 
     def move(self, by: str) -> None:
-        self.state = states.move(states.ENGINE, self.state, by)
+        self.state = states.ENGINE[self.state, by]
 
 
 def by_load(engine: Engine) -> Load:
@@ -91,14 +92,16 @@ class EngineIndex:
             del self._entries[bisect_left(self._entries, (load, engine.id))]
 
     def update(self, engine: Engine) -> None:
-        old = self._of.get(engine.id)
+        engine_id = engine.id
+        old = self._of.get(engine_id)
         if old is None:
             return
         new = self._key(engine)
         if new != old:
-            del self._entries[bisect_left(self._entries, (old, engine.id))]
-            insort(self._entries, (new, engine.id))
-            self._of[engine.id] = new
+            entries = self._entries
+            del entries[bisect_left(entries, (old, engine_id))]
+            insort(entries, (new, engine_id))
+            self._of[engine_id] = new
 
     def __iter__(self) -> Iterator[Engine]:
         """From the least to the most loaded. Do not change a load while iterating; place, then ask again."""
@@ -145,7 +148,6 @@ class Engines:
         self.live: dict[int, Engine] = {}
         self.lanes: dict[tuple[tuple[str, ...], str], Lane] = {}
         self._unused: OrderedDict[Lane, None] = OrderedDict()
-        self._lanes_of: dict[int, tuple[Lane, ...]] = {}
         self._next_id = 0
 
     def lane(self, models: tuple[str, ...], model_type: str) -> Lane:
@@ -168,14 +170,13 @@ class Engines:
         if len(self._unused) > KEPT_LANES:
             oldest, _ = self._unused.popitem(last=False)
             del self.lanes[oldest.models, oldest.model_type]
-            for engine_id in oldest.engines:
-                self._lanes_of[engine_id] = tuple([lane for lane in self._lanes_of[engine_id] if lane is not oldest])
+            for engine in oldest.engines.values():
+                engine.lanes = tuple([lane for lane in engine.lanes if lane is not oldest])
 
     def register(self, description: EngineDescription) -> Engine:
         self._next_id += 1
         engine = Engine(self._next_id, description)
         self.live[engine.id] = engine
-        self._lanes_of[engine.id] = ()
         for lane in self.lanes.values():
             self._join(lane, engine)
         return engine
@@ -186,13 +187,13 @@ class Engines:
             lane.version += 1
             for index in lane.indexes.values():
                 index.add(engine)
-            self._lanes_of[engine.id] = (*self._lanes_of.get(engine.id, ()), lane)
+            engine.lanes = (*engine.lanes, lane)
 
     def lose(self, engine: Engine) -> tuple[Lane, ...]:
         """Takes the engine out of everything; returns the lanes that it served."""
         engine.move("lose")
         del self.live[engine.id]
-        lanes = self._lanes_of.pop(engine.id)
+        lanes, engine.lanes = engine.lanes, ()
         for lane in lanes:
             del lane.engines[engine.id]
             for index in lane.indexes.values():
@@ -204,7 +205,7 @@ class Engines:
         for room asks again."""
         if more_room:
             engine.version += 1
-        for lane in self._lanes_of.get(engine.id, ()):
+        for lane in engine.lanes:
             if more_room:
                 lane.version += 1
             for index in lane.indexes.values():

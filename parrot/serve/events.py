@@ -7,6 +7,8 @@ the shell's own number for a request that waits for a `Reply`.
 
 from __future__ import annotations
 
+from typing import final
+
 import msgspec
 
 from parrot.protocol.api import Criteria, SamplingConfig
@@ -23,6 +25,14 @@ class Content(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 
     key: str
     lengths: dict[str, int]
+
+    @property
+    def empty(self) -> bool:
+        """No tokens under any tokenizer. (One that no tokenizer has seen yet is not known to be empty.)"""
+        for tokens in self.lengths.values():
+            if tokens:
+                return False
+        return bool(self.lengths)
 
 
 # ------------------------------------------------------------------------------------------------ from clients
@@ -60,12 +70,14 @@ class ListVariables(Event, frozen=True, gc=False):
     auth: str | None
 
 
+@final
 class Constant(msgspec.Struct, frozen=True, tag="constant", omit_defaults=True, gc=False):
     """A piece of the template's text."""
 
     content: Content
 
 
+@final
 class Input(msgspec.Struct, frozen=True, tag="input", omit_defaults=True, gc=False):
     """A placeholder that reads: an existing variable, or a value given with the call (then the core makes a variable)."""
 
@@ -74,6 +86,7 @@ class Input(msgspec.Struct, frozen=True, tag="input", omit_defaults=True, gc=Fal
     value: Content | None = None
 
 
+@final
 class Output(msgspec.Struct, frozen=True, tag="output", omit_defaults=True, gc=False):
     """A placeholder that writes: a preallocated variable, or a new one. The sampling seed is drawn already."""
 

@@ -8,7 +8,7 @@ may come in any order; the work of each is proportional to what it changes. A la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +123,7 @@ class Task(msgspec.Struct, eq=False):
     max_gap_s: float = 0.0
 
     def move(self, by: str) -> None:
-        self.state = states.move(states.TASK, self.state, by)
+        self.state = states.TASK[self.state, by]
 
     @property
     def ended(self) -> bool:
@@ -152,15 +152,20 @@ class Task(msgspec.Struct, eq=False):
         """Whether its own latency matters; a member of a group may batch, since only the whole group's end counts."""
         return self.group is None and self.criteria is not None and self.criteria is not Criteria.THROUGHPUT
 
-    def inputs(self) -> Iterator[Variable]:
-        """The variables that must be ready before it can run, in template order; the output that it continues included."""
+    def inputs(self) -> dict[Variable, None]:
+        """The variables that must be ready before it can run, each once, in template order; the output that it continues
+        included."""
         first = self.begin - 1 if self.begin else 0
+        found: dict[Variable, None] = {}
         for variable in self.call.variables[first : self.end - 1]:
             if variable is not None:
-                yield variable
+                found[variable] = None
+        return found
 
     def producers(self) -> list[Task]:
         """The tasks that still have to end before it can run, each once."""
+        if not self.missing:
+            return []
         found: dict[Task, None] = {}
         for variable in self.inputs():
             if variable.producer is not None and not variable.settled:
@@ -173,7 +178,7 @@ def tasks_of(call: Call) -> list[Task]:
     tasks: list[Task] = []
     begin = 0
     for index, segment in enumerate(call.segments):
-        if isinstance(segment, Output):
+        if type(segment) is Output:
             output = call.variables[index]
             assert output is not None
             task_id = TaskId(call.session.id, call.number, len(tasks))
@@ -193,14 +198,14 @@ def chain_of(task: Task) -> list[Link]:
     run: list[Content] = []
     for segment, variable in zip(call.segments[: task.end - 1], call.variables, strict=False):
         generated = False
-        if isinstance(segment, Constant):
+        if type(segment) is Constant:
             content = segment.content
         else:
             assert variable is not None
             assert variable.content is not None
             content = variable.content
             generated = variable.producer is not None and variable.producer.call is call
-        if not any(content.lengths.values()) and content.lengths:
+        if content.empty:
             continue
         if not call.fuse_fill:
             links.append(Link((content,), generated))
@@ -216,7 +221,7 @@ def chain_of(task: Task) -> list[Link]:
     return links
 
 
-def depends_on(variables: Iterator[Variable], targets: set[Variable]) -> bool:
+def depends_on(variables: Iterable[Variable], targets: set[Variable]) -> bool:
     """Whether computing `variables` needs one of `targets`: the check that keeps the graph acyclic."""
     seen: set[Variable] = set()
     stack = list(variables)
@@ -241,6 +246,11 @@ class Deduction:
 
     def fetch(self, task: Task, criteria: Criteria) -> None:
         """A get (or a call's own output_criteria) wants `task`'s output."""
+        if task.state == "waiting" and not task.missing and not task.activated:  # nothing stands behind it: the common case
+            task.activated = True
+            task.criteria = criteria
+            self._changed(task)
+            return
         self._spread(task, criteria, 0, None)
 
     def connect(self, task: Task) -> None:
@@ -257,7 +267,7 @@ class Deduction:
         while heap:
             _, _, depth, _, task, criteria, group = heappop(heap)
             depth = -depth
-            if task.ended:
+            if task.state in states.ENDED:
                 continue
             wanted = tighter(task.criteria, criteria)
             joins = group is not None and task.group is None and task.depth <= depth

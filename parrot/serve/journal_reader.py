@@ -13,7 +13,7 @@ import msgspec
 from parrot.serve import journal_files as files
 from parrot.serve.config import ServeCoreConfig
 from parrot.serve.journal_files import Damaged, JournalError
-from parrot.serve.ledger import Mode, Past, Row
+from parrot.serve.ledger import Mode, Past, Row, StoredText
 
 
 class Life(NamedTuple):
@@ -69,6 +69,12 @@ class Reading:
         with self._told():
             for stored in files.checked(self._db, "row", "WHERE place >= ?1 AND place < ?2", low, high):
                 yield files.row_of(stored)
+
+    def texts(self) -> Iterator[StoredText]:
+        """All texts that the journal still has. Raises JournalError."""
+        with self._told():
+            for stored in files.checked(self._db, "text", ""):
+                yield files.text_of(stored)
 
     def past(self, before_instant: int | None = None) -> Past:
         """What an opening before that instant found (None: what one would find now). Raises JournalError."""

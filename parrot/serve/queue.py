@@ -37,7 +37,7 @@ class TaskQueue:
         self._order = order
         self._by_prefix = by_prefix
         self._lines: dict[Lane, list[Entry]] = {}
-        self._size = 0
+        self.size = 0  #: as len() says it
 
     # ---------------------------------------------------------------------------------------- for the core alone
 
@@ -47,7 +47,7 @@ class TaskQueue:
         if line is None:
             line = self._lines[task.call.lane] = []
         insort(line, (task.order, task.sequence, task))
-        self._size += 1
+        self.size += 1
         if task.group is not None:
             task.group.queued[task] = None
         if self._by_prefix:
@@ -59,10 +59,13 @@ class TaskQueue:
     def remove(self, task: Task) -> None:
         lane = task.call.lane
         line = self._lines[lane]
-        del line[bisect_left(line, (task.order, task.sequence))]
+        if line[0][2] is task:
+            del line[0]
+        else:
+            del line[bisect_left(line, (task.order, task.sequence))]
         if not line:
             del self._lines[lane]
-        self._size -= 1
+        self.size -= 1
         if task.group is not None:
             task.group.queued.pop(task, None)
         if self._by_prefix:
@@ -79,7 +82,7 @@ class TaskQueue:
     # ---------------------------------------------------------------------------------------- for policies too
 
     def __len__(self) -> int:
-        return self._size
+        return self.size
 
     def lanes(self) -> list[Lane]:
         """Lanes in which tasks wait."""

@@ -19,20 +19,12 @@ def input_failed(variable: Variable, error: ErrorInfo) -> ErrorInfo:
 
 
 def call_answer(call: Call) -> CallAnswer:
-    infos = tuple(
-        ParamInfo(
-            parameter_name=segment.name,
-            placeholder_name=segment.name,
-            is_output=isinstance(segment, ev.Output),
-            var_name=variable.name,
-            var_id=variable.id,
-            var_desc="",
-            var_scope=call.func_name,
-        )
+    infos = [
+        ParamInfo(segment.name, segment.name, type(segment) is ev.Output, variable.name, variable.id, "", call.func_name)
         for segment, variable in zip(call.segments, call.variables, strict=True)
-        if variable is not None and not isinstance(segment, ev.Constant)
-    )
-    return CallAnswer(call.number, call.session.id, infos)
+        if variable is not None and type(segment) is not ev.Constant
+    ]
+    return CallAnswer(call.number, call.session.id, tuple(infos))
 
 
 def session_report(session: Session, now: float, calls: bool) -> SessionReport:

@@ -19,9 +19,9 @@ from parrot.serve.effects import Abort, AnyEffect, ChainLink, Dispatch, FreeCont
 from parrot.serve.engines import Engine, Engines, Lane
 from parrot.serve.events import Constant, Content, TaskFailed, TaskFinished
 from parrot.serve.graph import Task, chain_of
-from parrot.serve.pauses import REOPEN_S, Pauses
+from parrot.serve.pauses import Pauses
 from parrot.serve.policies import build_policy
-from parrot.serve.policies.base import Cluster, Placement, admits, length_of, prompt_tokens, too_large
+from parrot.serve.policies.base import Cluster, Placement, length_of, prompt_tokens, too_large
 from parrot.serve.policies.least_loaded import LeastLoaded
 from parrot.serve.queue import LAST, TaskQueue
 from parrot.serve.sessions import Session
@@ -68,11 +68,6 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------------------- tasks in and out
 
-    @staticmethod
-    def least_span_s(config: ServeCoreConfig) -> float:
-        """No deadline of a scheduler is set closer than this, but for the end of a pause, which follows a failure."""
-        return min(REOPEN_S, config.global_scheduler.engine_wait_timeout)
-
     def enqueue(self, task: Task, now: float) -> None:
         """A waiting task whose inputs are ready, or one whose attempt came to nothing."""
         call = task.call
@@ -115,11 +110,12 @@ class Scheduler:
 
     def _leave_queue(self, task: Task) -> None:
         self.queue.remove(task)
-        self._stranded.pop(task, None)
+        if self._stranded:
+            self._stranded.pop(task, None)
 
     def _forget(self, task: Task) -> None:
         """Drops what only a task that may still run needs."""
-        if task.path is not None:
+        if task.path:
             self.prefixes.leave(task.path)
         task.path = task.links = task.tokens = task.refusals = task.contexts = task.engine = None
 
@@ -142,14 +138,14 @@ class Scheduler:
         """Asks the policy; to be called when `changed`. A policy that raises or answers nonsense is
         contained: the rest of this round is placed by `least_loaded`."""
         self.changed = False
-        if not len(self.queue) or not self.engines.live:
+        if not self.queue.size or not self.engines.live:
             return
-        started = False
-        placements: Iterator[Placement] = iter(())
+        self.cluster.forget()
+        placements: Iterator[Placement] | None = None
         while True:
             try:
-                if not started:
-                    started, placements = True, iter(self.policy.place(self.queue, self.cluster, now))
+                if placements is None:
+                    placements = iter(self.policy.place(self.queue, self.cluster, now))
                 placement = next(placements)
                 self._check(placement)
             except StopIteration:
@@ -176,15 +172,14 @@ class Scheduler:
         if self.policy_errors[kind] == 1:
             self.faults.append(Fault(f"policy {self._config.policy!r} failed; least_loaded placed in its stead", error))
 
-    @staticmethod
-    def _check(placement: Placement) -> None:
+    def _check(self, placement: Placement) -> None:
         task, engine = placement.task, placement.engine
         if task.state != "queued":
             raise ValueError(f"placed task {task.id}, which is {task.state}")
         if engine.state != "live" or engine.id not in task.call.lane.engines:
             where = f"engine {engine.id}, which is {engine.state}, for {task.call.lane.describe()}"
             raise ValueError(f"placed task {task.id} on {where}; only live engines of its lane take it")
-        if not admits(engine, task):
+        if not self.cluster.still_fits(task, engine):
             raise ValueError(f"placed task {task.id} on engine {engine.name!r} over its capacity")
 
     def _dispatch(self, placement: Placement, now: float) -> None:
@@ -197,16 +192,15 @@ class Scheduler:
         task.engine_name = engine.name
         task.dispatched_s = now
         chain, parent, cached_links, new_tokens = self._hold_chain(task, engine)
-        generate = Context(engine.new_context_id(), engine, None, 0, self._owner(task))
+        generate = Context(engine.new_context_id(), engine, None, 0, self._owner(task), tasks=1)
         engine.contexts[generate.id] = generate
-        self.prefixes.use(generate)
         assert task.contexts is not None
         task.contexts.append(generate)
         task.reserved = new_tokens + task.sampling.max_gen_length
         engine.tasks[task] = None
         engine.reserved += task.reserved
-        engine.latency_tasks += task.latency_sensitive
         task.counted_latency = task.latency_sensitive
+        engine.latency_tasks += task.counted_latency
         self.engines.load_changed(engine)
         self._effects.append(
             Dispatch(
@@ -232,28 +226,33 @@ class Scheduler:
         chain: list[ChainLink] = []
         contexts: list[Context] = []
         new_tokens, parent, cached_links = 0, -1, 0
+        engine_id, owner, prefixes = engine.id, self._owner(task), self.prefixes
+        bos_tokens = engine.description.bos_tokens
         for depth, (node, link) in enumerate(zip(task.path, task.links, strict=True)):
-            context = node.contexts.get(engine.id) if node.contexts else None
+            contents = link.contents
+            context = node.contexts.get(engine_id) if node.contexts else None
             if context is None:
-                tokens = engine.description.bos_tokens if depth == 0 else 0
-                for content in link.contents:
+                tokens = 0 if depth else bos_tokens
+                for content in contents:
                     tokens += length_of(content.lengths, tokenizer)
-                owner = None if node.domain != task.call.session.domain else self._owner(task)
-                context = Context(engine.new_context_id(), engine, node, tokens, owner)
+                context = Context(engine.new_context_id(), engine, node, tokens, owner if node.domain else None, tasks=1)
                 engine.contexts[context.id] = context
-                self.prefixes.add(context)
+                prefixes.add(context)
                 new_tokens += tokens
-            elif context.filled and cached_links == depth:
-                parent, cached_links = context.id, depth + 1
-            self.prefixes.use(context)
+            else:
+                if context.filled and cached_links == depth:
+                    parent, cached_links = context.id, depth + 1
+                prefixes.use(context)
             contexts.append(context)
-            chain.append(ChainLink(context.id, tuple(c.key for c in link.contents), context.tokens, link.output))
+            keys = (contents[0].key,) if len(contents) == 1 else tuple([c.key for c in contents])
+            chain.append(ChainLink(context.id, keys, context.tokens, link.output))
         task.contexts = contexts
         return tuple(chain), parent, cached_links, new_tokens
 
     @staticmethod
     def _owner(task: Task) -> Session | None:
-        """Whose end frees a context of the task's own domain: the session's, unless a whole tenant may share it."""
+        """Whose end frees a context of the task's own domain: the session's, unless a whole tenant may share it. (Nobody's
+        end frees one of the common domain, whose name is empty.)"""
         session = task.call.session
         return None if session.tenant else session
 
@@ -338,8 +337,10 @@ class Scheduler:
         engine, contexts, path = task.engine, task.contexts, task.path
         assert engine is not None
         assert contexts is not None
-        self.first_token(task, now)
-        self._mark_filled(task)
+        if task.first_token_s is None:
+            self.first_token(task, now)
+        else:
+            self._mark_filled(task)  # what was evicted since is computed again
         engine.failures = 0
         generated = contexts[-1]
         generated.tokens = event.output_tokens
@@ -350,7 +351,7 @@ class Scheduler:
             self._free(generated)
         self._release(task, now)
         task.move("finish")
-        self.changed = self.changed or len(self.queue) > 0
+        self.changed = self.changed or self.queue.size > 0
         self._end_finished(task, event, now)
 
     def recall(self, task: Task, event: TaskFinished, now: float) -> None:
@@ -430,7 +431,8 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------------------- contexts
 
-    def _mark_filled(self, task: Task) -> None:
+    @staticmethod
+    def _mark_filled(task: Task) -> None:
         for context in task.contexts or ():
             context.filled = True
 
@@ -444,12 +446,13 @@ class Scheduler:
         engine.reserved -= task.reserved
         engine.latency_tasks -= task.counted_latency
         self.engines.load_changed(engine, more_room)
-        if len(self.queue):
+        if self.queue.size:
             self.changed = True
+        release = self.prefixes.release
         for context in reversed(contexts):
             if context.state == "gone":
                 continue
-            self.prefixes.release(context, now)
+            release(context, now)
             if context.tasks == 0 and (context.node is None or not context.filled) and engine.state != "lost":
                 self._free(context)
 
@@ -474,10 +477,15 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------- time
 
     def next_deadline(self) -> float | None:
-        deadlines = [self.prefixes.next_deadline(), self._pauses.next_deadline()]
+        first = self.prefixes.next_deadline()
+        pause = self._pauses.next_deadline()
+        if pause is not None and (first is None or pause < first):
+            first = pause
         if self._stranded:
-            deadlines.append(next(iter(self._stranded.values())))
-        return min((d for d in deadlines if d is not None), default=None)
+            stranded = next(iter(self._stranded.values()))
+            if first is None or stranded < first:
+                first = stranded
+        return first
 
     def tick(self, now: float) -> None:
         """Whatever is due: lifetimes of shared contexts, tasks without an engine, engines to be asked again."""

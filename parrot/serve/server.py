@@ -1,6 +1,6 @@
 """A whole ServeCore on the network: the core, its shell and its routes put together, from first bind to clean stop.
 
-It decides which handler a path has. It is what the command, the tests and the simulator's real backends start.
+It decides what is listened to, and when. It is what the command, the tests and the simulator's real backends start.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ import errno
 import gc
 import logging
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
-from urllib.parse import unquote
 
 from aiohttp import web
 
 from parrot.configuration import ConfigurationError
-from parrot.protocol.errors import ErrorInfo, ParrotError
+from parrot.protocol.errors import ErrorInfo
 from parrot.serve.api_routes import ApiRoutes
 from parrot.serve.config import ServeCoreConfig
 from parrot.serve.core import ServeCore
@@ -27,6 +26,7 @@ from parrot.serve.engine_routes import EngineRoutes
 from parrot.serve.events import Restarted
 from parrot.serve.ledger import Ledger, Past
 from parrot.serve.recovery import RecoveryError, recover, restore
+from parrot.serve.routing import Routes
 from parrot.serve.shell import Shell
 from parrot.serve.streams import OutputStreams
 from parrot.serve.texts import Texts
@@ -35,8 +35,6 @@ from parrot.serve.wire import answer, refusal
 
 if TYPE_CHECKING:
     from parrot.serve.journal import Journal
-
-Handler = Callable[[web.BaseRequest, str, str], Awaitable[web.StreamResponse]]
 
 _log = logging.getLogger(__name__)
 #: A name such as localhost may have an address of a family that this machine does not run.
@@ -85,7 +83,9 @@ class Server:
                 "life %d goes on with %d sessions, %d tasks in the queue", self.core.epoch, counts["sessions"], counts["queue"]
             )
         api = ApiRoutes(self.shell, self.core.models, texts, self._tokenization, streams, credentials)
-        self._routes = _routes(api, EngineRoutes(self.links, credentials), self._health)
+        engines = EngineRoutes(self.links, credentials)
+        paths = {**api.paths(), **engines.paths(), "/health": {"GET": self._health}}
+        self._handle = Routes(paths).handle
         self._runner: web.ServerRunner | None = None
 
     async def start(self) -> list[tuple[str, int]]:
@@ -122,39 +122,6 @@ class Server:
         self._tokenization.close()
         if self._journal is not None:
             self._journal.close()
-
-    # ------------------------------------------------------------------------------------------------------ requests
-
-    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Every request comes through here; so does every refusal."""
-        try:
-            handler, tail, query = self._route(request.method, request.raw_path)
-            return await handler(request, tail, query)
-        except ParrotError as error:
-            return refusal(error.info)
-        except (ConnectionError, asyncio.CancelledError):
-            raise
-        except Exception:
-            _log.exception("%s %s failed", request.method, request.path)
-            return refusal(ErrorInfo("internal", "an error inside the server; its log has the details"))
-
-    def _route(self, method: str, target: str) -> tuple[Handler, str, str]:
-        """The handler of a path, the path's variable part, and the raw query."""
-        if not target.isascii():
-            raise ParrotError("bad_request", "the path has characters that are not percent-encoded")
-        path, _, query = target.partition("?")
-        tail = ""
-        methods = self._routes.get(path) if path[-1:] != "/" else None
-        if methods is None:
-            head, _, tail = path.rpartition("/")
-            methods = self._routes.get(head + "/") if tail else None
-        if methods is None:
-            raise ParrotError("not_found", f"there is no path {path!r}")
-        handler = methods.get(method)
-        if handler is None:
-            allowed = ", ".join(methods)
-            raise ParrotError("method_not_allowed", f"{path!r} has no method {method}; it has {allowed}", allowed=list(methods))
-        return handler, unquote(tail) if "%" in tail else tail, query
 
     async def _health(self, request: web.BaseRequest, _: str, query: str) -> web.StreamResponse:
         """GET /health: for scripts that wait for the cluster."""
@@ -208,22 +175,6 @@ class _Connection(web.RequestHandler):
         response = refusal(ErrorInfo("bad_request", f"this is no HTTP request: {reason}"))
         response.force_close()
         return response
-
-
-def _routes(api: ApiRoutes, engines: EngineRoutes, health: Handler) -> dict[str, dict[str, Handler]]:
-    """Path -> method -> handler. A path that ends in a slash stands for one more part behind it."""
-    return {
-        "/v1/session": {"POST": api.open_session},
-        "/v1/session/": {"GET": api.describe_session, "DELETE": api.close_session},
-        "/v1/semantic_call": {"POST": api.semantic_call},
-        "/v1/py_native_call": {"POST": api.native_call},
-        "/v1/semantic_var": {"GET": api.list_variables, "POST": api.create_variable},
-        "/v1/semantic_var/": {"GET": api.get_variable, "POST": api.set_variable},
-        "/v1/models": {"GET": api.models},
-        "/register_engine": {"POST": engines.register},
-        "/engine_heartbeat": {"POST": engines.heartbeat},
-        "/health": {"GET": health},
-    }
 
 
 def _listen(host: str, port: int) -> list[socket.socket]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from heapq import heapify, heappop, heappush, heapreplace
 from typing import Any
 
 import msgspec
@@ -37,17 +37,18 @@ class Session(msgspec.Struct, eq=False):
     answers: dict[tuple[type, str], Any] | None = None  # kind of request, Idempotency-Key -> the first answer's payload
     contexts: dict[Context, None] | None = None  # those that only this session can share
     groups: dict[tuple[TaskId, int], Group] | None = None
+    watched: bool = False  # whether IdleSessions has it
+    domain: str = ""
 
-    @property
-    def domain(self) -> str:
-        return f"tenant:{self.tenant}" if self.tenant else f"session:{self.id}"
+    def __post_init__(self) -> None:
+        self.domain = f"tenant:{self.tenant}" if self.tenant else f"session:{self.id}"
 
     @property
     def busy(self) -> bool:
         return self.active > 0 or self.waiting_gets > 0
 
     def move(self, by: str) -> None:
-        self.state = states.move(states.SESSION, self.state, by)
+        self.state = states.SESSION[self.state, by]
 
     def new_variable(self, name: str) -> Variable:
         variable = Variable(f"v{len(self.variables)}", name)
@@ -63,10 +64,11 @@ class Session(msgspec.Struct, eq=False):
 
     def task(self, task_id: TaskId) -> Task | None:
         """The task of that id, if there is one."""
-        if 0 <= task_id.call < len(self.calls):
-            tasks = self.calls[task_id.call].tasks
-            if 0 <= task_id.output < len(tasks):
-                return tasks[task_id.output]
+        call, output = task_id.call, task_id.output
+        if 0 <= call < len(self.calls):
+            tasks = self.calls[call].tasks
+            if 0 <= output < len(tasks):
+                return tasks[output]
         return None
 
     def group(self, root: TaskId, depth: int) -> Group:
@@ -80,38 +82,58 @@ class Session(msgspec.Struct, eq=False):
 
 
 class IdleSessions:
-    """Sessions with nothing to do, the longest idle first. All have the same life span, so the order of their last
-    access is the order in which they expire, and every operation takes constant time."""
+    """Which sessions expire when. `touch` is on the way of every event, so that it only notes the time: a session stands in
+    the heap once at most, under a time that may have passed since, and may be busy. Who comes to the top is looked at again.
+    """
 
     def __init__(self, life_span_s: float) -> None:
         self._life_span_s = life_span_s
-        self._sessions: OrderedDict[int, Session] = OrderedDict()
+        self._heap: list[tuple[float, int, Session]] = []  # an access, the session's sequence, the session
+        self._ended = 0  # entries of sessions that have ended
 
     def touch(self, session: Session, now: float) -> None:
         """The session was accessed, or its work has just ended."""
         session.last_access_s = now
-        if session.active > 0 or session.waiting_gets > 0:
-            self._sessions.pop(session.id, None)
-        else:
-            self._sessions[session.id] = session
-            self._sessions.move_to_end(session.id)
+        if not session.watched:
+            session.watched = True
+            heappush(self._heap, (now, session.sequence, session))
 
     def remove(self, session: Session) -> None:
-        self._sessions.pop(session.id, None)
+        """The session has ended."""
+        if session.watched:
+            self._ended += 1
+            if self._ended > 64 + len(self._heap) // 2:
+                self._heap = [entry for entry in self._heap if entry[2].state == "open"]
+                heapify(self._heap)
+                self._ended = 0
 
     def next_deadline(self) -> float | None:
         """When the first of them expires."""
-        if not self._sessions:
-            return None
-        return next(iter(self._sessions.values())).last_access_s + self._life_span_s
+        first = self._first()
+        return None if first is None else first.last_access_s + self._life_span_s
 
     def expired(self, now: float) -> list[Session]:
         """Those whose life span is over, taken out."""
         found: list[Session] = []
-        while self._sessions:
-            session = next(iter(self._sessions.values()))
-            if session.last_access_s + self._life_span_s > now:
-                break
-            del self._sessions[session.id]
+        while (session := self._first()) is not None and session.last_access_s + self._life_span_s <= now:
+            heappop(self._heap)
+            session.watched = False
             found.append(session)
         return found
+
+    def _first(self) -> Session | None:
+        """The session that has been idle for the longest time. It stands at the top of the heap."""
+        heap = self._heap
+        while heap:
+            since_s, sequence, session = heap[0]
+            if session.state != "open":
+                heappop(heap)
+                self._ended -= 1
+            elif session.busy:  # it is touched when its work ends
+                heappop(heap)
+                session.watched = False
+            elif session.last_access_s > since_s:
+                heapreplace(heap, (session.last_access_s, sequence, session))
+            else:
+                return session
+        return None

@@ -13,18 +13,22 @@ from parrot.serve.sessions import Session
 from parrot.serve.variables import Variable
 
 
-def check_form(event: ev.SubmitCall) -> None:
-    """Raises bad_template."""
-    if not any(type(segment) is ev.Output for segment in event.segments):
+def check_form(event: ev.SubmitCall) -> int:
+    """How many outputs the call has. Raises bad_template."""
+    outputs = 0
+    for segment in event.segments:
+        if type(segment) is ev.Output:
+            outputs += 1
+    if not outputs:
         raise ParrotError("bad_template", "the call has no output")
     if type(event.segments[0]) is ev.Output:
         raise ParrotError("bad_template", "the call has an output before any text")
+    return outputs
 
 
-def check_room(session: Session, event: ev.SubmitCall, config: ServeCoreConfig, queued: int) -> None:
+def check_room(session: Session, outputs: int, config: ServeCoreConfig, queued: int) -> None:
     """Raises queue_full for a session that would begin anew, too_many_tasks for one that has too many. `queued`: tasks that
     wait for an engine now."""
-    outputs = sum(type(segment) is ev.Output for segment in event.segments)
     most = config.max_tasks_per_session
     if outputs > most:
         raise ParrotError("bad_template", f"the call has {outputs} outputs; max_tasks_per_session allows {most}")
@@ -43,8 +47,9 @@ def check_variables(session: Session, event: ev.SubmitCall) -> None:
     outputs: dict[Variable, int] = {}  # the number of the task that writes it
     number = 0
     for segment in event.segments:
-        if type(segment) is ev.Input and segment.var_id is not None:
-            inputs.append((number, session.variable(segment.var_id)))
+        if type(segment) is ev.Input:
+            if segment.var_id is not None:
+                inputs.append((number, session.variable(segment.var_id)))
         elif type(segment) is ev.Output:
             if segment.var_id is not None:
                 variable = session.variable(segment.var_id)
@@ -56,6 +61,8 @@ def check_variables(session: Session, event: ev.SubmitCall) -> None:
                     )
                 outputs[variable] = number
             number += 1
+    if not outputs:
+        return  # whoever would wait for an output of this call must know its variable
     # A task may read what an earlier task of its call writes. Only what has a reader, or is read here, can be waited for.
     read = {variable for _, variable in inputs}
     if not any(variable.consumers or variable in read for variable in outputs):
@@ -71,7 +78,7 @@ def bind(session: Session, event: ev.SubmitCall) -> tuple[Variable | None, ...]:
     bound: list[Variable | None] = []
     values: dict[str, Variable] = {}
     for segment in event.segments:
-        if isinstance(segment, ev.Constant):
+        if type(segment) is ev.Constant:
             bound.append(None)
             continue
         if segment.var_id is not None:

@@ -34,4 +34,4 @@ class Variable(msgspec.Struct, eq=False):
         return self.state == "ready" or self.state == "failed"
 
     def move(self, by: str) -> None:
-        self.state = states.move(states.VARIABLE, self.state, by)
+        self.state = states.VARIABLE[self.state, by]

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from sim.workloads.program import WorkloadError
+
+#: what messages and the documentation call the ways to arrive
+FORMS = "poisson, gamma:CV, constant, recorded[:TIME_SCALE]"
 
 
 def stream(seed: int, name: str) -> np.random.Generator:
@@ -28,12 +32,62 @@ def check_rate(rate: float) -> float:
     return float(rate)
 
 
+class Arrivals(NamedTuple):
+    """How programs arrive. `value`: of gamma the coefficient of variation of the gaps, of recorded what times are
+    multiplied with."""
+
+    kind: Literal["poisson", "gamma", "constant", "recorded"]
+    value: float = 1.0
+
+
+def parse_arrivals(text: str) -> Arrivals:
+    """What `text` (one of FORMS) asks for. Raises WorkloadError."""
+    kind, colon, value = text.partition(":")
+    if kind in ("poisson", "constant") and not colon:
+        return Arrivals(kind)  # type: ignore[arg-type]
+    if kind == "recorded" and not colon:
+        return Arrivals("recorded")
+    if kind in ("gamma", "recorded") and colon:
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not (math.isfinite(number) and number > 0):
+            what = "a coefficient of variation" if kind == "gamma" else "a time scale"
+            raise WorkloadError(f"arrivals {text!r}: {value!r} is not {what} above 0")
+        return Arrivals(kind, number)  # type: ignore[arg-type]
+    raise WorkloadError(f"arrivals {text!r}: must be one of {FORMS}")
+
+
+def draw_arrivals(arrivals: Arrivals, rate: float, generator: np.random.Generator) -> Iterator[float]:
+    """Arrival times in seconds at `rate` programs per second, the first one a gap after 0, without end."""
+    mean_gap = 1.0 / check_rate(rate)
+    if arrivals.kind == "constant":
+        return _constant(mean_gap)
+    if arrivals.kind == "gamma":
+        variance = arrivals.value * arrivals.value
+        return _sums(lambda: generator.gamma(1.0 / variance, mean_gap * variance, 1024))
+    assert arrivals.kind == "poisson"
+    return poisson(rate, generator)
+
+
 def poisson(rate: float, generator: np.random.Generator) -> Iterator[float]:
     """Arrival times in seconds of a Poisson process of `rate` programs per second, the first one a gap after 0."""
     mean_gap = 1.0 / check_rate(rate)
+    return _sums(lambda: generator.exponential(mean_gap, 1024))
+
+
+def _constant(gap_s: float) -> Iterator[float]:
+    number = 0
+    while True:
+        number += 1
+        yield number * gap_s
+
+
+def _sums(gaps: Callable[[], np.ndarray]) -> Iterator[float]:
     now = 0.0
     while True:
-        for gap in generator.exponential(mean_gap, 1024).tolist():
+        for gap in gaps().tolist():
             now += gap
             yield now
 

@@ -8,76 +8,60 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import datetime
-from itertools import islice
 from pathlib import Path
 
-from sim.workloads.arrivals import scale_to_rate
 from sim.workloads.program import Call, Get, Program, Text, WorkloadError, Write
+from sim.workloads.source import Row, Source
+from sim.workloads.traces import text_lines
 
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens"
 
-#: (seconds since the first request, context tokens, generated tokens)
-Row = tuple[float, int, int]
+_GETS = (Get(id="answer", var="answer"),)
 
 
-def read_azure(path: str | Path, *, rate: float | None, count: int | None, max_gen_length: int) -> Iterator[Program]:
-    """The requests of the trace as programs, at their recorded times or with their gaps scaled to `rate` per second.
+def azure_source(path: str, *, max_gen_length: int, label: str = "") -> Source:
+    """The requests of the trace at `path`. Reading raises WorkloadError with file, line and reason."""
+    trace = label + Path(path).stem
 
-    Raises WorkloadError with file, line and reason.
-    """
-    factor = 1.0
-    if rate is not None:
-        requests, last_s = 0, 0.0
-        for now_s, _, _ in islice(_rows(path), count):
-            requests, last_s = requests + 1, now_s
-        factor = scale_to_rate(requests, 0.0, last_s, rate, str(path))
-    trace = Path(path).stem
-    get = (Get(id="answer", var="answer"),)
-    for index, (arrival_s, context, generated) in enumerate(islice(_rows(path), count)):
+    def build(index: int, arrival_s: float, row: Row) -> Program:
+        _, context, generated = row
         name = f"{trace}/{index}"
-        answer = Write("answer", generated, max_gen_length=max(generated, max_gen_length))
-        call = Call(segments=(Text(name, context), answer), name="request", cache_prefix=False)
-        yield Program(id=name, arrival_s=arrival_s * factor, calls=(call,), gets=get, tenant=trace, application="azure")
+        limit = max_gen_length if generated <= max_gen_length else generated
+        call = Call((Text(name, context), Write("answer", generated, limit)), "request", (), False)
+        return Program(name, arrival_s, (call,), _GETS, (), trace, "azure")
+
+    return Source(path, lambda: _rows(path), build)
 
 
-def _rows(path: str | Path) -> Iterator[Row]:
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            yield from _checked(path, file)
-    except OSError as error:
-        raise WorkloadError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise WorkloadError(f"{path}: not a text file: {error}") from error
-
-
-def _checked(path: str | Path, lines: Iterator[str]) -> Iterator[Row]:
-    header = next(lines, "").strip().lstrip("\ufeff")
-    if header != HEADER:
-        raise WorkloadError(f"{path}:1: not an Azure trace: expected {HEADER!r}, found {header[:80]!r}")
+def _rows(path: str) -> Iterator[tuple[float, int, int]]:
+    """(seconds since the first request, context tokens, generated tokens). This is on the path of large simulations."""
+    lines = text_lines(path)
+    _, header = next(lines, (1, ""))
+    if header.strip() != HEADER:
+        raise WorkloadError(f"{path}:1: not an Azure trace: expected {HEADER!r}, found {header.strip()[:80]!r}")
     first: datetime | None = None
     last_s = 0.0
-    for number, line in enumerate(lines, 2):
-        fields = line.split(",")
-        if len(fields) != 3:
-            if not line.strip():
-                continue
-            raise WorkloadError(
-                f"{path}:{number}: {len(fields)} fields instead of 3, truncated or mixed: {line.strip()[:80]!r}"
-            )
+    instant_of = datetime.fromisoformat
+    for number, line in lines:
         try:
-            instant = datetime.fromisoformat(fields[0])
-            context, generated = int(fields[1]), int(fields[2])
+            time, context_text, generated_text = line.split(",")
+            instant = instant_of(time)
+            context, generated = int(context_text), int(generated_text)
             if first is None:
                 first = instant
             now_s = (instant - first).total_seconds()
         except (ValueError, TypeError) as error:
-            raise WorkloadError(f"{path}:{number}: {error}: {line.strip()[:80]!r}") from None
+            if not line.strip():
+                continue
+            fields = line.count(",") + 1
+            reason = f"{fields} fields instead of 3, truncated or mixed" if fields != 3 else error
+            raise WorkloadError(f"{path}:{number}: {reason}: {line.strip()[:80]!r}") from None
         if context < 1:
             raise WorkloadError(f"{path}:{number}: ContextTokens is {context}; a request has at least 1")
         if generated < 0:
             raise WorkloadError(f"{path}:{number}: GeneratedTokens is {generated}; it cannot be negative")
         if now_s < last_s:
-            raise WorkloadError(f"{path}:{number}: the time {fields[0]} is before the line above it")
+            raise WorkloadError(f"{path}:{number}: the time {time} is before the line above it")
         last_s = now_s
         yield now_s, context, generated or 1
     if first is None:

@@ -108,31 +108,61 @@ def check(program: Program) -> None:
             raise ValueError(f"variable {source.var!r} is set twice")
         producers[source.var] = -1
     for index, call in enumerate(program.calls):
-        writes = [s for s in call.segments if isinstance(s, Write)]
+        writes = False
+        for segment in call.segments:
+            if type(segment) is Write:
+                if segment.var in producers:
+                    raise ValueError(f"variable {segment.var!r} has two producers")
+                producers[segment.var] = index
+                writes = True
         if not writes:
             raise ValueError(f"call {index} ({call.name!r}) writes nothing")
-        if isinstance(call.segments[0], Write):
+        if type(call.segments[0]) is Write:
             raise ValueError(f"call {index} ({call.name!r}) has an output before any text")
-        for write in writes:
-            if write.var in producers:
-                raise ValueError(f"variable {write.var!r} has two producers")
-            producers[write.var] = index
-    gets = {get.id for get in program.gets}
-    if len(gets) != len(program.gets):
-        raise ValueError("two gets have the same id")
-    for call in program.calls:
-        for segment in call.segments:
-            if isinstance(segment, Read) and segment.var not in producers:
-                raise ValueError(f"variable {segment.var!r} is read but nobody writes it")
+    places: dict[str, int] = {}  # of each get: the call that it waits for
     for get in program.gets:
+        if get.id in places:
+            raise ValueError(f"two gets have the same id {get.id!r}")
         if get.var not in producers:
             raise ValueError(f"get {get.id!r} wants variable {get.var!r}, which nobody writes")
-    steps: list[Set | Call | Get] = [*program.sets, *program.calls, *program.gets]
-    for step in steps:
-        for edge in step.after:
-            if edge.get is not None and edge.get not in gets:
+        places[get.id] = producers[get.var]
+    if not _is_in_order(program, producers, places):
+        _check_acyclic(program, producers)
+
+
+def _is_in_order(program: Program, producers: dict[str, int], places: dict[str, int]) -> bool:
+    """Whether everything waits for earlier calls only, which is usual, and means that nothing waits for itself.
+
+    Raises ValueError for what waits for something that does not exist.
+    """
+    in_order = True
+    for index, call in enumerate(program.calls):
+        for segment in call.segments:
+            if type(segment) is Read:
+                place = producers.get(segment.var)
+                if place is None:
+                    raise ValueError(f"variable {segment.var!r} is read but nobody writes it")
+                in_order = in_order and place <= index
+        if call.after:
+            in_order = _latest(call.after, places) < index and in_order
+    for get in program.gets:
+        if get.after:
+            in_order = _latest(get.after, places) < places[get.id] and in_order
+    for source in program.sets:
+        if source.after:
+            _latest(source.after, places)
+            in_order = False
+    return in_order
+
+
+def _latest(edges: tuple[After, ...], places: dict[str, int]) -> int:
+    latest = -2
+    for edge in edges:
+        if edge.get is not None:
+            if edge.get not in places:
                 raise ValueError(f"an `after` names get {edge.get!r}, which does not exist")
-    _check_acyclic(program, producers)
+            latest = max(latest, places[edge.get])
+    return latest
 
 
 def _check_acyclic(program: Program, producers: dict[str, int]) -> None:
@@ -210,10 +240,15 @@ def read_programs(path: str | Path) -> Iterator[Program]:
 
 
 def write_programs(path: str | Path, programs: Iterable[Program]) -> int:
-    """Writes programs as JSONL; returns how many."""
+    """Writes programs as JSONL; returns how many. A file appears whole or not at all."""
     count = 0
-    with open(path, "wb") as file:
-        for program in programs:
-            file.write(_encoder.encode(program) + b"\n")
-            count += 1
+    partial = Path(f"{path}.partial")
+    try:
+        with open(partial, "wb") as file:
+            for program in programs:
+                file.write(_encoder.encode(program) + b"\n")
+                count += 1
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return count

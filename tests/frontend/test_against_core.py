@@ -122,7 +122,7 @@ def test_an_async_program_of_many_calls(core: str) -> None:
     assert [len(text.split()) for text in texts] == [5] * 20 + [30]
 
 
-@pytest.mark.parametrize("example", ["hello", "map_reduce", "chain_summary", "chat"])
+@pytest.mark.parametrize("example", ["hello", "map_reduce", "chain_summary", "chat", "agent"])
 def test_examples_run_and_print_their_times(core: str, example: str) -> None:
     done = subprocess.run(
         [sys.executable, f"examples/{example}.py", "--core", core], cwd=ROOT, capture_output=True, text=True, timeout=60

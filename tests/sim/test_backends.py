@@ -100,7 +100,7 @@ def flags(tmp_path: Path) -> list[str]:
     ]
     workload = tmp_path / "programs.jsonl"
     write_programs(workload, some)
-    return ["--core", core, "--engines", f"{engine}:2", "--workload", str(workload)]
+    return ["--core", core, "--engines", f"{engine}:2", "--workload", str(workload), "--no-report"]
 
 
 @pytest.mark.parametrize("mode", list(Mode))
@@ -124,6 +124,20 @@ def test_an_emulated_cluster_does_the_work_that_the_simulated_one_does(
     }.items():
         pd.testing.assert_frame_equal(tables["emulated"][name][columns], tables["sim"][name][columns], obj=name)
     assert processes_with(str(tmp_path)) == []
+
+
+def test_in_a_closed_loop_a_program_starts_when_one_before_it_has_ended(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for backend in ("sim", "emulated"):
+        out = tmp_path / backend
+        assert main([*flags, "--clients", "2", "--backend", backend, "--out", str(out)]) == 0, capsys.readouterr().err
+        programs = pd.read_parquet(out / "parrot_clients2_seed0" / "programs.parquet").sort_values("started_s")
+        started, ended = programs["started_s"].to_numpy(), programs["ended_s"].to_numpy()
+        under_way = [int(((started <= at) & (ended > at)).sum()) for at in started]
+        assert under_way == [1, 2, 2, 2] or under_way == [2, 2, 2, 2]
+        assert list(programs["program"]) == [0, 1, 2, 3]
+    capsys.readouterr()
 
 
 def test_an_interrupted_run_leaves_no_process_behind(tmp_path: Path) -> None:

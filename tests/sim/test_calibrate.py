@@ -11,7 +11,8 @@ import pytest
 
 from parrot.configuration import load
 from parrot.latency import BatchShape, FixedCost, Hinge, LatencyModel, LatencyProfile
-from sim.calibrate import CalibrationError, fit, main, read_log, read_logs
+from sim.calibrate import CalibrationError, fit, hold_out_by_load, read_log, read_logs, write_profile
+from sim.calibrate.__main__ import main
 
 HEADER = {"kind": "header", "iteration_log": 1, "engine": "e", "engine_type": "builtin", "model": "m", "device": "cpu",
           "attn_func": "torch_sdpa", "dtype": "float32", "num_threads": 1,
@@ -75,29 +76,197 @@ def test_fixed_costs_never_fall_with_the_batch(tmp_path: Path) -> None:
     assert seconds == sorted(seconds)
 
 
-def test_the_last_part_of_each_run_is_held_out(tmp_path: Path) -> None:
+def loaded(rows: int, count: int, seed: int = 0) -> list[BatchShape]:
+    """A run at one load: about `rows` rows decode, with a prompt now and then."""
+    rng = np.random.default_rng(seed)
+    result = []
+    for _ in range(count):
+        decode = max(1, rows + int(rng.integers(-1, 2)))
+        tokens = int(rng.integers(20, 300)) if rng.random() < 0.3 else 0
+        kv = decode * int(rng.integers(10, 800))
+        result.append(BatchShape(decode, min(tokens, 1), tokens, tokens * int(rng.integers(1, 600)), kv, kv))
+    return result
+
+
+def write_loads(folder: Path, rows: tuple[int, ...], noise: float = 0.05) -> list[str]:
+    return [str(write_log(folder / f"{n}-{r}.jsonl", loaded(r, 120, seed=n), noise)) for n, r in enumerate(rows)]
+
+
+def test_whole_runs_at_loads_of_their_own_are_held_out(tmp_path: Path) -> None:
+    runs = read_logs(write_loads(tmp_path, (1, 3, 3, 6, 6)))
+    split = hold_out_by_load(runs)
+    assert [run.name for run in split.held] == ["1-3.jsonl#1", "2-3.jsonl#1"]  # both engines of the middle load, and no part
+    assert [run.name for run in split.fitted] == ["0-1.jsonl#1", "3-6.jsonl#1", "4-6.jsonl#1"]
+    assert hold_out_by_load(list(reversed(runs))).held[0].load == split.held[0].load  # by load, not by order
+
+
+def test_the_error_is_that_of_the_runs_held_out(tmp_path: Path) -> None:
+    fitted, held = hold_out_by_load(read_logs(write_loads(tmp_path, (1, 3, 6))))
+    profile = fit(fitted, "p", held=held)
+    assert profile.error["iterations"] == 120
+    assert profile.error["runs"] == 1
+    model = LatencyModel(profile)
+    predicted = sum(model.duration(i.shape) for i in held[0].iterations)
+    assert profile.error["total of 1-3.jsonl#1"] == pytest.approx(predicted / held[0].total_s - 1.0)
+    assert profile.seen["rows"] == (1.0, 8.0)  # the range that was fitted
+
+
+def test_a_held_out_run_does_not_move_the_fit(tmp_path: Path) -> None:
+    fitted, held = hold_out_by_load(read_logs(write_loads(tmp_path, (1, 3, 6))))
+    slow = read_log(write_log(tmp_path / "slow", loaded(3, 120), noise=0.7))
+    one, other = fit(fitted, "p", held=held), fit(fitted, "p", held=slow)
+    assert (one.fixed, one.hinges, one.pair_s, one.kv_s) == (other.fixed, other.hinges, other.pair_s, other.kv_s)
+    assert other.error["mean"] > 3 * one.error["mean"]
+
+
+def test_one_load_alone_claims_no_held_out_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = write_log(tmp_path / "log", shapes(100))
-    log.write_text(log.read_text() * 2)  # a second start of the engine, appended
+    log.write_text(log.read_text() * 2)  # a second start of the engine at the same load, appended
     runs = read_log(log)
-    assert [len(run.iterations) for run in runs] == [100, 100]
-    assert fit(runs, "p", hold_out=0.3).error["iterations"] == 60
+    assert [run.name for run in runs] == ["log#1", "log#2"]
+    split = hold_out_by_load(runs)
+    assert split.held == []
+    profile = fit(split.fitted, "p")
+    assert (profile.error["runs"], profile.error["iterations"]) == (0, 40)
+    assert "NO RUN WAS HELD OUT" in profile.notes
+    assert main([str(log), "--out", str(tmp_path / "p.json")]) == 0
+    assert "no run was held out: one load only" in capsys.readouterr().err
 
 
-def test_failed_iterations_and_a_cut_last_line_are_left_out(tmp_path: Path) -> None:
+def test_spread_is_what_runs_as_a_whole_deviate_by(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    rows = (1, 2, 3, 4, 5, 7) * 3
+    factors = np.exp(rng.normal(0.0, 0.2, len(rows)))
+    names = []
+    for n, (r, factor) in enumerate(zip(rows, factors, strict=True)):
+        path = write_log(tmp_path / f"{n}.jsonl", loaded(r, 100, seed=n))
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines[2:]:
+            line["duration_s"] *= factor  # all of this run
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        names.append(str(path))
+    quiet = fit(read_logs(write_loads(tmp_path, (1, 3, 6), noise=0.2)), "quiet")
+    assert quiet.spread < 0.06  # noise of single iterations averages out
+    assert 0.1 < fit(read_logs(names), "p").spread < 0.4
+
+
+def test_files_can_be_named_to_be_held_out(tmp_path: Path) -> None:
+    logs = write_loads(tmp_path, (1, 3, 6))
+    assert main([*logs, "--hold-out", logs[2], "--out", str(tmp_path / "p.json")]) == 0
+    profile = load(tmp_path / "p.json", LatencyProfile)
+    assert "total of 2-6.jsonl#1" in profile.error
+    assert profile.seen["rows"][1] <= 5
+    assert main([*logs[:1], "--hold-out", logs[0], "--out", str(tmp_path / "q.json")]) == 1
+
+
+def test_a_held_out_run_at_a_fitted_load_is_told(tmp_path: Path) -> None:
+    logs = write_loads(tmp_path, (3, 3, 6))
+    assert main([*logs, "--hold-out", logs[1], "--out", str(tmp_path / "p.json")]) == 0
+    assert "Not at a load of its own: 1-3.jsonl#1" in load(tmp_path / "p.json", LatencyProfile).notes
+
+
+def test_the_same_logs_give_the_same_bytes(tmp_path: Path) -> None:
+    logs = write_loads(tmp_path, (1, 3, 6))
+    for name in ("a", "b"):
+        assert main([*logs, "--name", "p", "--out", str(tmp_path / name / "p.json")]) == 1  # the folder is not there
+        (tmp_path / name).mkdir()
+        assert main([*logs, "--name", "p", "--out", str(tmp_path / name / "p.json")]) == 0
+    for file in ("p.json", "p.residuals.png"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def stalled(log: Path, every: int, seconds: float) -> Path:
+    """The log with `seconds` more on one iteration in `every`."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    for line in lines[2 + every // 2 :: every]:
+        line["duration_s"] += seconds
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return log
+
+
+def test_a_machine_that_stood_still_once_does_not_spoil_the_fit(tmp_path: Path) -> None:
+    quiet = fit(read_log(write_log(tmp_path / "quiet", shapes(400), noise=0.05)), "p")
+    once = fit(read_log(stalled(write_log(tmp_path / "once", shapes(400), noise=0.05), 400, 23.0)), "p")
+    for shape in shapes(50, seed=9):
+        assert LatencyModel(once).duration(shape) == pytest.approx(LatencyModel(quiet).duration(shape), rel=0.05)
+    assert "Left out: 1 iteration(s)" in once.notes
+    assert "Left out" not in quiet.notes
+
+
+def test_a_busy_machine_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"10 of 400 iterations took more than 10 times what the others say"):
+        fit(read_log(stalled(write_log(tmp_path / "busy", shapes(400)), 40, 60.0)), "p", trace="busy")
+
+
+def test_failed_iterations_are_left_out(tmp_path: Path) -> None:
     log = write_log(tmp_path / "log", shapes(50))
     lines = log.read_text().splitlines(keepends=True)
     failed = json.loads(lines[-1]) | {"failed": True, "duration_s": 1000.0}
-    log.write_text("".join(lines) + json.dumps(failed) + "\n" + lines[-1][:30])
+    log.write_text("".join(lines) + json.dumps(failed) + "\n")
     assert len(read_log(log)[0].iterations) == 50
+
+
+def test_a_log_cut_in_a_line_is_refused_unless_allowed(tmp_path: Path) -> None:
+    log = write_log(tmp_path / "log", shapes(50))
+    log.write_text(log.read_text()[:-30])
+    with pytest.raises(CalibrationError, match=r"log:52: cut off inside this line"):
+        read_log(log)
+    assert len(read_log(log, allow_cut=True)[0].iterations) == 49
+    assert main([str(log), "--out", str(tmp_path / "p.json")]) == 1
+    assert main([str(log), "--allow-cut", "--out", str(tmp_path / "p.json")]) == 0
+
+
+def test_lines_of_two_engines_in_one_file_are_refused(tmp_path: Path) -> None:
+    log = write_log(tmp_path / "log", shapes(50))
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join([*lines[:40], *lines[5:]]))
+    with pytest.raises(CalibrationError, match=r"log:41: t goes back from 37 to 3 with no header between"):
+        read_log(log)
+
+
+def test_a_file_named_twice_is_refused(tmp_path: Path) -> None:
+    log = write_log(tmp_path / "log", shapes(50))
+    with pytest.raises(CalibrationError, match="log: named twice"):
+        read_logs([log, log])
 
 
 def test_the_command_writes_a_profile_that_configurations_can_name(tmp_path: Path) -> None:
     out = tmp_path / "mine.json"
-    assert main([str(write_log(tmp_path / "log", shapes(200))), "--out", str(out)]) == 0
+    assert main([str(write_log(tmp_path / "log", shapes(200))), "--out", str(out), "--plots", str(tmp_path / "plots")]) == 0
     profile = load(out, LatencyProfile)
     assert (profile.name, profile.model, profile.trace) == ("mine", "m", "log")
-    assert "last 20%" in profile.notes
     assert msgspec.json.decode(out.read_bytes())["versions"] == {"python": "3.11"}
+    assert (tmp_path / "plots" / "mine.residuals.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_profile_of_another_model_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log, out = str(write_log(tmp_path / "log", shapes(100))), tmp_path / "p.json"
+    other = msgspec.structs.replace(TRUTH, model="another")
+    write_profile(other, out)
+    assert main([log, "--out", str(out)]) == 1
+    assert "holds a profile of another model, 'another'; the logs are of 'm'" in capsys.readouterr().err
+    assert load(out, LatencyProfile) == other
+    out.write_text("notes of mine")
+    assert main([log, "--out", str(out)]) == 1
+    assert "is no latency profile" in capsys.readouterr().err
+    assert out.read_text() == "notes of mine"
+    write_profile(TRUTH, out)
+    assert main([log, "--out", str(out)]) == 0
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_logs_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for flags, reason in (
+        (["--out", str(tmp_path / "none" / "p.json")], "none: cannot be written to: no such folder"),
+        (["--out", str(tmp_path)], "it is a folder"),
+        (["--out", str(tmp_path / "p.json"), "--plots", str(tmp_path / "file")], "file: cannot be written to: it is a file"),
+    ):
+        assert main([str(tmp_path / "no log"), *flags]) == 1
+        error = capsys.readouterr().err
+        assert reason in error
+        assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

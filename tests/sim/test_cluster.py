@@ -173,3 +173,42 @@ def test_a_program_that_fails_gives_up_what_it_has_under_way_and_all_of_it_is_co
         assert len(states) == 4
         assert states.count("failed") == 1
         assert "finished" not in states
+
+
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("rtt_s", [0.0, 0.1])
+@pytest.mark.parametrize("clients", [1, 3])
+def test_in_a_closed_loop_the_next_program_starts_in_the_instant_in_which_one_ends(
+    mode: Mode, rtt_s: float, clients: int
+) -> None:
+    some = [msgspec.structs.replace(p, arrival_s=1000.0 * n) for n, p in enumerate(workload(8))]
+    ended: list[int] = []
+    recorder = run(some, network=Constant(rtt_s), mode=mode, clients=clients, on_ended=lambda: ended.append(1))
+    programs = sorted(recorder.programs)
+    assert [program.id for program in programs] == [p.id for p in some]  # started in the order of the workload
+    assert len(ended) == recorder.counts["finished"] == 8
+    starts = [program.started_s for program in programs]
+    assert starts[:clients] == [0.0] * clients
+    assert starts == sorted(starts)
+    assert starts[-1] < 1000.0  # arrival times count for nothing
+    for program in programs:
+        assert program.arrival_s == program.started_s
+        assert program.ended_s is not None
+        assert program.jct_s == program.ended_s - program.started_s > 0.0
+    for start in starts:  # a client that is closing its session (a network away) is not free yet
+        assert sum(p.started_s <= start < (p.ended_s or 0.0) for p in programs) <= clients
+    if rtt_s == 0.0:
+        assert starts[clients:] == sorted(p.ended_s for p in programs)[: 8 - clients]
+
+
+def test_a_closed_loop_may_have_more_clients_than_programs_and_has_at_least_one() -> None:
+    assert run([one_call("p0"), one_call("p1")], clients=5).counts["finished"] == 2
+    assert run([], clients=2).counts["programs"] == 0
+    with pytest.raises(ValueError, match="clients is 0; a closed loop has at least 1"):
+        run([one_call()], clients=0)
+
+
+def test_a_closed_loop_that_cannot_end_says_which_program_waits_for_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(POLICIES["round_robin"], "place", lambda *_: iter(()))
+    with pytest.raises(StuckError, match="program 'stuck' waits for get 'g' of variable 'answer'"):
+        run([one_call("stuck"), one_call("never begun")], "round_robin", clients=1)

@@ -18,7 +18,7 @@ from tests.sim.programs import chain, map_reduce
 def folder(tmp_path: Path) -> Path:
     core, engine = write_files(tmp_path)
     write_programs(tmp_path / "programs.jsonl", [chain(2, "a"), map_reduce(3, "b", arrival_s=0.5)])
-    flags = ["--core", core, "--engines", engine, "--workload", str(tmp_path / "programs.jsonl")]
+    flags = ["--core", core, "--engines", engine, "--workload", str(tmp_path / "programs.jsonl"), "--no-report"]
     assert main([*flags, "--policy", "round_robin,parrot", "--seed", "1,2", "--out", str(tmp_path / "out")]) == 0
     return tmp_path / "out"
 

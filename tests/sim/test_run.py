@@ -33,7 +33,7 @@ def flags(tmp_path: Path) -> list[str]:
         )
     workload = tmp_path / "programs.jsonl"
     write_programs(workload, some)
-    return ["--core", core, "--engines", f"{engine}:2", "--workload", str(workload)]
+    return ["--core", core, "--engines", f"{engine}:2", "--workload", str(workload), "--no-report"]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -49,7 +49,9 @@ def test_one_json_object_a_run_and_everything_else_elsewhere(
 ) -> None:
     out = tmp_path / "out"
     assert main([*flags, "--policy", "parrot:all,round_robin", "--rate", "0.5,1", "--seed", "1,2", "--out", str(out)]) == 0
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    lines = [line for line in printed if line["kind"] == "run"]
+    assert [line["kind"] for line in printed] == ["run"] * 8 + ["cell"] * 4
     assert [(line["policy"], line["rate"], line["seed"]) for line in lines] == [
         (policy, rate, seed) for policy in ("parrot:all", "round_robin") for rate in (0.5, 1.0) for seed in (1, 2)
     ]
@@ -76,13 +78,13 @@ def test_the_same_seed_writes_the_same_bytes_however_many_workers(
         written.append(files_of(out))
     assert printed[0] == printed[1] == printed[2]
     assert written[0] == written[1] == written[2]
-    assert len(written[0]) == 2 * 5 + 2
+    assert len(written[0]) == 2 * 6 + 4
 
 
 def test_stepping_prints_what_jumping_prints(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = []
     for way in ("--jump", "--step"):
-        assert main([*flags, way, "--out", str(tmp_path / "out")]) == 0
+        assert main([*flags, way, "--out", str(tmp_path / way)]) == 0
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1]
 
@@ -135,6 +137,19 @@ REFUSALS = {
     "setting that is none": (["--set", "speed"], "KEY=VALUE"),
     "no such profile": (["--profile", "nothing.json"], "nothing.json"),
     "round trips that are none": (["--rtt-ms", "nothing.json"], "nothing.json"),
+    "no arrivals of that name": (["--arrivals", "gama:2"], "gama:2"),
+    "closed loop of nobody": (["--clients", "0"], "clients 0"),
+    "closed loop with a rate": (["--clients", "2", "--rate", "1"], "no rate"),
+    "objective that is none": (["--objectives", "jct=2"], "jct_s=SECONDS"),
+    "objective below zero": (["--objectives", "jct_s=-2"], "jct_s=-2"),
+    "metric that is none": (["--metrics", "jct_s.p95"], "jct_s.p99"),
+    "confidence that is none": (["--confidence", "95"], "confidence 95"),
+    "one draw": (["--intervals", "1"], "intervals 1"),
+    "draws of a real cluster": (["--intervals", "2", "--backend", "emulated"], "backend is emulated"),
+    "no count of engines": (["--engines", "engine.json:1,0"], "count 0"),
+    "seed that is no whole number": (["--seed", "1.5"], "whole numbers"),
+    "negative seed": (["--seed", "-1"], "seed -1"),
+    "no workers": (["--workers", "0"], "--workers 0"),
     "the same run twice": (["--policy", "parrot,parrot"], "twice"),
     "running cluster in simulation": (["--core-url", "http://localhost:1"], "core_url"),
 }
@@ -175,6 +190,33 @@ def test_a_profile_of_another_model_is_refused(flags: list[str], tmp_path: Path,
     told = refused([*flags[:3], engine, *flags[4:]], tmp_path, capsys, "--profile", str(tmp_path / "profile.json"))
     assert "other/model" in told
     assert "test/model" in told
+
+
+def test_an_engine_whose_file_names_a_profile_of_another_model_is_refused(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, engine = write_files(tmp_path, model="other/model")
+    told = refused([*flags[:3], engine, *flags[4:]], tmp_path, capsys)
+    assert "'other/model'" in told
+    assert "profile.json is of 'test/model'" in told
+
+
+def test_a_truncated_trace_is_refused_with_its_line(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.97,48,10\n2023-11-16 18:17")
+    assert "trace.csv:3" in refused(flags, tmp_path, capsys, "--workload", f"azure:{trace}")
+    assert "trace.csv:3" in refused(flags, tmp_path, capsys, "--workload", f"azure:{trace}", "--policy", "parrot,round_robin")
+
+
+@pytest.mark.parametrize("key", ["engine.scheduler.max_total_tokens", "engine.instance.num_kv_cache_blocks"])
+def test_an_engine_whose_memory_is_too_small_for_one_prompt_is_refused(
+    key: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = refused(flags, tmp_path, capsys, "--set", f"{key}=2", "--workload", "chat")
+    assert "chat: program" in told
+    assert "the largest engine takes" in told
 
 
 def test_a_model_that_no_engine_has_is_refused(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,5 +265,6 @@ def test_an_interrupted_sweep_leaves_no_worker_behind(signal_name: str, flags: l
         process.kill()
         process.wait()
     assert process.returncode == 130
-    assert told.decode() == "sim.run: interrupted\n"
+    assert told.decode().startswith("sim.run: interrupted")
+    assert told.count(b"\n") == 1
     assert processes_with(str(tmp_path)) == []

@@ -8,15 +8,21 @@ jumping (only iterations after which something can change) give the same events 
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
+from heapq import heapify, heappop, heappush
 from typing import Literal, NamedTuple
 
 import msgspec
 
 from parrot.engine.batches import Batch, EngineLimits, EngineTask, Refused
 from parrot.engine.core import EngineCore
-from parrot.latency import BatchShape, DecodeRun, LatencyModel
+from parrot.engine.running import Task
+from parrot.latency import BatchShape, Coverage, DecodeRun, LatencyModel
+
+NEVER = math.inf
 
 
 class EmulatedEvent(NamedTuple):
@@ -58,20 +64,57 @@ class Iterations(NamedTuple):
 
 
 class _Job:
-    """What a task would generate, and what it has generated."""
+    """What a task would generate, and what it has generated.
 
-    __slots__ = ("cached", "first_at", "generated", "last_at", "max_gap_s", "output", "prompt", "started", "stream")
+    While it decodes, `generated` is what it had when it joined the others, less the decode iterations before its first: all
+    get one token an iteration, and nobody is counted one by one.
+    """
 
-    def __init__(self, output: int, forced: int, stream: bool) -> None:
+    __slots__ = (
+        "cached", "decodes", "first_at", "generated", "joined", "key", "last_at", "max_gap_s", "output", "prompt", "stream",
+        "ticket",
+    )  # fmt: skip
+
+    def __init__(self, key: Hashable, output: int, forced: int, stream: bool) -> None:
+        self.key = key
         self.output = output  # tokens that it generates in all, forced ones included
         self.generated = forced
         self.stream = stream
         self.prompt = 0
         self.cached = 0
-        self.started = False
+        self.decodes = False
+        self.joined = 0  # the decode iteration before its first
+        self.ticket = 0
         self.first_at: float | None = None
-        self.last_at = 0.0
+        self.last_at = 0.0  # of its last token; while it decodes, that of the first ones is kept by the engine
         self.max_gap_s = 0.0
+
+
+class _Gaps:
+    """The times between consecutive decode iterations, as far as somebody may still ask for the largest since one of them."""
+
+    def __init__(self) -> None:
+        self._steps: list[int] = []  # of the gaps that no later one exceeds, falling
+        self._gaps: list[float] = []
+
+    def add(self, step: int, gap_s: float) -> None:
+        """The largest of the gaps up to decode iteration `step` that were not added before."""
+        steps, gaps = self._steps, self._gaps
+        while gaps and gaps[-1] <= gap_s:
+            gaps.pop()
+            steps.pop()
+        gaps.append(gap_s)
+        steps.append(step)
+
+    def largest_since(self, step: int) -> float:
+        """The largest before iterations later than `step`; 0 when there are none."""
+        place = bisect_right(self._steps, step)
+        return self._gaps[place] if place < len(self._gaps) else 0.0
+
+    def clear(self) -> None:
+        """Nobody decodes."""
+        self._steps.clear()
+        self._gaps.clear()
 
 
 class EmulatedEngine:
@@ -83,32 +126,43 @@ class EmulatedEngine:
         latency: LatencyModel,
         jump: bool = True,
         observe: Callable[[Iterations], None] | None = None,
+        coverage: Coverage | None = None,
     ) -> None:
+        """`observe` is told of the iterations, `coverage` of their shapes."""
         self.core = EngineCore(limits)
         self.latency = latency
-        self._jump = jump
+        self.jumps = jump  #: whether quiet iterations are passed over
         self._observe = observe
+        self._coverage = coverage
         self._overhead_s = latency.profile.task_overhead_s
         self._graph_rows = max((cost.max_rows for cost in latency.profile.fixed if cost.graph), default=0)
         self._arriving: deque[tuple[float, EngineTask]] = deque()
         self._jobs: dict[Hashable, _Job] = {}
         self._events: list[EmulatedEvent] = []
         self._evicted: tuple[int, ...] = ()  # told by no event yet
-        self._wake: float | None = None  # when to try to issue a batch, apart from edges
-        # The run that the iteration under way belongs to: it ends at _edge(_k). Iterations up to _last - 1 end quietly.
+        self._wake = NEVER  # when to try to issue a batch, apart from edges
+        # The run that the iteration under way belongs to: it ends at t0 + run.at(k). Iterations up to _last - 1 end quietly.
         self._busy = False
+        self._ends_at = NEVER  # the end of the next iteration to be served by itself: `_last` when jumping, `_k` when stepping
         self._t0 = 0.0
         self._run = DecodeRun(0.0, 0.0)
         self._k = 0
         self._last = 0
-        self._previous: tuple[Hashable, ...] | None = None  # tasks of the decode batch that ended at the present edge
+        self._previous: tuple[Task, ...] | None = None  # of the decode batch that ended at the present edge
+        # The jobs that decode:
+        self._ends: list[tuple[int, int, _Job]] = []  # heap: the decode iteration with a job's last token, a ticket
+        self._tickets = 0
+        self._decoding = 0
+        self._streaming: dict[Hashable, _Job] = {}  # those of them that tell each token
+        self._newcomers: list[_Job] = []  # their first decode iteration is not complete
+        self._decoded_at = 0.0  # when the last decode iteration was
+        self._gaps = _Gaps()
 
     # ------------------------------------------------------------------------------------------------ what is told
 
     def submit(self, task: EngineTask, output_tokens: int, now: float, stream: bool = False) -> None:
         """A task, and how many tokens it would generate if max_gen_length allowed (ignored for one that only fills).
         Whether it is taken is told by an event."""
-        self._catch_up(now)
         task = self.core.limits.fit(task)
         if task.generate_context_id is not None:
             output = max(1, task.forced_tokens, min(output_tokens, task.max_gen_length))
@@ -117,17 +171,21 @@ class EmulatedEngine:
         else:
             output = 0
         if task.key in self._jobs:
+            self._catch_up(now)
+        if task.key in self._jobs:
             message = f"task {task.key!r} is on this engine already"
             self._events.append(EmulatedEvent("failed", task.key, now, code="conflict", message=message))
             return
-        self._jobs[task.key] = _Job(output, task.forced_tokens if output else 0, stream)
+        self._jobs[task.key] = _Job(task.key, output, task.forced_tokens if output else 0, stream)
         self._arriving.append((now + self._overhead_s, task))
 
     def abort(self, key: Hashable, now: float) -> bool:
         """Gives a task up; no event of it comes any more. False: there is no such task."""
         self._catch_up(now)
-        if self._jobs.pop(key, None) is None:
+        job = self._jobs.pop(key, None)
+        if job is None:
             return False
+        self._leave(job)
         if not self.core.abort(key):
             self._arriving = deque((ready, task) for ready, task in self._arriving if task.key != key)
         for event in self._events:
@@ -141,7 +199,8 @@ class EmulatedEngine:
         """Nobody will ask for these again; the tokens that they added. Those in use go later."""
         self._catch_up(now)
         tokens = self.core.free_contexts(ids)
-        self._changed(now)
+        if self.core.waits:
+            self._changed(now)
         return tokens
 
     def take_evicted(self) -> tuple[int, ...]:
@@ -155,21 +214,19 @@ class EmulatedEngine:
         """When `advance` must be called; None while nothing is under way."""
         if self._events:
             return self._events[0].at
-        times = [self._arriving[0][0]] if self._arriving else []
-        if self._wake is not None:
-            times.append(self._wake)
-        if self._busy:
-            times.append(self._edge(self._last if self._jump else self._k))
-        return min(times, default=None)
+        edge = self._wake if self._wake < self._ends_at else self._ends_at
+        if self._arriving and self._arriving[0][0] < edge:
+            return self._arriving[0][0]
+        return edge if edge < NEVER else None
 
     @property
     def quiet(self) -> bool:
         """The next edge is one that jumping passes over: nothing can change there. A shell that steps serves it after
         everything else of its instant."""
-        if self._jump or not self._busy or self._k >= self._last or self._events:
+        if self.jumps or not self._busy or self._k >= self._last or self._events:
             return False
-        edge = self._edge(self._k)
-        return (self._wake is None or self._wake > edge) and (not self._arriving or self._arriving[0][0] > edge)
+        edge = self._ends_at
+        return self._wake > edge and (not self._arriving or self._arriving[0][0] > edge)
 
     def advance(self, now: float) -> list[EmulatedEvent]:
         """Everything up to `now`, in order."""
@@ -182,10 +239,7 @@ class EmulatedEngine:
         """Tokens of the output that exist at `now` (forced ones included); 0 for an unknown task."""
         self._catch_up(now)
         job = self._jobs.get(key)
-        return job.generated if job is not None else 0
-
-    def _edge(self, k: int) -> float:
-        return self._t0 + self._run.at(k)
+        return self._generated(job) if job is not None else 0
 
     def _catch_up(self, now: float) -> None:
         """Brings all to the state just before `now`: what happens at `now` itself comes behind what is told now."""
@@ -193,21 +247,26 @@ class EmulatedEngine:
         self._skip_to(now)
 
     def _changed(self, now: float) -> None:
-        self._wake = now
-        self._look_ahead()
+        """Something may be issued now, or at the end of the iteration under way."""
+        if self.core.can_issue:
+            self._wake = now
+        if self._busy:
+            self._look_ahead()
 
     def _pass(self, now: float, inclusive: bool) -> None:
+        arriving = self._arriving
         while True:
-            edge = self._edge(self._last if self._jump else self._k) if self._busy else None
-            times = [t for t in (self._wake, edge, self._arriving[0][0] if self._arriving else None) if t is not None]
-            at = min(times, default=None)
-            if at is None or at > now or (at == now and not inclusive):
+            at = self._wake if self._wake < self._ends_at else self._ends_at
+            arrives = bool(arriving) and arriving[0][0] <= at
+            if arrives:
+                at = arriving[0][0]
+            if at > now or (at == now and not inclusive) or at == NEVER:
                 return
-            if self._arriving and self._arriving[0][0] == at:
+            if arrives:
                 self._skip_to(at)
-                self._arrive(self._arriving.popleft()[1], at)
+                self._arrive(arriving.popleft()[1], at)
                 self._changed(at)
-            elif edge == at:
+            elif at == self._ends_at:
                 self._complete(at)
             else:
                 self._skip_to(at)
@@ -228,125 +287,210 @@ class EmulatedEngine:
 
     def _issue(self, at: float) -> None:
         """Issues what the core has, as far ahead as it may."""
-        self._wake = None
-        while (batch := self.core.next_batch(at)) is not None:
+        self._wake = NEVER
+        core = self.core
+        while core.can_issue and (batch := core.next_batch(at)) is not None:
+            for key in batch.preempted:
+                self._leave(self._jobs[key])
             for key, cached in batch.admitted:
-                job = self._jobs[key]
-                job.cached = cached
-                self._tell(EmulatedEvent("started", key, at, cached_tokens=cached))
+                self._jobs[key].cached = cached
+                self._tell(EmulatedEvent("started", key, at, cached))
             if not self._busy:
                 self._start(batch, at)
-        for key, refusal in self.core.take_failed():
-            self._refuse(key, refusal, at)
+        if core.failed:
+            for key, refusal in core.take_failed():
+                self._refuse(key, refusal, at)
         self._previous = None
-        self._look_ahead()
+        if self._busy:
+            self._look_ahead()
 
     def _start(self, batch: Batch, at: float) -> None:
-        """The batch begins to be computed: as the next of its run, or as the first of a new one."""
-        shape = batch.shape
-        keys = tuple([row.key for row in batch.rows]) if not shape.prefill_rows else None
+        """The batch begins to be computed: as the next of its run, or as the first of a new one. Its end is looked for next."""
         self._busy = True
-        if keys is not None and keys == self._previous:
+        if batch.fills:
+            self._t0, self._run, self._k = at, DecodeRun(self.latency.duration(batch.shape), 0.0), 1
+        elif batch.decoders is self._previous:
             self._k += 1
-        elif keys is None:
-            self._t0, self._run, self._k = at, DecodeRun(self.latency.duration(shape), 0.0), 1
         else:
-            graph = shape.rows <= self._graph_rows
-            self._t0, self._run, self._k = at, self.latency.decode_run(shape._replace(graph=graph)), 1
-        self._last = self._k
+            shape = batch.shape
+            if shape.decode_rows <= self._graph_rows:
+                shape = shape._replace(graph=True)
+            self._t0, self._run, self._k = at, self.latency.decode_run(shape), 1
 
     def _look_ahead(self) -> None:
         """Finds the next edge at which anything can change."""
-        if not self._busy:
-            return
-        batch = self.core.in_flight[0]
-        jobs = self._jobs
-        if batch.shape.prefill_rows or any(row.key not in jobs or jobs[row.key].stream for row in batch.rows):
-            self._last = self._k
-            return
-        remaining = {row.key: jobs[row.key].output - jobs[row.key].generated for row in batch.rows}
-        self._last = self._k + self.core.decode_horizon(batch, remaining) - 1
+        core, k = self.core, self._k
+        last = k
+        if not core.in_flight[0].fills and not self._streaming:
+            ends = self._ends
+            while ends and not self._is_entry(ends[0]):
+                heappop(ends)
+            if ends:
+                last += core.decode_horizon(ends[0][0] - core.decoded) - 1
+        self._last = last
+        self._ends_at = self._t0 + self._run.at(last if self.jumps else k)
 
     def _skip_to(self, at: float, inclusive: bool = False) -> None:
         """Ends the quiet iterations whose edges lie before `at`, or at it."""
-        if not self._jump or not self._busy or self._last == self._k:
+        if not self.jumps or not self._busy or self._last == self._k:
             return
-        low, high = self._k, self._last
-        while low < high:
-            middle = (low + high) // 2
-            edge = self._edge(middle)
-            if edge > at or (edge == at and not inclusive):
-                high = middle
-            else:
-                low = middle + 1
-        self._skip(low - self._k)
+        t0, run, low, high = self._t0, self._run, self._k, self._last
+        k = min(max(run.after(at - t0), low), high)  # from where the first edge that stays is near
+        while k < high and ((edge := t0 + run.at(k)) < at or (inclusive and edge == at)):
+            k += 1
+        while k > low and ((edge := t0 + run.at(k - 1)) > at or (not inclusive and edge == at)):
+            k -= 1
+        self._skip(k - low)
 
     def _skip(self, count: int) -> None:
         """Ends `count` quiet iterations."""
-        if not count:
-            return
-        batch = self.core.in_flight[0]
-        self._note(batch, count)
-        self.core.advance(batch, count)
-        self._sampled([self._jobs[row.key] for row in batch.rows], count)
-        self._k += count
+        if count:
+            self._pass_over(self.core.in_flight[0], count)
+            self.core.advance(count)
+            self._k += count
 
     def _complete(self, at: float) -> None:
-        """The edge that was looked ahead to: ends the iteration under way."""
-        if self._jump:
-            self._skip(self._last - self._k)
-        batch = self.core.in_flight[0]
-        self._note(batch, 1)
+        """The edge that was looked ahead to: ends the iteration under way, and the quiet ones before it."""
+        core, jobs = self.core, self._jobs
+        batch = core.in_flight[0]
+        quiet = self._last - self._k if self.jumps else 0
+        self._pass_over(batch, quiet + 1)
+        if quiet:
+            core.advance(quiet)
+            self._k += quiet
         ended: dict[Hashable, int] = {}
-        jobs = self._jobs
-        sampled = {row.key: jobs[row.key] for row in batch.rows if row.samples and row.key in jobs}
-        self._sampled(sampled.values(), 1)
-        for key, job in sampled.items():
-            if job.generated >= job.output:
-                ended[key] = job.output
-        progress = self.core.complete(batch, ended, at)
+        sampled: list[_Job] = []  # jobs whose fill ends with a token
+        if batch.decoders:
+            self._end_decoding(batch.step, ended)
+        for task, row in batch.fills:
+            if row.samples and (job := jobs.get(task.key)) is not None:
+                sampled.append(job)
+                self._sample(job, at)
+                if job.generated >= job.output:
+                    ended[job.key] = job.output
+        progress = core.complete(batch, ended, at)
         for key in progress.first_tokens:
-            if key in self._jobs:
+            if key in jobs:
                 self._tell(EmulatedEvent("first_token", key, at))
-        for key, job in sampled.items():
-            if job.stream:
-                self._tell(EmulatedEvent("progressed", key, at, tokens=1))
+        if self._streaming or sampled:
+            self._tell_progress(batch, sampled, at)
         for key in progress.finished:
             self._finish(key, at)
-        self._busy = False
-        self._previous = tuple([row.key for row in batch.rows]) if not batch.shape.prefill_rows else None
-        if self.core.in_flight:
-            self._start(self.core.in_flight[0], at)
+        for job in sampled:
+            if job.key not in ended:
+                self._join(job)
+        self._busy, self._ends_at = False, NEVER
+        self._previous = batch.decoders if not batch.fills else None
+        if core.in_flight:
+            self._start(core.in_flight[0], at)
         self._issue(at)
 
-    def _sampled(self, jobs: Iterable[_Job], count: int) -> None:
-        """Each job got a token at the end of each of `count` iterations, the first of them the one under way."""
-        begins, last = self._k == 1, self._k + count - 1
-        first_edge, last_edge = self._edge(self._k), self._edge(last)
-        longest_s = self._run.first_s + self._run.growth_s * (last - 1) if last > 1 else 0.0
-        for job in jobs:
-            if job.first_at is None:
-                job.first_at = first_edge
-            elif begins and first_edge - job.last_at > job.max_gap_s:
-                job.max_gap_s = first_edge - job.last_at
-            if longest_s > job.max_gap_s:
-                job.max_gap_s = longest_s
-            job.last_at = last_edge
-            job.generated += count
+    def _pass_over(self, batch: Batch, count: int) -> None:
+        """`count` iterations, the first of them the one under way, end: what the observer and the gaps see of them."""
+        if self._observe is not None:
+            self._note(batch, count)
+        if self._coverage is not None:
+            self._coverage.note(batch.shape, count - 1)
+        if batch.decoders:
+            self._decode(batch.step, count)
+
+    # ----------------------------------------------------------------------------------------------- jobs that decode
+
+    def _sample(self, job: _Job, at: float) -> None:
+        """The job's fill ended with a token: its first, or one after its room was taken away for a time."""
+        job.generated += 1
+        if job.first_at is None:
+            job.first_at = at
+        elif at - job.last_at > job.max_gap_s:
+            job.max_gap_s = at - job.last_at
+        job.last_at = at
+
+    def _join(self, job: _Job) -> None:
+        """The job decodes from now on."""
+        job.joined = self.core.decodes_after(job.key)
+        job.generated -= job.joined
+        job.decodes = True
+        self._decoding += 1
+        self._tickets += 1
+        job.ticket = self._tickets
+        if len(self._ends) > 2 * self._decoding + 64:
+            self._ends = [entry for entry in self._ends if self._is_entry(entry)]
+            heapify(self._ends)
+        heappush(self._ends, (job.output - job.generated, job.ticket, job))
+        self._newcomers.append(job)
+        if job.stream:
+            self._streaming[job.key] = job
+
+    def _leave(self, job: _Job) -> None:
+        """The job decodes no more, for now or for good."""
+        if not job.decodes:
+            return
+        job.decodes = False
+        job.generated += self.core.decoded
+        if job in self._newcomers:
+            self._newcomers.remove(job)
+        else:
+            job.last_at = self._decoded_at
+            # its first gap is known already; behind it lie those of all
+            job.max_gap_s = max(job.max_gap_s, self._gaps.largest_since(job.joined + 1))
+        self._streaming.pop(job.key, None)
+        self._decoding -= 1
+        if not self._decoding:
+            self._gaps.clear()
+
+    @staticmethod
+    def _is_entry(entry: tuple[int, int, _Job]) -> bool:
+        return entry[2].decodes and entry[2].ticket == entry[1]
+
+    def _generated(self, job: _Job) -> int:
+        return job.generated + self.core.decoded if job.decodes else job.generated
+
+    def _decode(self, step: int, count: int) -> None:
+        """`count` iterations that decode, the first of them, `step`, the one under way, end."""
+        run, last = self._run, self._k + count - 1
+        if self._k == 1:
+            edge = self._t0 + run.at(1)
+            self._gaps.add(step, edge - self._decoded_at)
+            for job in self._newcomers:
+                if edge - job.last_at > job.max_gap_s:
+                    job.max_gap_s = edge - job.last_at
+            self._newcomers.clear()
+        if last > 1:  # an iteration is never shorter than the one before it in its run
+            self._gaps.add(step + count - 1, run.first_s + run.growth_s * (last - 1))
+        self._decoded_at = self._t0 + run.at(last)
+
+    def _end_decoding(self, step: int, ended: dict[Hashable, int]) -> None:
+        """Adds the jobs whose last token decode iteration `step` brought."""
+        ends = self._ends
+        while ends and ends[0][0] <= step:
+            entry = heappop(ends)
+            if self._is_entry(entry):
+                job = entry[2]
+                ended[job.key] = job.output
 
     def _finish(self, key: Hashable, at: float) -> None:
         job = self._jobs.pop(key)
+        self._leave(job)
         decode_s = job.last_at - job.first_at if job.first_at is not None else 0.0
         self._tell(EmulatedEvent("finished", key, at, job.cached, 0, job.output, job.prompt, decode_s, job.max_gap_s))
+
+    def _tell_progress(self, batch: Batch, sampled: Iterable[_Job], at: float) -> None:
+        """What jobs that stream have got: those that decode first, in the order in which they began to."""
+        decoding = [self._jobs[task.key] for task in batch.decoders if task.key in self._streaming]
+        for job in [*decoding, *sampled]:
+            if job.stream:
+                self._tell(EmulatedEvent("progressed", job.key, at, tokens=1))
 
     # ------------------------------------------------------------------------------------------------------- tell
 
     def _tell(self, event: EmulatedEvent) -> None:
-        evicted = self.take_evicted()
-        self._events.append(event._replace(evicted=evicted) if evicted else event)
+        if self._evicted or self.core.has_evicted:
+            event = event._replace(evicted=self.take_evicted())
+        self._events.append(event)
 
     def _note(self, batch: Batch, count: int) -> None:
         """Tells the observer of `count` iterations of the run, the first of them the one under way."""
-        if self._observe is not None:
-            keys = tuple([row.key for row in batch.rows])
-            self._observe(Iterations(self._edge(self._k - 1), self._edge(self._k + count - 1), count, batch.shape, keys))
+        assert self._observe is not None
+        keys = tuple([task.key for task in batch.tasks])
+        start, end = (self._t0 + self._run.at(k) for k in (self._k - 1, self._k + count - 1))
+        self._observe(Iterations(start, end, count, batch.shape, keys))

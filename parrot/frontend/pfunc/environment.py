@@ -13,7 +13,13 @@ if TYPE_CHECKING:
 
 _current: ContextVar[VirtualMachine | None] = ContextVar("parrot_virtual_machine", default=None)
 _running: list[VirtualMachine] = []
+_own: ContextVar[list[VirtualMachine] | None] = ContextVar("parrot_own_machines", default=None)
 _lock = threading.Lock()
+
+
+def isolate() -> None:
+    """From here on this context knows its own machines only: several programs share the process."""
+    _own.set([])
 
 
 def enter(machine: VirtualMachine) -> VirtualMachine | None:
@@ -21,7 +27,7 @@ def enter(machine: VirtualMachine) -> VirtualMachine | None:
     before = _current.get()
     _current.set(machine)
     with _lock:
-        _running.append(machine)
+        _machines().append(machine)
     return before
 
 
@@ -30,8 +36,9 @@ def leave(machine: VirtualMachine, before: VirtualMachine | None) -> None:
     if _current.get() is machine:
         _current.set(before)
     with _lock:
-        if machine in _running:
-            _running.remove(machine)
+        running = _machines()
+        if machine in running:
+            running.remove(machine)
 
 
 def current() -> VirtualMachine | None:
@@ -39,9 +46,9 @@ def current() -> VirtualMachine | None:
     machine that runs. Raises `bad_request` where several do and nothing says which."""
     machine = _current.get()
     with _lock:
-        if machine is not None and machine in _running:
+        if machine is not None and machine in _machines():
             return machine
-        running = set(_running)
+        running = set(_machines())
     if len(running) > 1:
         raise ParrotError(
             "bad_request",
@@ -49,3 +56,9 @@ def current() -> VirtualMachine | None:
             "start it with contextvars.copy_context().run",
         )
     return next(iter(running), None)
+
+
+def _machines() -> list[VirtualMachine]:
+    """Those that run in the process, or in this context where it is isolated."""
+    own = _own.get()
+    return _running if own is None else own

@@ -33,6 +33,7 @@ class Cluster:
 
     def __init__(self, engines: Engines) -> None:
         self._engines = engines
+        self._fitting: tuple[Task, Engine] | None = None  # the last pair that was found to fit
 
     def engines(self, lane: Lane) -> list[Engine]:
         """The lane's live engines in the order of their registration."""
@@ -66,10 +67,22 @@ class Cluster:
         """Tokens that the task would reserve there: its prompt less what is cached, and all that it may generate."""
         return reservation(task, engine)
 
-    @staticmethod
-    def fits(task: Task, engine: Engine, bound: int | None = None) -> bool:
+    def fits(self, task: Task, engine: Engine, bound: int | None = None) -> bool:
         """Whether the task may be placed there now. `bound`: a limit on the engine's tokens below its capacity."""
-        return admits(engine, task, bound)
+        if admits(engine, task, bound):
+            self._fitting = (task, engine)
+            return True
+        return False
+
+    def forget(self) -> None:
+        """For the core: loads have changed since anybody asked."""
+        self._fitting = None
+
+    def still_fits(self, task: Task, engine: Engine) -> bool:
+        """For the core, which checks every placement: as `fits`, once after each change of a load. What `fits` has just said
+        is not computed again."""
+        fitting, self._fitting = self._fitting, None
+        return (fitting is not None and fitting[0] is task and fitting[1] is engine) or admits(engine, task)
 
 
 def prompt_tokens(task: Task, engine: Engine) -> int:
@@ -175,12 +188,13 @@ class InOrder:
         return task.sequence
 
     def place(self, queue: TaskQueue, cluster: Cluster, now: float) -> Iterator[Placement]:
-        for lane in [lane for lane in self._stalled if not queue.waiting(lane)]:
-            del self._stalled[lane]
+        if self._stalled:
+            for lane in [lane for lane in self._stalled if not queue.waiting(lane)]:
+                del self._stalled[lane]
         for lane in queue.lanes():
+            stalled, version = self._stalled.get(lane, (None, 0))
             while (task := queue.head(lane)) is not None:
-                stalled = self._stalled.get(lane)
-                if stalled is not None and stalled[0] is task and stalled[1] == lane.version:
+                if task is stalled and version == lane.version:
                     break
                 placed = False
                 for placement in self.choose(task, queue, cluster):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import ClassVar
 
 from parrot.serve.engines import by_load
@@ -16,7 +16,6 @@ class LeastLoaded(InOrder):
 
     name: ClassVar[str] = "least_loaded"
 
-    def choose(self, task: Task, queue: TaskQueue, cluster: Cluster) -> Iterator[Placement]:
+    def choose(self, task: Task, queue: TaskQueue, cluster: Cluster) -> Iterable[Placement]:
         found = first_fit(task, task.call.lane.ordered(by_load), cluster)
-        if found is not None:
-            yield Placement(task, *found)
+        return () if found is None else (Placement(task, *found),)

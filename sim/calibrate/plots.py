@@ -1,0 +1,111 @@
+"""Residuals of a fitted profile, as one picture: predicted / measured − 1 against each input, and the total of each run.
+
+Nothing is fitted or judged here. A residual that leans with an input is a term that the model lacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from parrot.latency import LatencyProfile
+from sim.calibrate.fitting import Array, predictions
+from sim.calibrate.logs import Iteration, Run
+from sim.report.plots import COLOURS
+
+POINTS = 4000  #: dots of a series at most, evenly taken: more are one blot
+BINS = 12
+
+INPUTS: dict[str, Callable[[Iteration], float]] = {
+    "rows": lambda i: i.decode_rows + i.prefill_rows,
+    "tokens": lambda i: i.decode_rows + i.prefill_tokens,
+    "prefill query·key pairs": lambda i: i.prefill_pairs,
+    "KV tokens read by decoding": lambda i: i.decode_kv,
+    "measured duration (ms)": lambda i: 1e3 * i.duration_s,
+}
+
+
+def write_residuals(
+    path: str | Path, profile: LatencyProfile, fitted: Sequence[Iteration], held: Sequence[Iteration], runs: Sequence[Run]
+) -> None:
+    """Writes the picture (PNG). `held`: iterations not fitted. `runs`: those whose totals are shown. Raises OSError."""
+    figure = Figure(figsize=(13, 7.6), dpi=110, layout="constrained")
+    axes = figure.subplots(2, 3)
+    for place, (label, value) in zip(axes.flat, INPUTS.items(), strict=False):
+        _against(place, label, value, profile, fitted, held)
+    _totals(axes.flat[-1], profile, runs)
+    figure.suptitle(f"{profile.name}: {profile.model} on {profile.device}, residuals of the fit", fontsize=12)
+    figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def _against(
+    axes: Axes,
+    label: str,
+    value: Callable[[Iteration], float],
+    profile: LatencyProfile,
+    fitted: Sequence[Iteration],
+    held: Sequence[Iteration],
+) -> None:
+    inputs: list[float] = []
+    spans = []
+    for series, colour, name in ((fitted, COLOURS[0], "fitted"), (held, COLOURS[1], "held out")):
+        if not series:
+            continue
+        predicted, measured = predictions(profile, series)
+        x, y = np.array([value(i) for i in series], dtype=float), 100.0 * (predicted / measured - 1.0)
+        step = -(-len(x) // POINTS)
+        axes.plot(x[::step], y[::step], ".", markersize=2.5, alpha=0.35, color=colour, rasterized=True)
+        axes.plot(*_medians(x, y), "-", linewidth=2.2, color=colour, label=f"{name}, median", zorder=3)
+        inputs += [float(x.min()), float(x.max())]
+        spans.append(np.percentile(y, [0.5, 99.5]))
+    axes.axhline(0.0, color="#444444", linewidth=0.8)
+    if inputs and min(inputs) > 0:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+    elif inputs and max(inputs) > 50:  # 0 has a place of its own on the left
+        axes.set_xscale("symlog", linthresh=max(1.0, max(inputs) / 1e4))
+        axes.set_xlim(-0.3 * max(1.0, max(inputs) / 1e4), 1.6 * max(inputs))
+    if spans:  # a few outliers must not flatten the rest
+        low, high = min(s[0] for s in spans), max(s[1] for s in spans)
+        margin = 0.08 * max(high - low, 1.0)
+        axes.set_ylim(min(low, 0.0) - margin, max(high, 0.0) + margin)
+    axes.set_xlabel(label)
+    axes.set_ylabel("predicted / measured − 1 (%)")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _medians(x: Array, y: Array) -> tuple[Array, Array]:
+    """The median of y in bins of x that hold about equally many."""
+    edges = np.unique(np.quantile(x, np.linspace(0.0, 1.0, BINS + 1)))
+    bins = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, max(len(edges) - 2, 0))
+    used = np.unique(bins)
+    return (
+        np.array([np.median(x[bins == b]) for b in used]),
+        np.array([np.median(y[bins == b]) for b in used]),
+    )
+
+
+def _totals(axes: Axes, profile: LatencyProfile, runs: Sequence[Run]) -> None:
+    """Error of each run's total time, by the run's load."""
+    ordered = sorted((run for run in runs if run.iterations), key=lambda run: run.load)
+    held = {key.removeprefix("total of ") for key in profile.error}
+    for wanted, colour, name in ((False, COLOURS[0], "fitted run"), (True, COLOURS[1], "held-out run")):
+        chosen = [run for run in ordered if (run.name in held) is wanted]
+        if chosen:
+            errors = []
+            for run in chosen:
+                predicted, measured = predictions(profile, run.iterations)
+                errors.append(100.0 * float(predicted.sum() / measured.sum() - 1.0))
+            axes.plot([run.load for run in chosen], errors, "o", color=colour, label=name)
+    axes.axhspan(-100 * profile.spread, 100 * profile.spread, color=COLOURS[5], alpha=0.2, label="± spread")
+    axes.axhline(0.0, color="#444444", linewidth=0.8)
+    axes.set_xlabel("load: mean rows of an iteration")
+    axes.set_ylabel("error of a run's total time (%)")
+    axes.legend(frameon=False, fontsize=8)

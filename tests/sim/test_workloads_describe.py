@@ -1,0 +1,287 @@
+"""`python -m sim.workloads`: what it says of a workload is true, what it converts is that workload."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sim.workloads import WorkloadError, open_workload
+from sim.workloads.__main__ import main, parameters
+from sim.workloads.describe import depths, describe
+from sim.workloads.generators import GENERATORS
+from sim.workloads.histogram import Histogram, TimeBins
+from sim.workloads.kinds import TRACES
+from sim.workloads.program import After, Call, Get, Program, Read, Set, Text, Write
+from tests.sim.programs import programs as any_programs
+
+DOCUMENT = Path(__file__).parents[2] / "docs/workloads.md"
+
+
+def ask(name: str, *texts: Text, arrival_s: float = 0.0, tenant: str = "t", **fields: Any) -> Program:
+    call = Call((*texts, Write("answer", 10)), name="ask", **fields)
+    return Program(name, arrival_s, (call,), (Get("g", "answer"),), tenant=tenant)
+
+
+def sharing(*programs: Program) -> tuple[int, int]:
+    """Prompt tokens, and those in a repeated prefix."""
+    numbers = describe(programs, "w").numbers()
+    return numbers["prompt_tokens"]["sum"], numbers["sharing"]["repeated_prompt_tokens"]
+
+
+# ----------------------------------------------------------------------------------------------------------- sharing
+
+
+def test_only_a_prefix_that_came_before_is_repeated() -> None:
+    a, b, c = Text("a", 100), Text("b", 20), Text("c", 3)
+    assert sharing(ask("1", a, b), ask("2", a, b)) == (240, 120)
+    assert sharing(ask("1", a, b), ask("2", a, c)) == (223, 100)
+    assert sharing(ask("1", a, b), ask("2", b, a)) == (240, 0)
+    assert sharing(ask("1", a), ask("2", a), ask("3", a, b)) == (320, 200)
+
+
+def test_tenants_share_a_leading_constant_and_nothing_behind_it() -> None:
+    a, b = Text("a", 100), Text("b", 20)
+    assert sharing(ask("1", a, b, tenant="x"), ask("2", a, b, tenant="y")) == (240, 100)
+    assert sharing(ask("1", a, b, tenant=""), ask("2", a, b, tenant="")) == (240, 100)
+    private = functools.partial(ask, cache_prefix=False)
+    assert sharing(private("1", a, b, tenant="x"), private("2", a, b, tenant="y")) == (240, 0)
+    assert sharing(private("1", a, b), private("2", a, b)) == (240, 120)
+
+
+def test_a_turn_repeats_the_turn_before_with_its_answer_and_outputs_of_others_are_new() -> None:
+    numbers = describe(open_workload("chat:turns=3,spread=0,systems=1", count=2), "w").numbers()
+    first = 256 + 48
+    prompts = [first, first + 96 + 48, first + 2 * (96 + 48)]
+    new_in_first = 256 + 3 * 48
+    assert numbers["prompt_tokens"]["sum"] == 2 * sum(prompts)
+    assert numbers["sharing"]["repeated_prompt_tokens"] == 2 * sum(prompts) - (new_in_first + new_in_first - 256)
+    assert numbers["sharing"]["calls_with_a_repeated_prefix"] == 5
+
+
+def test_a_set_variable_is_the_text_that_it_was_set_to() -> None:
+    def reads(name: str) -> Program:
+        call = Call((Read("document"), Write("answer", 5)))
+        return Program(name, 0.0, (call,), (Get("g", "answer"),), (Set("document", "same", 70),), tenant="t")
+
+    assert sharing(reads("1"), reads("2"), ask("3", Text("same", 70), cache_prefix=False)) == (210, 140)
+
+
+# ------------------------------------------------------------------------------------------------------------- shape
+
+
+def test_depth_and_width_are_those_of_the_graph() -> None:
+    for spec, depth, width in (
+        ("chain:chunks=5", 5, 1),
+        ("map_reduce:chunks=6", 2, 6),
+        ("chat:turns=3", 3, 1),
+        ("multi_agent:agents=4,rounds=3", 4, 4),
+        ("tree_of_thought:levels=2,branches=3,keep=2", 5, 6),
+    ):
+        numbers = describe(open_workload(spec, count=2), spec).numbers()
+        assert (numbers["dag_depth"]["max"], numbers["dag_width"]["max"]) == (depth, width), spec
+
+
+@settings(deadline=None)
+@given(program=any_programs(), data=st.data())
+def test_the_order_of_calls_in_the_file_does_not_change_depths(program: Program, data: st.DataObject) -> None:
+    expected = dict(zip((call.name for call in program.calls), depths(program), strict=True))
+    shuffled = msgspec.structs.replace(program, calls=tuple(data.draw(st.permutations(program.calls))))
+    assert dict(zip((call.name for call in shuffled.calls), depths(shuffled), strict=True)) == expected
+
+
+def test_a_control_edge_makes_a_graph_deeper() -> None:
+    first = Call((Text("a", 1), Write("x", 1)))
+    second = Call((Text("b", 1), Write("y", 1)), after=(After("g", 1.0),))
+    assert depths(Program("p", 0.0, (second, first), (Get("g", "x"), Get("h", "y")))) == [2, 1]
+
+
+# ------------------------------------------------------------------------------------------------ numbers in bounds
+
+
+@settings(deadline=None)
+@given(values=st.lists(st.integers(0, 10**7), min_size=1, max_size=300), percent=st.sampled_from([1, 50, 90, 99, 100]))
+def test_percentiles_are_right_within_half_a_percent(values: list[int], percent: int) -> None:
+    histogram = Histogram()
+    for value in values:
+        histogram.add(value)
+    exact = float(np.percentile(values, percent, method="inverted_cdf"))
+    assert histogram.percentile(percent) == pytest.approx(exact, rel=0.0051, abs=1e-9)
+    numbers = histogram.numbers()
+    assert (numbers["min"], numbers["max"]) == (min(values), max(values))
+    assert numbers["mean"] == pytest.approx(sum(values) / len(values), abs=1e-3)
+
+
+@settings(deadline=None)
+@given(times=st.lists(st.floats(0, 1e6), min_size=1, max_size=200))
+def test_bins_over_time_lose_nothing_and_stay_few(times: list[float]) -> None:
+    bins = TimeBins(2, most=16)
+    for time in sorted(times):
+        bins.add(time, 1, 10)
+    counts, tens = bins.sums()
+    assert sum(counts) == len(times)
+    assert tens == [10 * count for count in counts]
+    assert len(counts) <= 16
+    expected, _ = np.histogram(times, np.arange(len(counts) + 1) * bins.width_s)
+    assert counts == expected.tolist() or max(times) == len(counts) * bins.width_s
+
+
+def test_rate_and_variation_are_those_of_the_arrivals() -> None:
+    numbers = describe(open_workload("chain:chunks=1", rate=5.0, count=3000, arrivals="gamma:2"), "w").numbers()
+    assert numbers["rate_per_s"] == pytest.approx(5.0, rel=0.1)
+    assert numbers["gap_cv"] == pytest.approx(2.0, rel=0.1)
+    constant = describe(open_workload("chain:chunks=1", rate=5.0, count=11, arrivals="constant"), "w").numbers()
+    assert (constant["rate_per_s"], constant["gap_cv"]) == (pytest.approx(5.0), pytest.approx(0.0, abs=1e-9))
+    assert (constant["span_s"], constant["first_arrival_s"]) == (pytest.approx(2.0), pytest.approx(0.2))
+    alone = describe(open_workload("chain", count=1), "w").numbers()
+    assert (alone["rate_per_s"], alone["gap_cv"]) == (None, None)
+
+
+def test_many_names_are_counted_together() -> None:
+    programs = (ask(str(i), Text("a", 1), tenant=f"tenant{i % 100}") for i in range(1000))
+    tenants = describe(programs, "w").numbers()["tenants"]
+    assert len(tenants) == 33
+    assert (tenants["tenant0"], tenants["(others)"], sum(tenants.values())) == (10, 680, 1000)
+
+
+def test_a_long_workload_is_described_in_the_memory_of_a_short_one() -> None:
+    def peak_bytes(count: int) -> int:
+        tracemalloc.reset_peak()
+        before, _ = tracemalloc.get_traced_memory()
+        assert describe(open_workload("shared_prompts", count=count), "w").programs == count
+        return tracemalloc.get_traced_memory()[1] - before
+
+    tracemalloc.start()
+    try:
+        peak_bytes(100)  # whatever is made once
+        short, long = peak_bytes(200), peak_bytes(1500)
+    finally:
+        tracemalloc.stop()
+    assert long < short + 200_000  # a few more buckets; 1,500 programs would be megabytes
+
+
+def test_a_workload_with_nothing_in_it_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "none.jsonl").touch()
+    with pytest.raises(WorkloadError, match="has no programs"):
+        describe(open_workload(str(tmp_path / "none.jsonl")), "none.jsonl")
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+
+def test_describe_prints_numbers_and_draws_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pages = []
+    for folder in ("a", "b"):
+        assert main(["describe", "agent", "--count", "20", "--rate", "2", "--out", str(tmp_path / folder)]) == 0
+        numbers = json.loads(capsys.readouterr().out)
+        assert (numbers["programs"], numbers["calls"], numbers["applications"]) == (20, 120, {"agent": 20})
+        assert [path.name for path in (tmp_path / folder).iterdir()] == ["workload.html"]
+        pages.append((tmp_path / folder / "workload.html").read_bytes())
+    assert pages[0] == pages[1]
+    for title in (b"Arrivals", b"Lengths", b"Sharing", b"Kinds"):
+        assert title in pages[0]
+    assert pages[0].count(b"<svg") == 3
+    assert b"<script" not in pages[0]
+
+
+def test_one_program_alone_can_be_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["describe", "chain:chunks=1,spread=0", "--count", "1", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "workload.html").stat().st_size > 10_000
+
+
+def test_convert_writes_the_programs_of_any_workload(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace, out = tmp_path / "trace.csv", tmp_path / "out.jsonl"
+    rows = ["Timestamp,Model,Request tokens,Response tokens,Log Type", "1,m,3,0,API log", "2,m,3,4,API log", "4,m,3,4,API log"]
+    trace.write_text("\n".join(rows))
+    assert main(["convert", f"burstgpt:{trace}", str(out), "--rate", "5", "--max-gen-length", "64"]) == 0
+    assert list(open_workload(str(out))) == list(open_workload(f"burstgpt:{trace}", rate=5.0, max_gen_length=64))
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "1 requests failed" in said.err
+    assert "2 programs written" in said.err
+    assert main(["convert", "chat", str(out), "--arrivals", "constant", "--count", "3", "--seed", "4"]) == 0
+    assert list(open_workload(str(out))) == list(open_workload("chat", arrivals="constant", count=3, seed=4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["convert", "azure:{0}/bad.csv", "{0}/out.jsonl"], "bad.csv:3: 2 fields instead of 3"),
+        (["convert", "chat", "{0}/out.jsonl", "--rate", "0"], "rate 0: must be"),
+        (["convert", "chat", "{0}/none/out.jsonl"], "none/out.jsonl: cannot be written: No such file"),
+        (["describe", "azure:{0}/bad.csv"], "bad.csv:3: 2 fields instead of 3"),
+        (["describe", "chat", "--out", "{0}/bad.csv/x"], "bad.csv/x: cannot be written"),
+        (["describe", "nothing"], "workload 'nothing': no such file"),
+        (["parameters", "nothing"], "'nothing' has no parameters; those that have: chain"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(
+    tmp_path: Path, arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "bad.csv"
+    bad.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,37,4\n2023-11-16 18:15:56,3")
+    assert main([argument.format(tmp_path) for argument in arguments]) == 1
+    message = capsys.readouterr().err
+    assert reason in message
+    assert message.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [bad]
+
+
+@pytest.mark.parametrize("name", [*GENERATORS, *TRACES])
+def test_every_parameter_is_explained_and_documented(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    kind = (GENERATORS | TRACES)[name][0]
+    known = list(parameters(kind))
+    assert all(len(meaning) > 5 for _, _, meaning in known)
+    assert main(["parameters", name]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"{name}: ")
+    assert all(f"    {parameter} ({default})  {meaning}\n" in said for parameter, default, meaning in known)
+    row = next(line for line in DOCUMENT.read_text().splitlines() if line.startswith((f"| `{name}` |", f"| `{name}:PATH` |")))
+    expected = ", ".join(f"{parameter} {default}" for parameter, default, _ in known) or "–"
+    assert f"| {expected} |" in row
+
+
+# ---------------------------------------------------------------------------------------------- the paper's workloads
+
+
+@pytest.fixture
+def paper(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Stands in for the module with the paper's workloads; keeps what it was asked."""
+    asked: list[dict[str, Any]] = []
+    module = ModuleType("sim.workloads.paper")
+
+    def open_paper(rest: str, *, rate: float | None, seed: int, count: int | None) -> Iterator[Program]:
+        asked.append({"rest": rest, "rate": rate, "seed": seed, "count": count})
+        for number in range(count or 3):
+            yield ask(f"gpts{number}", Text("system", 9), arrival_s=number / (rate or 1.0))
+
+    module.open_paper = open_paper  # type: ignore[attr-defined]
+    module.__spec__ = msgspec.__spec__
+    monkeypatch.setitem(sys.modules, "sim.workloads.paper", module)
+    return asked
+
+
+def test_the_papers_workloads_are_opened_by_name_and_keep_their_pace(paper: list[dict[str, Any]]) -> None:
+    programs = list(open_workload("paper:gpts:apps=4", rate=2.0, seed=5, count=4))
+    assert paper == [{"rest": "gpts:apps=4", "rate": 2.0, "seed": 5, "count": 4}]
+    assert [p.arrival_s for p in programs] == [0.0, 0.5, 1.0, 1.5]
+    assert [p.arrival_s for p in open_workload("paper:gpts", arrivals="constant", rate=4.0)] == [0.25, 0.5, 0.75]
+
+
+def test_two_parts_of_the_paper_draw_apart_and_share_no_text(tmp_path: Path, paper: list[dict[str, Any]]) -> None:
+    (tmp_path / "mix.json").write_text('{"parts": [{"workload": "paper:gpts"}, {"workload": "paper:gpts"}]}')
+    programs = list(open_workload(f"mix:{tmp_path / 'mix.json'}"))
+    assert len({p.id for p in programs}) == 6
+    assert len({p.calls[0].segments[0] for p in programs}) == 2
+    assert len({asked["seed"] for asked in paper}) == 2
