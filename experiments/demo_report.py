@@ -13,7 +13,7 @@ import pandas as pd
 from experiments.applications import Outcome
 from parrot.latency import LatencyProfile
 from sim.metrics import read_tables
-from sim.report.html import Section, write_page
+from sim.report.html import Section, write_report
 from sim.report.plots import Metric, Panel, against, distributions, real_against_simulated, sample_of
 from sim.report.timelines import engine_timeline
 
@@ -81,7 +81,7 @@ def write(
         _policies(swept),
     ]
     lead = "Three applications on a real cluster of this machine, and the same in simulation. Every number is of this run."
-    return write_page(path, sections, title="Parrot testbed: demo", lead=lead)
+    return write_report(path, sections, title="Parrot testbed: demo", lead=lead)
 
 
 def _real(rounds: Sequence[Sequence[Outcome]]) -> Section:

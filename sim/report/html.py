@@ -45,7 +45,7 @@ class Section:
     facts: Sequence[tuple[str, str]] = ()
 
 
-def write_page(
+def write_report(
     path: str | Path, sections: Sequence[Section], *, title: str = "Parrot testbed", lead: str = "", contents: bool = False
 ) -> Path:
     """Writes the sections to `path`, whose folder is made when it is missing. Equal figures give equal bytes.

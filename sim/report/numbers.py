@@ -42,7 +42,12 @@ def place_text(study: Study, place: float) -> str:
     if study.axis is None:
         return ""
     unit = {"rate": "programs/s", "clients": "programs under way", "engines": "engines"}[study.axis.column]
-    return f"{place:g} {unit}"
+    return f"{place:g} {unit}" if (unit, place) != ("engines", 1) else "1 engine"
+
+
+def counted(number: int, thing: str) -> str:
+    """As "1 cell", "2 cells"."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 GLANCE = (*LATENCIES[:3], Metric("tpot_s.mean", "time per token, mean (s)"), TOKENS_PER_S)
@@ -114,5 +119,5 @@ def all_numbers(study: Study) -> Section:
     return Section(
         "All numbers",
         text=["Means over the runs of a cell, which differ in their seed alone. The same, for programs to read: cells.jsonl."],
-        folded=[(f"{len(table)} cells", table), (f"folders of the {len(study.runs)} finished runs", names)],
+        folded=[(counted(len(table), "cell"), table), ("names of the finished runs, which are their folders'", names)],
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 
-from sim.report.html import write_page
+from sim.report import html
 from sim.report.numbers import all_numbers, at_a_glance
 from sim.report.overview import lead, overview
 from sim.report.sections import fairness_of_tenants, front, goodput, latency, latency_distributions, over_time
@@ -34,7 +34,7 @@ def write_report(folder: str | Path, objectives: Mapping[str, float] | None = No
         fairness_of_tenants(study, details),
         all_numbers(study),
     ]
-    return write_page(
+    return html.write_report(
         Path(folder) / REPORT,
         [section for section in sections if section is not None],
         title=study.specification.about or f"Parrot testbed: {names}",

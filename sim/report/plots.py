@@ -142,6 +142,8 @@ def against(
                 mine = marks[(marks["series"] == name) & (marks["metric"] == metric.column)]
                 ring = {"facecolors": "none", "edgecolors": COLOURS[index % len(COLOURS)], "linewidths": 1.6, "zorder": 4}
                 axes.scatter(mine["x"], mine["y"], s=110, **ring)
+        if (table[axis.column].dropna() % 1 == 0).all():
+            axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel(axis.label)
         axes.set_ylabel(metric.label)
         if metric.signed:
@@ -195,6 +197,8 @@ def throughput_and_latency(table: pd.DataFrame, throughput: Metric, latencies: S
             alpha=0.45,
             drawstyle="steps-pre",
             solid_capstyle="round",
+            marker="o",
+            markersize=13,
             zorder=0,
             label="Pareto front",
         )

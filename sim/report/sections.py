@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from sim.objectives import Objectives
 from sim.report.html import Section
-from sim.report.numbers import LATENCIES, TIMES, TOKENS_PER_S, column_of, place_text
+from sim.report.numbers import LATENCIES, TIMES, TOKENS_PER_S, column_of, counted, place_text
 from sim.report.plots import Metric, Panel, against, bars, distributions, throughput_and_latency
 from sim.report.study import Details, Study, shown_places
 from sim.report.timelines import loads, one_run, queue_lengths
@@ -79,8 +79,9 @@ def front(study: Study) -> Section | None:
         table = pd.DataFrame({"series": front["series"]})
         if study.axis is not None:
             table[study.axis.label] = [f"{place:g}" for place in front["place"]]
-        table[TOKENS_PER_S.label], table[latency.label] = column_of(front, TOKENS_PER_S.column), column_of(front, latency.column)
-        folded.append((f"the {len(front)} points on the front of {latency.label.removesuffix(' (s)')}", table))
+        for metric in (TOKENS_PER_S, latency):
+            table[metric.label] = column_of(front, metric.column)
+        folded.append((f"the front of {latency.label.removesuffix(' (s)')}: {counted(len(front), 'point')}", table))
     text = "A point is on the Pareto front when no other has as much throughput with less latency, or more with as little."
     caption = "A point a cell; lines join the cells of a series in the order of what was swept."
     return Section("Throughput and latency", text=[text], figures=[(figure, caption)], folded=folded)
@@ -195,9 +196,9 @@ def fairness_of_tenants(study: Study, details: Details) -> Section | None:
             "Between tenants, by their mean JCT an output token, so that long programs weigh as short ones. Jain's index is 1 "
             "when all tenants fare alike, 1/n when one of n has everything. – where a tenant finished nothing."
         ],
-        figures=[_against_or_bars(study, table, metrics, "Fairness between tenants", "Index: 1 is best. Ratio: 1 is best.")],
+        figures=[_against_or_bars(study, table, metrics, "Fairness between tenants", "1 is best.")] if len(table) > 1 else [],
         tables=[_tenants(study, details)],
-        folded=[(f"{len(numbers)} cells", numbers)],
+        folded=[(counted(len(numbers), "cell"), numbers)],
     )
 
 
@@ -211,7 +212,7 @@ def _tenants(study: Study, details: Details) -> pd.DataFrame:
     at = f" at {place_text(study, study.middle)}" if study.axis is not None else ""
     means = table.groupby(["series", "tenant"])["jct_s"].mean().unstack("tenant").reindex(study.series).dropna(how="all")
     means.columns = [f"{name}: JCT, mean (s)" for name in means.columns]
-    return means.reset_index().rename(columns={"series": f"tenant{at}"})
+    return means.reset_index().rename(columns={"series": f"tenants{at}"})
 
 
 def _against_or_bars(study: Study, table: pd.DataFrame, metrics: list[Metric], title: str, caption: str) -> tuple[Figure, str]:

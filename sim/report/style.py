@@ -15,7 +15,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4
 STYLES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (5, 1.2, 1.2, 1.2)), (0, (1.2, 1.2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 GREY = "#888888"
-LEGEND_COLUMNS = 4
+LEGEND_COLUMNS, LEGEND_LETTERS = 4, 130  #: at most so many names in a line, and so many letters
 WIDTH = 9.6  #: of a figure that fills the page, inches
 
 
@@ -68,11 +68,12 @@ def shared_legend(figure: Figure) -> None:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     if len(handles) > 1:
+        widest = max(len(label) for label in handles)
         figure.legend(
             handles.values(),
             handles.keys(),
             loc="outside lower center",
-            ncols=min(LEGEND_COLUMNS, len(handles)),
+            ncols=max(1, min(LEGEND_COLUMNS, len(handles), LEGEND_LETTERS // (widest + 8))),
             frameon=False,
             fontsize=9,
             handlelength=3.2,
