@@ -211,7 +211,7 @@ class SemanticPlayer(Player):
             self._hold_until_id(self._first_get + number, get.var)
         if preallocate and fed:
             to_create += [var for var in dict.fromkeys([*fed, *(get.var for get in program.gets)]) if var in producers]
-        self._to_create = list(dict.fromkeys(to_create))
+        self._to_create = list(dict.fromkeys(to_create)) if to_create else to_create
         for var in self._to_create:
             if var in producers:  # its call names the variable, so it needs the id
                 self._hold_until_id(self._first_call + producers[var], var)

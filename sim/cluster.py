@@ -298,7 +298,11 @@ class Cluster:
             generate_context_id=effect.generate_context_id,
             max_gen_length=sampling.max_gen_length,
         )
-        self._to_engine(self.engines[effect.engine_id].submit, task, output_tokens)
+        engine = self.engines[effect.engine_id]
+        if self._delay_s:
+            self._to_engine(engine.submit, task, output_tokens)
+        else:
+            engine.submit(task, output_tokens)
 
     def _abort(self, effect: effects.Abort) -> None:
         key = (effect.task, effect.attempt)

@@ -357,11 +357,12 @@ class Recorder:
         counts["attempts"] += attempts
         tpot_s = None
         if task.state == "finished":
+            output_tokens = task.output_tokens
             counts["prompt_tokens"] += task.prompt_tokens
             counts["cached_tokens"] += task.cached_tokens
-            counts["output_tokens"] += task.output_tokens
-            if task.output_tokens > 1:
-                tpot_s = task.decode_s / (task.output_tokens - 1)
+            counts["output_tokens"] += output_tokens
+            if output_tokens > 1:
+                tpot_s = task.decode_s / (output_tokens - 1)
                 self.values["tpot_s"].append(tpot_s)
                 self.values["max_gap_s"].append(task.max_gap_s)
         if self._tables:

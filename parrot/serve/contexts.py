@@ -9,11 +9,12 @@ shared with everybody hangs below the common root, and what follows it is again 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from parrot.serve import states
+from parrot.serve.states import CONTEXT
 
 if TYPE_CHECKING:
     from parrot.serve.engines import Engine
@@ -53,9 +54,6 @@ class Context(msgspec.Struct, eq=False):
     filled: bool = False
     last_use_s: float = 0.0
 
-    def move(self, by: str) -> None:
-        self.state = states.CONTEXT[self.state, by]
-
 
 class PrefixStore:
     """The trie of prefixes with everything that hangs on it. Whoever drops the last thing on a node prunes it."""
@@ -63,7 +61,7 @@ class PrefixStore:
     def __init__(self, lifetime_s: float) -> None:
         self._lifetime_s = lifetime_s
         self._roots: dict[str, PrefixNode] = {}
-        self._shared: OrderedDict[tuple[int, int], Context] = OrderedDict()  # retained, no owner; longest unused first
+        self._shared: OrderedDict[Context, None] = OrderedDict()  # retained, no owner; longest unused first
 
     # ------------------------------------------------------------------------------------------------ prefixes
 
@@ -146,19 +144,19 @@ class PrefixStore:
     def use(self, context: Context) -> None:
         """One more task in flight needs it."""
         if context.state == "retained":
-            context.move("use")
+            context.state = CONTEXT[context.state, "use"]
             if context.owner is None:
-                del self._shared[context.engine.id, context.id]
+                del self._shared[context]
         context.tasks += 1
 
     def release(self, context: Context, now: float) -> None:
         """One task fewer needs it; after the last one it is retained."""
         context.tasks -= 1
         if context.tasks == 0 and context.state == "live":
-            context.move("release")
+            context.state = CONTEXT[context.state, "release"]
             context.last_use_s = now
             if context.owner is None:
-                self._shared[context.engine.id, context.id] = context
+                self._shared[context] = None
 
     def drop(self, context: Context) -> list[Context]:
         """The context is gone, and with it all that continues it on that engine and is not in use. Returns them all."""
@@ -168,11 +166,11 @@ class PrefixStore:
             owner, node = gone.owner, gone.node
             if owner is None:
                 if gone.state == "retained":
-                    self._shared.pop((engine.id, gone.id), None)
+                    self._shared.pop(gone, None)
             elif owner.contexts is not None:
                 owner.contexts.pop(gone, None)
             engine.contexts.pop(gone.id, None)
-            gone.move("drop")
+            gone.state = CONTEXT[gone.state, "drop"]
             if node is not None and node.contexts is not None and node.contexts.get(engine.id) is gone:
                 del node.contexts[engine.id]
                 self._prune(node)
@@ -199,12 +197,12 @@ class PrefixStore:
         """When the lifetime of the longest unused shared context is over."""
         if not self._shared:
             return None
-        return next(iter(self._shared.values())).last_use_s + self._lifetime_s
+        return next(iter(self._shared)).last_use_s + self._lifetime_s
 
     def expired(self, now: float) -> list[Context]:
         """Shared contexts whose lifetime is over. They stay until they are dropped."""
         found: list[Context] = []
-        for context in self._shared.values():
+        for context in self._shared:
             if context.last_use_s + self._lifetime_s > now:
                 break
             found.append(context)
@@ -223,19 +221,17 @@ class PrefixStore:
         return count
 
     @staticmethod
-    def longest_matches(path: list[PrefixNode]) -> list[tuple[int, tuple[int, ...]]]:
+    def longest_matches(path: list[PrefixNode]) -> Iterator[tuple[int, tuple[int, ...]]]:
         """(matched links, engine ids) with the longest match first: each engine once, at its longest match. Time is
-        proportional to the links and to the engines that hold any of them."""
+        proportional to the links and to the engines that hold any of those that were asked for."""
         levels: list[dict[int, Context]] = []
         for node in path:
             if not node.contexts:
                 break
             levels.append(node.contexts)
         seen: set[int] = set()
-        result: list[tuple[int, tuple[int, ...]]] = []
         for depth in range(len(levels), 0, -1):
-            fresh = tuple(engine_id for engine_id in levels[depth - 1] if engine_id not in seen)
+            fresh = tuple([engine_id for engine_id in levels[depth - 1] if engine_id not in seen])
             if fresh:
                 seen.update(fresh)
-                result.append((depth, fresh))
-        return result
+                yield depth, fresh

@@ -27,7 +27,7 @@ from parrot.serve.graph import Call, Deduction, Task, tasks_of, tighter
 from parrot.serve.reports import call_answer, input_failed, session_report
 from parrot.serve.scheduler import Fault, Scheduler
 from parrot.serve.sessions import IdleSessions, Session
-from parrot.serve.states import IN_FLIGHT
+from parrot.serve.states import IN_FLIGHT, SESSION, TASK, VARIABLE
 from parrot.serve.submission import bind, check_form, check_room, check_variables
 from parrot.serve.variables import Variable
 
@@ -100,8 +100,8 @@ class ServeCore:
         self._now = now
         handlers = self._handlers
         scheduler = self.scheduler
-        for place, event in enumerate(events):
-            scheduler.event = place
+        scheduler.event = 0
+        for event in events:
             try:
                 handlers[type(event)](event, now)
             except ParrotError as error:
@@ -109,7 +109,7 @@ class ServeCore:
                 self._effects.append(Reply(event.request, None, error.info))  # type: ignore[union-attr]
             except Exception as error:  # a bug of ours: it costs this event, and no other
                 self._fault(event, error)
-        scheduler.event = len(events)
+            scheduler.event += 1
         if now >= self.due_at:
             self._due(now)
         if scheduler.changed:
@@ -293,7 +293,7 @@ class ServeCore:
 
     def _end_session(self, session: Session, by: str, now: float) -> None:
         """Cancels its work, answers its gets, frees its contexts, forgets its variables."""
-        session.move(by)
+        session.state = SESSION[session.state, by]
         self._idle.remove(session)
         del self._sessions[session.id]
         self._remember_ended(session.id, session.state)
@@ -355,13 +355,13 @@ class ServeCore:
 
     def _set_variable(self, event: ev.SetVariable, now: float) -> None:
         session = self._session(event.session_id, event.auth, now)
-        if self._repeated(session, event):
+        if event.idempotency_key is not None and self._repeated(session, event):
             return
         variable = session.variable(event.var_id)
         if variable.state != "empty":
             reason = "a call produces it" if variable.producer is not None else "it has a content"
             raise ParrotError("conflict", f"variable {event.var_id!r} cannot be set: {reason}", var_id=event.var_id)
-        variable.move("set")
+        variable.state = VARIABLE[variable.state, "set"]
         variable.content = event.content
         self._answer(session, event, _EMPTY)
         self._became_ready(session, variable, now)
@@ -403,7 +403,7 @@ class ServeCore:
         failed = [task for task in variable.consumers or () if task.state == "waiting"]
         variable.consumers = None
         for task in failed:
-            task.move("fail")
+            task.state = TASK[task.state, "fail"]
             task.finished_s = now
         self._idle.touch(session, now)
         return failed
@@ -442,7 +442,7 @@ class ServeCore:
 
     def _submit_call(self, event: ev.SubmitCall, now: float) -> None:
         session = self._session(event.session_id, event.auth, now)
-        if self._repeated(session, event):
+        if event.idempotency_key is not None and self._repeated(session, event):
             return
         outputs = check_form(event)
         if not self._recalling:  # how full it was then is not known any more
@@ -474,7 +474,7 @@ class ServeCore:
         """Puts a new task into the graph: what it waits for, and who waits for it already."""
         output = task.output
         output.producer = task
-        output.move("produce")
+        output.state = VARIABLE[output.state, "produce"]
         failed: Variable | None = None
         for variable in task.inputs():
             if variable.state == "failed":
@@ -486,7 +486,7 @@ class ServeCore:
                 variable.consumers.append(task)
         if failed is not None:
             assert failed.error is not None
-            task.move("fail")
+            task.state = TASK[task.state, "fail"]
             task.finished_s = now
             self._task_failed(task, input_failed(failed, failed.error), now)
             return
@@ -513,7 +513,7 @@ class ServeCore:
         session = task.call.session
         session.active -= 1
         session.unfinished -= 1
-        task.output.move("finish")
+        task.output.state = VARIABLE[task.output.state, "finish"]
         task.output.content = content
         self._became_ready(session, task.output, now)
 
@@ -526,7 +526,7 @@ class ServeCore:
             if task.ready_s is not None:
                 session.active -= 1
             session.unfinished -= 1
-            task.output.move("fail")
+            task.output.state = VARIABLE[task.output.state, "fail"]
             consumers = self._became_failed(session, task.output, error, now)
             derived = input_failed(task.output, error)
             failed.extend((consumer, derived) for consumer in reversed(consumers))

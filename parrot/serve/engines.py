@@ -7,22 +7,28 @@ bookkeeping of what it dispatched, exact and fresh, never scraped from an engine
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Iterator
+from itertools import islice
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from parrot.protocol.engine import EngineDescription
-from parrot.serve import states
+from parrot.serve.states import ENGINE
 
 if TYPE_CHECKING:
     from parrot.serve.contexts import Context
     from parrot.serve.graph import Task
 
-Load = tuple[float, ...]
+Load = Any  #: whatever sorts engines; those of this file are one number, of which an index compares a dozen at each change
 
 KEPT_LANES = 16
+KEPT_OPENED = 32
+
+_engine_of: Callable[[tuple[Load, int, Engine]], Engine] = itemgetter(2)
+_TASK_BITS, _TOKEN_BITS = 24, 48  #: of a number of tasks on an engine, and of tokens reserved there
 
 
 class Engine(msgspec.Struct, eq=False):
@@ -56,18 +62,15 @@ class Engine(msgspec.Struct, eq=False):
         self.next_context_id += 1
         return self.next_context_id
 
-    def move(self, by: str) -> None:
-        self.state = states.ENGINE[self.state, by]
-
 
 def by_load(engine: Engine) -> Load:
     """Fewest reserved tokens, then fewest tasks."""
-    return (engine.reserved, len(engine.tasks))
+    return engine.reserved << _TASK_BITS | len(engine.tasks)
 
 
 def by_harm(engine: Engine) -> Load:
     """Fewest latency-bound tasks, then fewest reserved tokens."""
-    return (engine.latency_tasks, engine.reserved, len(engine.tasks))
+    return (engine.latency_tasks << _TOKEN_BITS | engine.reserved) << _TASK_BITS | len(engine.tasks)
 
 
 class EngineIndex:
@@ -75,38 +78,40 @@ class EngineIndex:
 
     def __init__(self, key: Callable[[Engine], Load]) -> None:
         self._key = key
-        self._entries: list[tuple[Load, int]] = []
-        self._of: dict[int, Load] = {}
-        self._engines: dict[int, Engine] = {}
+        self._entries: list[tuple[Load, int, Engine]] = []
+        self._of: dict[int, tuple[Load, int, Engine]] = {}
 
     def add(self, engine: Engine) -> None:
-        load = self._key(engine)
-        self._of[engine.id] = load
-        self._engines[engine.id] = engine
-        insort(self._entries, (load, engine.id))
+        entry = self._of[engine.id] = (self._key(engine), engine.id, engine)
+        insort(self._entries, entry)
 
     def remove(self, engine: Engine) -> None:
-        load = self._of.pop(engine.id, None)
-        if load is not None:
-            del self._engines[engine.id]
-            del self._entries[bisect_left(self._entries, (load, engine.id))]
+        entry = self._of.pop(engine.id, None)
+        if entry is not None:
+            del self._entries[bisect_left(self._entries, entry)]
 
     def update(self, engine: Engine) -> None:
-        engine_id = engine.id
-        old = self._of.get(engine_id)
+        old = self._of.get(engine.id)
         if old is None:
             return
-        new = self._key(engine)
-        if new != old:
+        load = self._key(engine)
+        if load != old[0]:
             entries = self._entries
-            del entries[bisect_left(entries, (old, engine_id))]
-            insort(entries, (new, engine_id))
-            self._of[engine_id] = new
+            new = self._of[engine.id] = (load, engine.id, engine)
+            place = bisect_left(entries, old)
+            del entries[place]
+            if load > old[0]:
+                insort(entries, new, place)
+            else:
+                insort(entries, new, 0, place)
 
     def __iter__(self) -> Iterator[Engine]:
         """From the least to the most loaded. Do not change a load while iterating; place, then ask again."""
-        for _, engine_id in self._entries:
-            yield self._engines[engine_id]
+        return map(_engine_of, self._entries)  # a generator left after its first engine costs more than what is asked of it
+
+    def first(self) -> Engine | None:
+        """The least loaded one."""
+        return self._entries[0][2] if self._entries else None
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -118,13 +123,26 @@ class Lane(msgspec.Struct, eq=False, weakref=True):
     models: tuple[str, ...]
     model_type: str
     engines: dict[int, Engine] = {}
-    version: int = 0  # changes whenever one of its engines has more room than before
+    version: int = 0  # how often one of its engines has had more room than before
+    opened: deque[Engine] = msgspec.field(default_factory=lambda: deque(maxlen=KEPT_OPENED))  # those engines, the last ones
     users: int = 0  # calls of open sessions that asked for it
     indexes: dict[Callable[[Engine], Load], EngineIndex] = {}
 
     def serves(self, description: EngineDescription) -> bool:
         kind = "text" if description.engine_type == "openai" else "token_id"
         return kind == self.model_type and (not self.models or description.model in self.models)
+
+    def opened_since(self, version: int) -> Collection[Engine]:
+        """The engines that have had more room since that version; all of them, when that is long ago."""
+        times = self.version - version
+        if times > len(self.opened):
+            return self.engines.values()
+        return dict.fromkeys(islice(reversed(self.opened), times))
+
+    def open(self, engine: Engine) -> None:
+        """That engine has more room than before."""
+        self.version += 1
+        self.opened.append(engine)
 
     def ordered(self, key: Callable[[Engine], Load]) -> EngineIndex:
         """The engines of the lane sorted by `key`; the index is kept from the first time it is asked for."""
@@ -157,8 +175,9 @@ class Engines:
             lane = self.lanes[models, model_type] = Lane(models, model_type)
             for engine in self.live.values():
                 self._join(lane, engine)
+        if not lane.users:
+            self._unused.pop(lane, None)
         lane.users += 1
-        self._unused.pop(lane, None)
         return lane
 
     def leave(self, lane: Lane) -> None:
@@ -184,14 +203,14 @@ class Engines:
     def _join(self, lane: Lane, engine: Engine) -> None:
         if lane.serves(engine.description):
             lane.engines[engine.id] = engine
-            lane.version += 1
+            lane.open(engine)
             for index in lane.indexes.values():
                 index.add(engine)
             engine.lanes = (*engine.lanes, lane)
 
     def lose(self, engine: Engine) -> tuple[Lane, ...]:
         """Takes the engine out of everything; returns the lanes that it served."""
-        engine.move("lose")
+        engine.state = ENGINE[engine.state, "lose"]
         del self.live[engine.id]
         lanes, engine.lanes = engine.lanes, ()
         for lane in lanes:
@@ -207,6 +226,6 @@ class Engines:
             engine.version += 1
         for lane in engine.lanes:
             if more_room:
-                lane.version += 1
+                lane.open(engine)
             for index in lane.indexes.values():
                 index.update(engine)

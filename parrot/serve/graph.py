@@ -122,9 +122,6 @@ class Task(msgspec.Struct, eq=False):
     decode_s: float = 0.0
     max_gap_s: float = 0.0
 
-    def move(self, by: str) -> None:
-        self.state = states.TASK[self.state, by]
-
     @property
     def ended(self) -> bool:
         return self.state in states.ENDED

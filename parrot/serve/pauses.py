@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 
 from parrot.serve.engines import Engine
+from parrot.serve.states import ENGINE
 
 #: An engine with nothing in flight that refused a task is asked again after this time (seconds).
 REOPEN_S = 1.0
@@ -34,7 +35,7 @@ class Pauses:
             return
         engine.failures += 1
         engine.suspected_s = now
-        engine.move("suspect")
+        engine.state = ENGINE[engine.state, "suspect"]
         pause_s = min(FIRST_PAUSE_S * 2.0 ** min(engine.failures - 1, 10), LONGEST_PAUSE_S)
         heapq.heappush(self._suspects, (now + pause_s, engine.id))
 
@@ -65,6 +66,7 @@ class Pauses:
         while self._suspects and self._suspects[0][0] <= now:
             _, engine_id = heapq.heappop(self._suspects)
             if engine_id in self._live:
-                self._live[engine_id].move("trust")
-                found.append(self._live[engine_id])
+                engine = self._live[engine_id]
+                engine.state = ENGINE[engine.state, "trust"]
+                found.append(engine)
         return found

@@ -25,7 +25,7 @@ from parrot.serve.policies.base import Cluster, Placement, length_of, prompt_tok
 from parrot.serve.policies.least_loaded import LeastLoaded
 from parrot.serve.queue import LAST, TaskQueue
 from parrot.serve.sessions import Session
-from parrot.serve.states import IN_FLIGHT
+from parrot.serve.states import IN_FLIGHT, TASK
 
 
 class Fault(NamedTuple):
@@ -83,7 +83,7 @@ class Scheduler:
             self._sequence += 1
             task.sequence = self._sequence
             task.ready_s = now
-            task.move("enqueue")
+            task.state = TASK[task.state, "enqueue"]
         self.queue.add(task)
         self.changed = True
         if not call.lane.engines:
@@ -100,7 +100,7 @@ class Scheduler:
             assert task.engine is not None
             self._effects.append(Abort(task.engine.id, self.epoch, task.id, task.attempt))
             self._release(task, now)
-        task.move("cancel")
+        task.state = TASK[task.state, "cancel"]
         task.finished_s = now
         self._forget(task)
 
@@ -126,7 +126,7 @@ class Scheduler:
         self._end_failed(task, error, now)
 
     def _end_failed(self, task: Task, error: ErrorInfo, now: float) -> None:
-        task.move("fail")
+        task.state = TASK[task.state, "fail"]
         task.finished_s = now
         self._forget(task)
         self._effects.append(TaskEnded(task.id, task.attempt, task.output.id, error, self.event))
@@ -185,14 +185,15 @@ class Scheduler:
     def _dispatch(self, placement: Placement, now: float) -> None:
         task, engine = placement.task, placement.engine
         self._leave_queue(task)
-        task.move("place")
+        task.state = TASK[task.state, "place"]
         task.attempt += 1
         task.tries += 1
         task.engine = engine
         task.engine_name = engine.name
         task.dispatched_s = now
-        chain, parent, cached_links, new_tokens = self._hold_chain(task, engine)
-        generate = Context(engine.new_context_id(), engine, None, 0, self._owner(task), tasks=1)
+        owner = self._owner(task)
+        chain, parent, cached_links, new_tokens = self._hold_chain(task, engine, owner)
+        generate = Context(engine.new_context_id(), engine, None, 0, owner, tasks=1)
         engine.contexts[generate.id] = generate
         assert task.contexts is not None
         task.contexts.append(generate)
@@ -217,7 +218,9 @@ class Scheduler:
             )
         )
 
-    def _hold_chain(self, task: Task, engine: Engine) -> tuple[tuple[ChainLink, ...], int, int, int]:
+    def _hold_chain(
+        self, task: Task, engine: Engine, owner: Session | None
+    ) -> tuple[tuple[ChainLink, ...], int, int, int]:
         """Finds or makes a context for each link of the task's chain. Returns the chain, the parent hint, the number
         of links behind that hint, and the tokens that no context holds yet."""
         assert task.path is not None
@@ -226,7 +229,7 @@ class Scheduler:
         chain: list[ChainLink] = []
         contexts: list[Context] = []
         new_tokens, parent, cached_links = 0, -1, 0
-        engine_id, owner, prefixes = engine.id, self._owner(task), self.prefixes
+        engine_id, prefixes = engine.id, self.prefixes
         bos_tokens = engine.description.bos_tokens
         for depth, (node, link) in enumerate(zip(task.path, task.links, strict=True)):
             contents = link.contents
@@ -320,18 +323,19 @@ class Scheduler:
 
     def started(self, task: Task, cached_tokens: int, now: float) -> None:
         if task.state == "dispatched":
-            task.move("start")
+            task.state = TASK[task.state, "start"]
             task.started_s = now
             task.cached_tokens = cached_tokens
 
     def first_token(self, task: Task, now: float) -> None:
         """Its whole prompt is computed: its contexts are there for others to continue."""
         if task.state == "dispatched":
-            task.move("start")
+            task.state = TASK[task.state, "start"]
             task.started_s = now
         if task.first_token_s is None:
             task.first_token_s = now
-            self._mark_filled(task)
+            for context in task.contexts or ():
+                context.filled = True
 
     def finish(self, task: Task, event: TaskFinished, now: float) -> None:
         engine, contexts, path = task.engine, task.contexts, task.path
@@ -339,8 +343,8 @@ class Scheduler:
         assert contexts is not None
         if task.first_token_s is None:
             self.first_token(task, now)
-        else:
-            self._mark_filled(task)  # what was evicted since is computed again
+        for context in contexts:
+            context.filled = True  # what was evicted since the first token is computed again
         engine.failures = 0
         generated = contexts[-1]
         generated.tokens = event.output_tokens
@@ -350,14 +354,14 @@ class Scheduler:
         ):
             self._free(generated)
         self._release(task, now)
-        task.move("finish")
+        task.state = TASK[task.state, "finish"]
         self.changed = self.changed or self.queue.size > 0
         self._end_finished(task, event, now)
 
     def recall(self, task: Task, event: TaskFinished, now: float) -> None:
         """A queued task that finished in an earlier life, on an engine that nobody knows any more."""
         self._leave_queue(task)
-        task.move("recall")
+        task.state = TASK[task.state, "recall"]
         self._end_finished(task, event, now)
 
     def give_up(self, task: Task, error: ErrorInfo, now: float) -> None:
@@ -370,7 +374,7 @@ class Scheduler:
         task.decode_s, task.max_gap_s = event.decode_s, event.max_gap_s
         task.finished_s = now
         self._forget(task)
-        self._effects.append(TaskEnded(task.id, task.attempt, task.output.id, event=self.event))
+        self._effects.append(TaskEnded(task.id, task.attempt, task.output.id, None, self.event))
         self._finished(task, event.content, now)
 
     def fail(self, task: Task, event: TaskFailed, now: float) -> None:
@@ -425,16 +429,11 @@ class Scheduler:
         if task.tries >= self._config.max_attempts:
             self._end_failed(task, ErrorInfo(code, f"{message} (attempt {task.tries} of {self._config.max_attempts})"), now)
             return
-        task.move("retry")
+        task.state = TASK[task.state, "retry"]
         task.dispatched_s = task.started_s = task.first_token_s = None
         self.enqueue(task, now)
 
     # ------------------------------------------------------------------------------------------- contexts
-
-    @staticmethod
-    def _mark_filled(task: Task) -> None:
-        for context in task.contexts or ():
-            context.filled = True
 
     def _release(self, task: Task, now: float, more_room: bool = True) -> None:
         """The task is no longer in flight: its engine has more room, its contexts are one user fewer. Contexts that

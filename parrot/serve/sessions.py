@@ -9,7 +9,6 @@ import msgspec
 
 from parrot.protocol.engine import TaskId
 from parrot.protocol.errors import ParrotError
-from parrot.serve import states
 from parrot.serve.contexts import Context
 from parrot.serve.graph import Call, Group, Task
 from parrot.serve.variables import Variable
@@ -46,9 +45,6 @@ class Session(msgspec.Struct, eq=False):
     @property
     def busy(self) -> bool:
         return self.active > 0 or self.waiting_gets > 0
-
-    def move(self, by: str) -> None:
-        self.state = states.SESSION[self.state, by]
 
     def new_variable(self, name: str) -> Variable:
         variable = Variable(f"v{len(self.variables)}", name)

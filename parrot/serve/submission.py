@@ -10,6 +10,7 @@ from parrot.serve import events as ev
 from parrot.serve.config import ServeCoreConfig
 from parrot.serve.graph import depends_on
 from parrot.serve.sessions import Session
+from parrot.serve.states import VARIABLE
 from parrot.serve.variables import Variable
 
 
@@ -88,7 +89,7 @@ def bind(session: Session, event: ev.SubmitCall) -> tuple[Variable | None, ...]:
         else:
             variable = values[segment.name] = session.new_variable(segment.name)
             if isinstance(segment, ev.Input):
-                variable.move("set")
+                variable.state = VARIABLE[variable.state, "set"]
                 variable.content = segment.value
         bound.append(variable)
     return tuple(bound)

@@ -8,7 +8,6 @@ import msgspec
 
 from parrot.protocol.api import Criteria
 from parrot.protocol.errors import ErrorInfo
-from parrot.serve import states
 from parrot.serve.events import Content
 
 if TYPE_CHECKING:
@@ -33,5 +32,3 @@ class Variable(msgspec.Struct, eq=False):
         """Ready or failed: no event changes it any more."""
         return self.state == "ready" or self.state == "failed"
 
-    def move(self, by: str) -> None:
-        self.state = states.VARIABLE[self.state, by]

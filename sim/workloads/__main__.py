@@ -128,8 +128,15 @@ def parameters(kind: type[msgspec.Struct]) -> Iterator[tuple[str, str, str]]:
     hints = get_type_hints(kind, include_extras=True)
     for field in msgspec.structs.fields(kind):
         default = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
-        shown = f"{default:g}" if isinstance(default, float) else str(default) if default not in (None, {}) else "none"
-        yield field.name, shown, hints[field.name].__metadata__[-1].description
+        yield field.name, _shown(default), hints[field.name].__metadata__[-1].description
+
+
+def _shown(default: object) -> str:
+    if default is None or default == {}:
+        return "none"
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def _say(notes: list[str]) -> None:

@@ -59,7 +59,7 @@ class TimeBins:
     """Sums over time of several series at once: at most `most` bins, which double their width when time goes beyond them."""
 
     def __init__(self, series: int, most: int = 120) -> None:
-        self.width_s = 1e-3
+        self.width_s = 2.0**-10
         self._most = most
         self._sums: list[list[float]] = [[] for _ in range(series)]
 

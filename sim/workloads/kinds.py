@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from sim.workloads.azure import azure_source
 from sim.workloads.burstgpt import BurstGPTParameters, burstgpt_source
 from sim.workloads.generators import GENERATORS, generator_source
 from sim.workloads.mooncake import MooncakeParameters, mooncake_source
+from sim.workloads.paper import open_paper
 from sim.workloads.program import Program, Read, Segment, WorkloadError, read_programs
 from sim.workloads.sharegpt import ShareGPTParameters, sharegpt_source
 from sim.workloads.source import Row, Source, parameters_of
@@ -87,8 +87,6 @@ TRACES: dict[str, tuple[type[msgspec.Struct], Callable[[str, Any, Setting], Sour
     "journal": (JournalParameters, _journal),
 }
 
-PAPER = "sim.workloads.paper"  #: the paper's own workloads
-
 
 def open_source(spec: str, options: Mapping[str, Any], setting: Setting) -> Source:
     """The workload that `spec` names. Raises WorkloadError for a name or parameter that does not exist."""
@@ -113,9 +111,6 @@ def open_source(spec: str, options: Mapping[str, Any], setting: Setting) -> Sour
 
 
 def _paper(spec: str, rest: str, setting: Setting) -> Source:
-    if importlib.util.find_spec(PAPER) is None:
-        raise WorkloadError(f"workload {spec!r}: the paper's workloads are not installed")
-    open_paper = importlib.import_module(PAPER).open_paper
     label, seed = setting.label, setting.seed
     if label:  # other parts of a mix may be of the paper too: each draws its own
         seed = int(stream(seed, f"{label}paper").integers(1 << 62))

@@ -74,7 +74,7 @@ def open_mix(
     opened = []
     for name, part, part_rate in zip(names, mix.parts, rates, strict=True):
         try:
-            opened.append(_open(part, Setting(part_rate, seed, part.count, max_gen_length, f"{name}/"), arrivals))
+            opened.append(_open(part, Setting(part_rate, seed, part.count or count, max_gen_length, f"{name}/"), arrivals))
         except WorkloadError as error:
             raise WorkloadError(f"{path}: part {name!r}: {error}") from None
     if count is None and any(part.endless for part in opened):

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from sim.report.html import Section, write_report
 from sim.report.style import COLOURS
@@ -78,8 +78,10 @@ def lengths(description: Description) -> Figure:
         for percent, style in ((50, "--"), (99, ":")):
             value = histogram.percentile(percent)
             axes.axvline(value, color="black", linewidth=1.2, linestyle=style, label=f"p{percent}: {value:,.0f}")
-        if histogram.most >= 10 * max(histogram.least or 0, 1):
+        ratio = histogram.most / max(histogram.least or 0, 1)
+        if ratio >= 10:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 200 else (1,)))
             axes.xaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.set_ylim(0, 125 * max(shares))

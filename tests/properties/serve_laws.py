@@ -60,8 +60,8 @@ class ServeCoreMachine(ServeCorePlay):
                 assert engine.reserved <= engine.description.tokens_capacity
             for lane in self.core.scheduler.engines.lanes.values():
                 for index in lane.indexes.values():
-                    assert [load for load, _ in index._entries] == sorted(index._of.values())
-                    assert index._of == {e.id: index._key(e) for e in lane.engines.values()}
+                    loads = sorted((index._key(e), e.id) for e in lane.engines.values())
+                    assert [e.id for e in index] == [engine_id for _, engine_id in loads]
 
     @invariant()
     def contexts_agree(self) -> None:

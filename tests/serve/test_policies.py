@@ -10,12 +10,14 @@ from parrot.protocol.api import Criteria
 from parrot.protocol.errors import ParrotError
 from parrot.serve import events as ev
 from parrot.serve.config import GlobalSchedulerConfig
+from parrot.serve.effects import Dispatch
+from parrot.serve.engines import Engine
 from parrot.serve.graph import Task
 from parrot.serve.policies import build_policy, parse_policy
 from parrot.serve.policies.base import Cluster, Placement
 from parrot.serve.policies.least_loaded import LeastLoaded
 from parrot.serve.queue import TaskQueue
-from tests.serve.driver import Driver, described, out, read, text, value
+from tests.serve.driver import Driver, content, described, out, read, text, value
 
 
 def fetched(d: Driver, session: int, *segments: object, criteria: Criteria | None = None) -> str:
@@ -265,3 +267,55 @@ def test_policy_names_and_parameters_are_checked() -> None:
     for params in ({"nothing": 1}, {"latency_capacity": "many"}, {"latency_capacity": True}, {"ctx_weight": True}):
         with pytest.raises(ParrotError):
             build_policy(GlobalSchedulerConfig(params=params))
+
+
+@pytest.mark.parametrize("policy", ["least_loaded", "round_robin", "parrot"])
+def test_a_task_that_found_no_engine_is_offered_only_to_those_that_have_more_room_since(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    fits = Cluster.fits
+
+    def watched(self: Cluster, task: Task, engine: Engine, bound: int | None = None) -> bool:
+        asked.append(engine.id)
+        return fits(self, task, engine, bound)
+
+    monkeypatch.setattr(Cluster, "fits", watched)
+    d = Driver(policy)
+    session = d.open()
+    for _ in range(100):
+        d.engine(tokens_capacity=200)
+    for n in range(100):  # two tasks an engine, with 100 tokens each
+        fetched(d, session, text(f"a{n}", 84), out("x"))
+        fetched(d, session, text(f"b{n}", 84), out("x"))
+    large = fetched(d, session, text("large", 180), out("x"))
+    assert large not in {dispatch.output_var for dispatch in d.dispatches}
+    first, other = d.dispatches[0], d.dispatches[0]
+    for other in d.dispatches[1:]:
+        if other.engine_id == first.engine_id:
+            break
+    asked.clear()
+    d.finish(first)  # room for one more of the small ones, not for the large one
+    assert asked == [first.engine_id]
+    d.finish(other)
+    assert d.dispatches[-1].output_var == large
+    assert d.dispatches[-1].engine_id == first.engine_id
+
+
+def test_a_task_that_found_no_engine_is_offered_to_all_when_many_have_changed() -> None:
+    d = Driver("least_loaded")
+    for _ in range(80):
+        d.engine(tokens_capacity=200)
+    session = d.open()
+    for n in range(160):
+        fetched(d, session, text(f"a{n}", 84), out("x"))
+    large = fetched(d, session, text("large", 180), out("x"))
+    by_engine: dict[int, list[Dispatch]] = {}
+    for dispatch in d.dispatches:
+        by_engine.setdefault(dispatch.engine_id, []).append(dispatch)
+    halves = [two[0] for two in by_engine.values()]
+    ended = [ev.TaskFinished(h.epoch, h.task, h.attempt, content(f"o{n}", 5), 5) for n, h in enumerate(halves)]
+    last = by_engine[7][1]
+    d.send(ev.TaskFinished(last.epoch, last.task, last.attempt, content("o", 5), 5), *ended)  # 81 changes in one instant
+    assert d.dispatches[-1].output_var == large
+    assert d.dispatches[-1].engine_id == 7

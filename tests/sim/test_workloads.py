@@ -179,6 +179,13 @@ def test_recorded_times_are_kept_scaled_by_a_factor_or_to_a_rate(recorded: str) 
     assert times_of(recorded, rate=1.0, count=2) == [0.0, 1.0]
 
 
+def test_the_papers_workloads_keep_the_pace_that_they_give_themselves_unless_another_is_asked_for() -> None:
+    assert times_of("paper:chat", rate=2.0, count=4) == times_of("chat", rate=2.0, count=4)
+    assert times_of("paper:chat", rate=4.0, count=3, arrivals="constant") == [0.25, 0.5, 0.75]
+    with pytest.raises(WorkloadError, match="no such workload of the paper"):
+        times_of("paper:nonsense")
+
+
 def test_a_process_in_place_of_recorded_times_has_their_rate_or_the_one_asked_for(recorded: str) -> None:
     assert times_of(recorded, arrivals="constant") == [2.0, 4.0, 6.0, 8.0]
     assert times_of(recorded, arrivals="constant", rate=4.0) == [0.25, 0.5, 0.75, 1.0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,24 @@ def test_parts_are_drawn_apart_and_share_no_made_up_text(tmp_path: Path) -> None
     first, second = ([p for p in programs if part_of(p) == name] for name in ("part0", "part1"))
     together = min(len(first), len(alone))
     assert first[:together] == alone[:together]  # what else is in the mix moves nothing
-    keys = [{s.key for p in part for c in p.calls for s in c.segments if isinstance(s, Text)} for part in (first, second)]
-    assert not keys[0] & keys[1]
+    assert not texts(first) & texts(second)
     assert [p.arrival_s for p in first[:5]] != [p.arrival_s for p in second[:5]]
+
+
+def test_two_parts_of_the_paper_draw_apart_share_no_text_and_go_on_as_long_as_the_mix(tmp_path: Path) -> None:
+    spec = mixed(tmp_path, {"workload": "paper:chat"}, {"workload": "paper:chat"}, rate=2.0)
+    programs = list(open_workload(spec, count=300))
+    assert len({program.id for program in programs}) == 300
+    first, second = ([p for p in programs if part_of(p) == name] for name in ("part0", "part1"))
+    assert min(len(first), len(second)) > 110
+    assert [p.arrival_s for p in first[:5]] != [p.arrival_s for p in second[:5]]
+    assert not texts(first) & texts(second)
+
+
+def texts(programs: Iterable[Program]) -> set[str]:
+    return {s.key for p in programs for c in p.calls for s in c.segments if isinstance(s, Text)} | {
+        source.key for p in programs for source in p.sets
+    }
 
 
 def test_without_a_count_parts_without_an_end_give_100_programs(tmp_path: Path) -> None:

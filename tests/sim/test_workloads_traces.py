@@ -10,8 +10,11 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from sim.workloads import WorkloadError, open_workload, traces
+from sim.workloads.describe import describe
 from sim.workloads.program import Call, Program, Read, Text, Write, check
 
 SHARED = Path(__file__).parents[3] / "shared/traces"
@@ -182,6 +185,29 @@ def test_blocks_of_another_size_are_named(tmp_path: Path) -> None:
     path = write(tmp_path / "moon.jsonl", request(input_length=130))
     (program,) = open_workload(f"mooncake:{path}:block_tokens=64")
     assert [s.tokens for s in single(program).segments if isinstance(s, Text)] == [64, 64, 2]
+
+
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(paths=st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=6), st.integers(1, 512)), min_size=1))
+def test_merged_blocks_share_what_single_ones_share(tmp_path: Path, paths: list[tuple[list[int], int]]) -> None:
+    """As in the real traces, a block's id stands for all blocks up to it."""
+    ids: dict[tuple[int, ...], int] = {}
+    rows = ""
+    for path, left in paths:
+        blocks = [ids.setdefault(tuple(path[: i + 1]), len(ids)) for i in range(len(path))]
+        rows += request(input_length=512 * (len(path) - 1) + left, hash_ids=blocks)
+    spec = "mooncake:" + write(tmp_path / "moon.jsonl", rows)
+    single, merged = (list(open_workload(spec, options={"merge": merge})) for merge in (False, True))
+    assert lengths(single) == lengths(merged)
+    assert describe(single, "w").repeated_tokens == describe(merged, "w").repeated_tokens
+    assert all(len(m.calls[0].segments) <= len(s.calls[0].segments) for s, m in zip(single, merged, strict=True))
+
+
+def test_blocks_that_are_never_parted_are_one_segment_when_merged(tmp_path: Path) -> None:
+    rows = request(hash_ids=[1, 2, 3]) + request(input_length=2000, hash_ids=[1, 2, 4, 5])
+    programs = open_workload(f"mooncake:{write(tmp_path / 'moon.jsonl', rows)}:merge=true")
+    texts = [[(s.key, s.tokens) for s in single(p).segments if isinstance(s, Text)] for p in programs]
+    assert texts == [[("moon/1-2", 1024), ("moon/3/176", 176)], [("moon/1-2", 1024), ("moon/4-5/464", 976)]]
 
 
 @pytest.mark.parametrize(

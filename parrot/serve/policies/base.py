@@ -181,7 +181,7 @@ class InOrder:
     parameters: ClassVar[dict[str, tuple[type, Any, str]]] = {}
 
     def __init__(self, parameters: dict[str, Any], generator: np.random.Generator) -> None:
-        # What the head of a lane waited for: asking again is of no use until a capacity has changed.
+        # The head of a lane that found no engine: asking again is of no use, but for engines that have more room since.
         self._stalled: dict[Lane, tuple[Task, int]] = {}
 
     def order(self, task: Task) -> Any:
@@ -192,14 +192,14 @@ class InOrder:
             for lane in [lane for lane in self._stalled if not queue.waiting(lane)]:
                 del self._stalled[lane]
         for lane in queue.lanes():
-            stalled, version = self._stalled.get(lane, (None, 0))
+            stalled, version = self._stalled.pop(lane, (None, 0))
             while (task := queue.head(lane)) is not None:
-                if task is stalled and version == lane.version:
-                    break
                 placed = False
-                for placement in self.choose(task, queue, cluster):
-                    placed = True
-                    yield placement
+                if task is not stalled or any(cluster.fits(task, engine) for engine in lane.opened_since(version)):
+                    for placement in self.choose(task, queue, cluster):
+                        placed = True
+                        yield placement
+                    stalled = None  # what was placed may have brought the prefix of a task that waited
                 if not placed:
                     self._stalled[lane] = (task, lane.version)
                     break

@@ -14,13 +14,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import repeat
 from typing import Any, ClassVar
 
 import numpy as np
 
 from parrot.protocol.api import Criteria
-from parrot.serve.engines import Engine, by_harm, by_load
+from parrot.serve.engines import Engine, Load, by_harm, by_load
 from parrot.serve.graph import Task
 from parrot.serve.policies.base import Cluster, InOrder, Placement
 from parrot.serve.queue import TaskQueue
@@ -96,22 +97,26 @@ class Parrot(InOrder):
                 return engine, terms
         return None
 
-    def _candidates(self, task: Task, cluster: Cluster) -> Iterator[tuple[Engine, int]]:
+    def _candidates(self, task: Task, cluster: Cluster) -> Iterable[tuple[Engine, int]]:
         """Engines with the links of the task's prefix that they hold, the best first."""
-        lane = task.call.lane
         key = by_load if task.latency_sensitive else by_harm
-        order: Iterable[Engine] = lane.ordered(key)
-        if self._ctx_aware:
-            worth: set[int] = set()
-            least = next((engine.reserved for engine in lane.ordered(by_load)), 0)
-            for matched, engines in cluster.longest_matches(task):
-                for engine in sorted(engines, key=lambda e: (*key(e), e.id)):
-                    if cluster.cached_tokens(task, engine) * self._ctx_weight >= engine.reserved - least:
-                        worth.add(engine.id)
-                        yield engine, matched
-            order = (engine for engine in order if engine.id not in worth)
-        for engine in order:
-            yield engine, 0
+        if not self._ctx_aware:
+            return zip(task.call.lane.ordered(key), repeat(0))
+        return self._prefix_first(task, cluster, key)
+
+    def _prefix_first(self, task: Task, cluster: Cluster, key: Callable[[Engine], Load]) -> Iterator[tuple[Engine, int]]:
+        lane = task.call.lane
+        worth: set[int] = set()
+        first = lane.ordered(by_load).first()
+        least = first.reserved if first is not None else 0
+        for matched, engines in cluster.longest_matches(task):
+            for engine in sorted(engines, key=lambda e: (key(e), e.id)):
+                if cluster.cached_tokens(task, engine) * self._ctx_weight >= engine.reserved - least:
+                    worth.add(engine.id)
+                    yield engine, matched
+        for engine in lane.ordered(key):
+            if engine.id not in worth:
+                yield engine, 0
 
     def _holds(self, members: list[Task], engine: Engine, cluster: Cluster) -> bool:
         """Whether all of `members` fit on the engine at once, a prefix that they share counted once a member (so that
