@@ -74,7 +74,7 @@ def write_report(
 
 
 def _section(section: Section, number: int) -> list[str]:
-    parts = [f'<h2 id="s{number}">{html.escape(section.title)}</h2>']
+    parts = [f'<section id="s{number}">', f"<h2>{html.escape(section.title)}</h2>"]
     parts += [f'<p class="warning">{html.escape(warning)}</p>' for warning in section.warnings]
     parts += [f"<p>{html.escape(paragraph)}</p>" for paragraph in section.text]
     if section.facts:
@@ -88,7 +88,7 @@ def _section(section: Section, number: int) -> list[str]:
     for name, content in section.folded:
         inside = f"<pre>{html.escape(content)}</pre>" if isinstance(content, str) else _table(content)
         parts.append(f"<details><summary>{html.escape(name)}</summary>{inside}</details>")
-    return parts
+    return [*parts, "</section>"]
 
 
 def _table(table: pd.DataFrame) -> str:
