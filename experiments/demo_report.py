@@ -13,8 +13,9 @@ import pandas as pd
 from experiments.applications import Outcome
 from parrot.latency import LatencyProfile
 from sim.metrics import read_tables
-from sim.report import Section, write_report
-from sim.report.plots import engine_timeline, jct_distribution, latency_against_rate, real_against_simulated
+from sim.report.html import Section, write_report
+from sim.report.plots import Metric, Panel, against, distributions, real_against_simulated, sample_of
+from sim.report.timelines import engine_timeline
 
 
 class Summary(msgspec.Struct, frozen=True):
@@ -185,10 +186,8 @@ def _from_zero(table: pd.DataFrame) -> pd.DataFrame:
 def _policies(swept: Sequence[tuple[Summary, Path]]) -> Section:
     rates = sorted({summary.rate for summary, _ in swept if summary.rate is not None})
     middle = rates[len(rates) // 2]
-    programs = pd.concat(
-        [read_tables(folder)["programs"].assign(policy=summary.policy) for summary, folder in swept if summary.rate == middle],
-        ignore_index=True,
-    )
+    times = {s.policy: sample_of(read_tables(folder)["programs"]["jct_s"]) for s, folder in swept if s.rate == middle}
+    panel = Panel(f"Job completion time by policy at {middle:g} programs/s", "job completion time (s)", "programs", times)
     rows = pd.DataFrame([_flat(summary) for summary, _ in swept])
     return Section(
         "Policies",
@@ -198,13 +197,15 @@ def _policies(swept: Sequence[tuple[Summary, Path]]) -> Section:
         ],
         figures=[
             (
-                jct_distribution(programs, f"Job completion time by policy at {middle:g} programs/s"),
+                distributions([panel], columns=1),
                 "Cumulative share of programs that were done within a time; further left is better.",
             ),
             (
-                latency_against_rate(
-                    rows,
-                    [("JCT mean (s)", "JCT, mean (s)"), ("JCT p90 (s)", "JCT, p90 (s)"), ("TTFT mean (s)", "TTFT, mean (s)")],
+                against(
+                    rows.rename(columns={"policy": "series"}),
+                    Metric("rate", "arrival rate (programs/s)"),
+                    [Metric("JCT mean (s)", "JCT, mean (s)"), Metric("TTFT mean (s)", "TTFT, mean (s)")],
+                    "Latency against arrival rate",
                 ),
                 "Latency against arrival rate, a line a policy.",
             ),

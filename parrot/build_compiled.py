@@ -1,5 +1,6 @@
-"""`python -m parrot.build_compiled`: compiles the hot modules with mypyc, for `parrot.compiled` to load. Needs mypy, setuptools, a C
-compiler and Python's headers. It writes one folder, whole or not at all, and changes no source.
+"""`python -m parrot.build_compiled`: compiles the hot modules with mypyc, for `parrot.compiled` to load.
+
+Needs mypy, setuptools, a C compiler and Python's headers. It writes one folder, whole or not at all, and changes no source.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def build() -> None:
             raise SystemExit(f"parrot.build_compiled: the build made no {missing[0]}")
         shutil.rmtree(FOLDER, ignore_errors=True)
         shutil.copytree(made, FOLDER)
-    MANIFEST.write_text(json.dumps({"sources": sources, "files": files}, indent=2) + "\n")
+    MANIFEST.write_text(json.dumps({"sources": sources, "files": files}, indent=2) + "\n")  # last: without it nothing is used
     print(f"{len(MODULES)} modules compiled into {FOLDER}")
 
 

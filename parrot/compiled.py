@@ -20,7 +20,7 @@ FOLDER = Path(__file__).resolve().parent / "_compiled" / str(sys.implementation.
 MANIFEST = FOLDER / "manifest.json"
 PURE = "PARROT_PURE"
 
-#: What is compiled, all of it or nothing. None of them defines a msgspec Struct: those stay classes of Python's.
+#: What is compiled, all of it or nothing. None of them defines a msgspec Struct: those stay Python's own.
 MODULES = (
     "parrot.engine.admission",
     "parrot.engine.batches",

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import msgspec
 import pandas as pd
 
+from parrot import compiled
 from parrot.configuration import ConfigurationError
 from sim.metrics import Summary, read_tables
 from sim.spec import Run, Specification, engine_configs_of, load_specification, profiles_of, runs_of
@@ -233,7 +234,7 @@ def write_timing(folder: Path, wall_s: float, runs: Iterable[tuple[Run, float | 
         }
         for run, seconds in runs
     ]
-    _write_whole(folder / TIMING, _json({"wall_s": wall_s, "runs": rows}))
+    _write_whole(folder / TIMING, _json({"wall_s": wall_s, "compiled": compiled.in_use(), "runs": rows}))
 
 
 def _json(value: object) -> bytes:

@@ -39,7 +39,7 @@ def engine_load(tasks: pd.DataFrame, bins: int = BINS) -> pd.DataFrame:
     """
     placed = tasks[tasks["engine"].notna() & tasks["dispatched_s"].notna()]
     names, engine = np.unique(placed["engine"].to_numpy(dtype=object).astype(str), return_inverse=True)
-    end = _ends(placed)
+    end = last_stamps(placed)
     dispatched, started, first = (_seconds(placed, name) for name in ("dispatched_s", "started_s", "first_token_s"))
     begun = ~np.isnan(started)
     left = np.where(begun, started, end)  # the engine's own queue
@@ -82,7 +82,7 @@ def queue_over_time(tasks: pd.DataFrame, bins: int = BINS) -> pd.DataFrame:
     dispatched, mean over the bin. A task that waits again after a lost engine counts from when it was first ready."""
     ready = tasks[tasks["ready_s"].notna()]
     begin, dispatched = _seconds(ready, "ready_s"), _seconds(ready, "dispatched_s")
-    left = np.where(np.isnan(dispatched), _ends(ready), dispatched)
+    left = np.where(np.isnan(dispatched), last_stamps(ready), dispatched)
     width = _width(tasks, bins)
     only = np.zeros(len(ready), dtype=np.int64)
     queued = _averages((1, bins), width, [(only, begin, 1.0, 0.0), (only, left, -1.0, 0.0)])
@@ -96,8 +96,8 @@ def _seconds(tasks: pd.DataFrame, column: str) -> Floats:
     return np.asarray(tasks[column].to_numpy(dtype=float, na_value=np.nan))
 
 
-def _ends(tasks: pd.DataFrame) -> Floats:
-    """The last stamp of each task."""
+def last_stamps(tasks: pd.DataFrame) -> Floats:
+    """When each task was last heard of: its end, unless that was not recorded. −inf for one without a stamp."""
     ends = np.full(len(tasks), -np.inf)
     for stamp in _STAMPS:
         ends = np.fmax(ends, _seconds(tasks, stamp))
@@ -108,7 +108,7 @@ def _width(tasks: pd.DataFrame, bins: int) -> float:
     """The length of a bin: all of them reach from 0 to the last stamp."""
     if bins < 1:
         raise ValueError(f"bins {bins}: at least 1 is needed")
-    ends = _ends(tasks)
+    ends = last_stamps(tasks)
     last = float(ends[np.isfinite(ends)].max(initial=0.0))
     return last / bins if last > 0 else 1.0
 

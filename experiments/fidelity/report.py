@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from experiments.fidelity.measured import Experiment, Row
 from experiments.fidelity.scenarios import Outcome, modelled
-from sim.report.plots import COLOURS
+from sim.report.style import COLOURS
 
 MARKERS = "osD^vP*X"
 UNITS = {"_s": "s", "_ms": "ms", "_token": "ms/token"}

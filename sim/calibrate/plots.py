@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from parrot.latency import LatencyProfile
 from sim.calibrate.fitting import Array, predictions
 from sim.calibrate.logs import Iteration, Run
-from sim.report.plots import COLOURS
+from sim.report.style import COLOURS
 
 POINTS = 4000  #: dots of a series at most, evenly taken: more are one blot
 BINS = 12

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from sim.report.plots import COLOURS
+from sim.report.style import COLOURS
 
 REAL, SIMULATED, BAND = COLOURS[0], COLOURS[1], "#d9d9d9"
 MOST_POINTS = 1000  #: programs in one panel of `programs_scatter`; of more, every k-th is drawn

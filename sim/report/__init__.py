@@ -1,5 +1,18 @@
-"""One self-contained HTML file of plots, tables and text. Decides how results look, and never what they are."""
+"""What a sweep showed, as one HTML file (`write_report`), and a run as a Perfetto trace (`sim.report.perfetto`).
 
-from sim.report.html import Section, write_report
+Decides how results look, and never what they are. `sim.report.html` makes such a page of any sections.
+"""
 
-__all__ = ["Section", "write_report"]
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+__all__ = ["write_report"]
+
+
+def write_report(folder: str | Path, objectives: Mapping[str, float] | None = None) -> Path:
+    """See `sim.report.page.write_report`."""
+    from sim.report import page  # matplotlib, which a worker that writes traces can do without
+
+    return page.write_report(folder, objectives)

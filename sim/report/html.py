@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,33 +18,47 @@ _STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.7rem; margin-bottom: 0.2rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; border-top: 1px solid #ddd; padding-top: 1rem; }
+nav { font-size: 0.9rem; margin: 1rem 0; } nav a { margin-right: 1.1rem; white-space: nowrap; }
+a { color: #0b5394; text-decoration: none; } a:hover { text-decoration: underline; }
 figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; }
 figcaption, .lead { color: #555; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.25rem 0.8rem; text-align: right; border-bottom: 1px solid #e5e5e5; } th { border-bottom: 2px solid #999; }
-th:first-child, td:first-child { text-align: left; }
+.table { overflow-x: auto; } .warning { background: #fff4e0; border-left: 4px solid #e69f00; padding: 0.5rem 0.8rem; }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
+th, td { padding: 0.25rem 0.8rem; text-align: right; border-bottom: 1px solid #e5e5e5; } th { border-bottom: 2px solid #999; vertical-align: bottom; }
+td { white-space: nowrap; } th:first-child, td:first-child { text-align: left; }
+.facts th { border-bottom: 1px solid #e5e5e5; vertical-align: top; font-weight: 600; white-space: nowrap; } .facts td { text-align: left; white-space: normal; }
 details { margin: 0.5rem 0; } pre { white-space: pre-wrap; background: #f6f6f4; padding: 0.7rem; font-size: 0.85rem; }
 """  # noqa: E501
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it, in this order: text (a paragraph each), figures with captions, tables, and
-    longer texts that are folded away under their names."""
+    """A heading and what stands under it, in this order: warnings, text (a paragraph each), facts (name, what it is), figures
+    with captions, tables, and longer texts or tables that are folded away under their names."""
 
     title: str
     text: Sequence[str] = ()
     figures: Sequence[tuple[Figure, str]] = ()
     tables: Sequence[pd.DataFrame] = ()
-    folded: Sequence[tuple[str, str]] = ()
+    folded: Sequence[tuple[str, str | pd.DataFrame]] = ()
+    warnings: Sequence[str] = ()
+    facts: Sequence[tuple[str, str]] = ()
 
 
-def write_report(path: str | Path, sections: Sequence[Section], *, title: str = "Parrot testbed", lead: str = "") -> Path:
-    """Writes the sections to `path`, whose folder is made when it is missing. Equal figures give equal bytes."""
+def write_report(
+    path: str | Path, sections: Sequence[Section], *, title: str = "Parrot testbed", lead: str = "", contents: bool = False
+) -> Path:
+    """Writes the sections to `path`, whose folder is made when it is missing. Equal figures give equal bytes.
+
+    contents: links to the sections below the title.
+    """
     target = Path(path)
     body = [f"<h1>{html.escape(title)}</h1>"]
     if lead:
         body.append(f'<p class="lead">{html.escape(lead)}</p>')
+    if contents:
+        links = (f'<a href="#s{number}">{html.escape(section.title)}</a>' for number, section in enumerate(sections))
+        body.append(f"<nav>{chr(10).join(links)}</nav>")
     for number, section in enumerate(sections):
         body += _section(section, number)
     page = (
@@ -59,20 +74,43 @@ def write_report(path: str | Path, sections: Sequence[Section], *, title: str = 
 
 
 def _section(section: Section, number: int) -> list[str]:
-    parts = [f"<h2>{html.escape(section.title)}</h2>"]
+    parts = [f'<section id="s{number}">', f"<h2>{html.escape(section.title)}</h2>"]
+    parts += [f'<p class="warning">{html.escape(warning)}</p>' for warning in section.warnings]
     parts += [f"<p>{html.escape(paragraph)}</p>" for paragraph in section.text]
+    if section.facts:
+        rows = "\n".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(fact)}</td></tr>" for name, fact in section.facts)
+        parts.append(f'<table class="facts">{rows}</table>')
     for index, (figure, caption) in enumerate(section.figures):
         drawing = _svg(figure, f"s{number}f{index}")
         caption = html.escape(caption)
         parts.append(f'<figure role="img" aria-label="{caption}">{drawing}<figcaption>{caption}</figcaption></figure>')
-    parts += [table.to_html(index=False, border=0, na_rep="–", float_format=_number) for table in section.tables]
+    parts += [_table(table) for table in section.tables]
     for name, content in section.folded:
-        parts.append(f"<details><summary>{html.escape(name)}</summary><pre>{html.escape(content)}</pre></details>")
-    return parts
+        inside = f"<pre>{html.escape(content)}</pre>" if isinstance(content, str) else _table(content)
+        parts.append(f"<details><summary>{html.escape(name)}</summary>{inside}</details>")
+    return [*parts, "</section>"]
 
 
-def _number(value: float) -> str:
+def _table(table: pd.DataFrame) -> str:
+    return f'<div class="table">{table.to_html(index=False, border=0, na_rep="–", float_format=format_number)}</div>'
+
+
+def format_number(value: float) -> str:
+    """Three significant digits, or all before the point."""
     return f"{value:,.0f}" if abs(value) >= 100 or value == 0 else f"{value:#.3g}"
+
+
+def format_interval(mean: float, low: float | None, high: float | None) -> str:
+    """Mean ± half of an interval around it, to the second significant digit of that half; "–" for a mean that is null."""
+    if mean is None or math.isnan(mean):
+        return "–"
+    if low is None or high is None or math.isnan(low):
+        return format_number(mean)
+    half = (high - low) / 2
+    if half <= 1e-9 * abs(mean):
+        return f"{format_number(mean)} ± 0"
+    decimals = max(0, 1 - math.floor(math.log10(half)))
+    return f"{mean:,.{decimals}f} ± {half:,.{decimals}f}"
 
 
 def _svg(figure: Figure, salt: str) -> str:

@@ -1,32 +1,29 @@
-"""The plots of a report. Each takes a table, whose columns its docstring names, and gives a figure: axes with units, a legend.
+"""The plots of many runs. Each takes a table, whose columns its docstring names, and gives a figure: axes with units, a legend.
 
-Nothing is computed here beyond what a plot shows (an order, a cumulative share); metrics come from sim.metrics.
+Nothing is computed here beyond what a plot shows (an order, a cumulative share); metrics come from sim.metrics and sim.tables.
+A table's column `series` says which line a row belongs to. An interval around the column `c` is in `c.low` and `c.high`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
-#: colours that stay apart for the colour-blind, in a fixed order (after Okabe and Ito), and line styles for more series
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444", "#8c6d1f")
-STYLES = ("-", "--", "-.", ":")
+from sim.report.style import COLOURS, GREY, line_style, names_of, new_figure, point_style, shared_legend
 
-
-def series_style(index: int) -> dict[str, Any]:
-    """Colour and line style of the `index`-th series; alike in every plot of a report."""
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[(index // len(COLOURS)) % len(STYLES)]}
+MOST_POINTS = 300  #: of a cumulative share; more could not be told apart
+LOGARITHMIC = 40.0  #: latencies that differ by more than this factor get a logarithmic axis
 
 
 def real_against_simulated(table: pd.DataFrame) -> Figure:
     """Mean job completion time of each application. Columns: application, real_s (a list, one number a run), simulated_s."""
-    figure, axes = _figure(7.5, 3.8)
+    figure, ((axes,),) = new_figure(width=7.5, height=3.2)
     positions = np.arange(len(table))
     means = [float(np.mean(runs)) for runs in table["real_s"]]
     axes.bar(positions - 0.2, means, 0.38, color=COLOURS[0], label="real (mean)")
@@ -49,106 +46,185 @@ def real_against_simulated(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def jct_distribution(table: pd.DataFrame, title: str = "Job completion time by policy") -> Figure:
-    """Cumulative share of programs over job completion time, a line a policy. Columns: policy, jct_s."""
-    figure, axes = _figure(7.5, 3.8)
-    for index, policy in enumerate(_names(table["policy"])):
-        times = np.sort(table.loc[table["policy"] == policy, "jct_s"].dropna().to_numpy(dtype=float))
-        if len(times) == 0:
-            continue
-        share = np.arange(1, len(times) + 1) / len(times)
-        axes.step(np.r_[times[0], times], np.r_[0, share], where="post", label=policy, linewidth=1.8, **series_style(index))
-    axes.set_xlabel("job completion time (s)")
-    axes.set_ylabel("share of programs")
-    axes.set_xlim(left=0)
-    axes.set_ylim(0, 1.02)
-    axes.set_title(title)
-    _legend(axes)
+# ----------------------------------------------------------------------------------------------------- distributions
+
+
+class Sample(NamedTuple):
+    """Measured values, of `total` things: what failed has none, and keeps its line below 1."""
+
+    values: npt.NDArray[np.float64]
+    total: int
+
+
+def sample_of(column: pd.Series) -> Sample:
+    """A column of times, in which a null is of something that failed."""
+    return Sample(column.dropna().to_numpy(dtype=float), len(column))
+
+
+class Panel(NamedTuple):
+    """A panel of cumulative shares: a line a series. `things`: of what it is the share."""
+
+    title: str
+    xlabel: str
+    things: str
+    samples: Mapping[str, Sample]
+
+
+def distributions(panels: Sequence[Panel], columns: int, title: str = "") -> Figure:
+    """Cumulative shares, `columns` panels a row. A series has the style of its place among all series of all panels."""
+    series = names_of(name for panel in panels for name in panel.samples)
+    rows = -(-len(panels) // columns)
+    figure, grid = new_figure(rows, columns, height=2.7)
+    for panel, axes in zip(panels, np.ravel(grid), strict=False):
+        for name, sample in panel.samples.items():
+            if len(sample.values):
+                times, shares = _cumulative(sample)
+                axes.plot(times, shares, label=name, linewidth=1.5, drawstyle="steps-post", **line_style(series.index(name)))
+        everything = np.concatenate([np.empty(0), *(sample.values for sample in panel.samples.values())])
+        _scale_x(axes, everything)
+        axes.set_xlabel(panel.xlabel)
+        axes.set_ylabel(f"share of {panel.things}")
+        axes.set_ylim(0, 1.02)
+        axes.set_title(panel.title, fontsize=10)
+    for axes in np.ravel(grid)[len(panels) :]:
+        axes.set_axis_off()
+    if title:
+        figure.suptitle(title)
+    shared_legend(figure)
     return figure
 
 
-def latency_against_rate(table: pd.DataFrame, metrics: Sequence[tuple[str, str]]) -> Figure:
-    """A panel a metric, a line a policy. Columns: policy, rate (programs/s), and those of `metrics` ((column, axis label))."""
-    figure = Figure(figsize=(3.75 * max(2, len(metrics)), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
-    for axes, (column, label) in zip(panels, metrics, strict=True):
-        _clean(axes)
-        for index, policy in enumerate(_names(table["policy"])):
-            rows = table[table["policy"] == policy].groupby("rate", as_index=False)[column].mean().sort_values("rate")
-            axes.plot(rows["rate"], rows[column], marker="o", markersize=4, label=policy, **series_style(index))
-        axes.set_xlabel("arrival rate (programs/s)")
-        axes.set_ylabel(label)
-        axes.set_ylim(bottom=0)
-    _legend(panels[0])
-    figure.suptitle("Latency against arrival rate")
-    return figure
+def _cumulative(sample: Sample) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    ordered = np.sort(sample.values)
+    kept = np.unique(np.linspace(0, len(ordered) - 1, MOST_POINTS).round().astype(int))
+    return np.r_[ordered[0], ordered[kept]], np.r_[0.0, (kept + 1) / sample.total]
 
 
-def engine_timeline(table: pd.DataFrame, title: str = "Tasks on engines over time") -> Figure:
-    """Each engine's tasks as bars, stacked where they overlap. Columns: engine, start_s, end_s, group (its colour)."""
-    table = table.dropna(subset=["start_s", "end_s"]).sort_values(["start_s", "end_s"], kind="stable")
-    engines = _names(table["engine"].sort_values())
-    groups = _names(table["group"].sort_values())
-    lanes = {engine: _lanes(table[table["engine"] == engine]) for engine in engines}
-    heights = {engine: max(lanes[engine], default=-1) + 1 for engine in engines}
-    rows = sum(heights.values())
-    figure, axes = _figure(9.0, 1.2 + min(6.0, 0.9 * len(engines) + 0.12 * rows))
-    base, ticks = 0.0, []
-    for engine in engines:
-        ticks.append(base + heights[engine] / 2)
-        mine = table[table["engine"] == engine]
-        for lane, (_, row) in zip(lanes[engine], mine.iterrows(), strict=True):
-            colour = COLOURS[groups.index(str(row["group"])) % len(COLOURS)]
-            axes.broken_barh(
-                [(row["start_s"], row["end_s"] - row["start_s"])],
-                (base + lane + 0.08, 0.84),
-                facecolor=colour,
-                edgecolor="white",
-                linewidth=0.4,
-            )
-        base += heights[engine] + 0.6
-    axes.set_yticks(ticks, engines)
-    axes.set_ylim(base - 0.6, 0)
-    axes.set_xlabel("time (s)")
-    axes.set_title(title)
-    axes.grid(axis="y", visible=False)
-    handles = [Patch(color=COLOURS[i % len(COLOURS)], label=group) for i, group in enumerate(groups)]
-    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
-    return figure
+def _scale_x(axes: Axes, values: npt.NDArray[np.float64]) -> None:
+    """From 0, unless a few values are so much larger than most that a logarithm shows more."""
+    if len(values) and values.min() > 0 and values.max() > LOGARITHMIC * np.median(values):
+        axes.set_xscale("log")
+    else:
+        axes.set_xlim(left=0)
 
 
-def _lanes(tasks: pd.DataFrame) -> list[int]:
-    """For tasks in order of their start: the first lane in which each overlaps with none before it."""
-    ends: list[float] = []
-    lanes = []
-    for start, end in zip(tasks["start_s"], tasks["end_s"], strict=True):
-        lane = next((i for i, free_from in enumerate(ends) if free_from <= start), len(ends))
-        if lane == len(ends):
-            ends.append(end)
+# ---------------------------------------------------------------------------------- against what was swept, and fronts
+
+
+class Metric(NamedTuple):
+    """A column of a table and what to call it, unit included. `top`: of an axis that must not end elsewhere. `signed`: values
+    lie around 0."""
+
+    column: str
+    label: str
+    top: float | None = None
+    signed: bool = False
+
+
+def against(
+    table: pd.DataFrame, axis: Metric, metrics: Sequence[Metric], title: str, marks: pd.DataFrame | None = None
+) -> Figure:
+    """A panel a metric over `axis`, a line a series, with a band where the table has intervals.
+
+    Columns: series, those of `axis` and `metrics`. marks: rings on a line, columns series, metric (a column's name), x, y.
+    """
+    columns = min(2, len(metrics)) if len(metrics) != 3 else 3
+    rows = -(-len(metrics) // columns)
+    figure, grid = new_figure(rows, columns, height=2.9)
+    series = names_of(table["series"])
+    for axes, metric in zip(np.ravel(grid), metrics, strict=False):
+        for index, name in enumerate(series):
+            line = table[table["series"] == name].sort_values(axis.column)
+            _band(axes, line, axis.column, metric, index)
+            style = point_style(index) | {"linewidth": 1.6}
+            axes.plot(line[axis.column], line[metric.column], label=name, **style)
+            if marks is not None:
+                mine = marks[(marks["series"] == name) & (marks["metric"] == metric.column)]
+                ring = {"facecolors": "none", "edgecolors": COLOURS[index % len(COLOURS)], "linewidths": 1.6, "zorder": 4}
+                axes.scatter(mine["x"], mine["y"], s=110, **ring)
+        if (table[axis.column].dropna() % 1 == 0).all():
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel(axis.label)
+        axes.set_ylabel(metric.label)
+        if metric.signed:
+            axes.axhline(0.0, color=GREY, linewidth=1.0, zorder=1)
         else:
-            ends[lane] = end
-        lanes.append(lane)
-    return lanes
+            _scale_y(axes, table[metric.column], metric.top)
+    for axes in np.ravel(grid)[len(metrics) :]:
+        axes.set_axis_off()
+    figure.suptitle(title)
+    shared_legend(figure)
+    return figure
 
 
-def _names(column: pd.Series[Any]) -> list[str]:
-    """The distinct values, in order of their first appearance."""
-    return [str(name) for name in dict.fromkeys(column.tolist())]
+def _band(axes: Axes, line: pd.DataFrame, x: str, metric: Metric, index: int) -> None:
+    low, high = f"{metric.column}.low", f"{metric.column}.high"
+    if low in line and line[low].notna().any():
+        # a time below 0 cannot be, whatever the t distribution says
+        low_values = line[low] if metric.signed else line[low].clip(lower=0.0)
+        colour = COLOURS[index % len(COLOURS)]
+        axes.fill_between(line[x], low_values, line[high], color=colour, alpha=0.06, linewidth=0)
+        for edge in (low_values, line[high]):  # of many bands, one over the other, only the edges can be followed
+            axes.plot(line[x], edge, color=colour, linewidth=0.5, alpha=0.55)
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    _clean(axes)
-    return figure, axes
+def _scale_y(axes: Axes, values: Any, top: float | None) -> None:
+    known = np.asarray(values, dtype=float)
+    known = known[~np.isnan(known)]
+    if top is None and len(known) and known.min() > 0 and known.max() > LOGARITHMIC * known.min():
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0, top=top)
 
 
-def _clean(axes: Axes) -> None:
-    axes.grid(visible=True, color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+def throughput_and_latency(table: pd.DataFrame, throughput: Metric, latencies: Sequence[Metric]) -> Figure:
+    """A panel a latency: a point a cell, a line a series through what was swept, and the Pareto front as a grey staircase.
+
+    Columns: series, those of `throughput` and `latencies`, and for each latency `front.COLUMN`, whether on the front.
+    """
+    figure, grid = new_figure(1, len(latencies), height=3.8)
+    for axes, latency in zip(grid[0], latencies, strict=True):
+        for index, name in enumerate(names_of(table["series"])):
+            line = table[table["series"] == name]
+            style = point_style(index) | {"linewidth": 1.0, "alpha": 0.9}
+            axes.plot(line[throughput.column], line[latency.column], label=name, **style)
+        front = table[table[f"front.{latency.column}"]].sort_values(throughput.column)
+        axes.plot(
+            front[throughput.column],
+            front[latency.column],
+            color=GREY,
+            linewidth=4,
+            alpha=0.45,
+            drawstyle="steps-pre",
+            solid_capstyle="round",
+            marker="o",
+            markersize=13,
+            zorder=0,
+            label="Pareto front",
+        )
+        axes.set_xlabel(throughput.label)
+        axes.set_ylabel(latency.label)
+        _scale_y(axes, table[latency.column], None)
+    figure.suptitle("Throughput and latency: right and down is better")
+    shared_legend(figure)
+    return figure
 
 
-def _legend(axes: Axes) -> None:
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False, fontsize=9)
+def bars(table: pd.DataFrame, metrics: Sequence[Metric], title: str) -> Figure:
+    """A panel a metric, a bar a series, with its interval, where nothing was swept. Columns: series, those of `metrics`."""
+    figure, grid = new_figure(1, len(metrics), height=0.6 + 0.32 * len(table))
+    places = np.arange(len(table))
+    for axes, metric in zip(grid[0], metrics, strict=True):
+        values = table[metric.column].to_numpy(dtype=float)
+        axes.barh(places, values, 0.7, color=[COLOURS[i % len(COLOURS)] for i in places])
+        low, high = f"{metric.column}.low", f"{metric.column}.high"
+        if low in table and table[low].notna().any():
+            errors = np.stack([values - table[low].clip(lower=0.0), table[high] - values])
+            axes.errorbar(values, places, xerr=np.maximum(errors, 0.0), fmt="none", ecolor="black", capsize=3, linewidth=1)
+        axes.set_yticks(places, [str(name) for name in table["series"]] if axes is grid[0][0] else [""] * len(table))
+        axes.invert_yaxis()
+        axes.set_xlabel(metric.label)
+        axes.set_xlim(left=0, right=metric.top)
+        axes.grid(axis="y", visible=False)
+    figure.suptitle(title)
+    return figure

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from sim.report.html import Section, write_report
-from sim.report.plots import COLOURS
+from sim.report.style import COLOURS
 from sim.workloads.describe import PARTS, Description
 from sim.workloads.histogram import Histogram
 

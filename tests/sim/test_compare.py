@@ -278,32 +278,73 @@ def test_predictions_with_intervals_say_whether_they_hold_the_real_value(worksho
     assert rows_of(compared(far, out))["jct_s", "mean"].real_is_predicted is False
 
 
+def relabel(folder: Path, **fields: Any) -> None:
+    """Changes fields of a folder's specification and of all its runs."""
+    specification = msgspec.structs.replace(load_specification(str(folder / "spec.json")), **fields)
+    (folder / "spec.json").write_bytes(msgspec.json.encode(specification))
+    for told in runs_of(specification):
+        path = folder / told.name / "run.json"
+        path.write_bytes(msgspec.json.encode(Finished(told, msgspec.json.decode(path.read_bytes(), type=Finished).summary)))
+
+
+def test_of_a_cluster_that_was_running_only_its_workload_and_its_label_are_known(
+    workshop: Workshop, real: Path, simulated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    running = shutil.copytree(real, tmp_path / "running")
+    relabel(running, core=None, engines=(), core_url="http://localhost:9000", backend="real")
+    document = compared(running, simulated)
+    assert any("core_url" in warning for warning in document.warnings)
+    assert len(document.cells) == 6
+
+    (engines,) = workshop.flags[3:4]
+    several = workshop.simulate("sizes", "--policy", "round_robin", "--rate", "4", "--engines", engines.replace(":2", ":1,2"))
+    assert "does not say which" in refused(capsys, str(running), str(several), "--out", str(tmp_path / "page"))
+
+
+def test_a_simulation_beyond_its_profile_is_told(simulated: Path, real: Path, tmp_path: Path) -> None:
+    beyond = shutil.copytree(simulated, tmp_path / "beyond")
+    path = beyond / "round_robin_rate4_seed0" / "run.json"
+    finished = msgspec.json.decode(path.read_bytes(), type=Finished)
+    summary = msgspec.structs.replace(finished.summary, outside={"made-up": {"rows": (72.0, 1.0, 64.0)}})
+    path.write_bytes(msgspec.json.encode(Finished(finished.run, summary)))
+    warnings = compared(real, beyond).warnings
+    assert warnings == ["profile made-up: rows came to 72 in simulation, outside the 1 to 64 that it was fitted to"]
+
+
 # -------------------------------------------------------------------------------------------------------- the command
 
 
-def test_the_command_prints_a_document_and_writes_a_page_the_same_bytes_each_time(
+def test_the_command_prints_a_document_and_writes_a_page(
     real: Path, workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     simulated = workshop.simulate("one-rate", "--policy", "parrot:all,round_robin", "--rate", "12")
-    printed, pages = [], []
-    for number in range(2):
-        assert main([str(real), str(simulated), "--out", str(tmp_path / f"out{number}"), "--draws", "100"]) == 0
-        captured = capsys.readouterr()
-        printed.append(captured.out)
-        pages.append((tmp_path / f"out{number}" / "compare.html").read_text())
-    assert printed[0] == printed[1]
-    assert pages[0] == pages[1]
-    document = json.loads(printed[0])
+    assert main([str(real), str(simulated), "--out", str(tmp_path), "--draws", "100"]) == 0
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
     assert document["kind"] == "comparison"
     assert (document["real"]["runs"], document["simulated"]["runs"]) == (6, 2)
     assert "JCT mean" in captured.err
+    page = (tmp_path / "compare.html").read_text()
     references = References()
-    references.feed(pages[0])
+    references.feed(page)
     assert all(reference.startswith("#") for reference in references.loaded)
     assert len(references.ids) == len(set(references.ids))
-    assert pages[0].count("<figure") == 5
+    assert page.count("<figure") == 5
     for policy in POLICIES.split(","):
-        assert policy in pages[0]
+        assert policy in page
+
+
+def test_the_same_folders_give_the_same_bytes(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--policy", "round_robin", "--rate", "12", "--no-tables"]
+    ours = workshop.simulate("bytes", *flags)
+    written = []
+    for number in range(2):
+        out = tmp_path / str(number)
+        assert main([str(ours), str(ours), "--anyway", "--out", str(out)]) == 0
+        written.append((capsys.readouterr().out, (out / "compare.html").read_bytes()))
+    assert written[0] == written[1]
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

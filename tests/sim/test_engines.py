@@ -25,7 +25,7 @@ class Relay:
         self.told: list[tuple[int, EmulatedEvent]] = []
         self.tasks = 0
         self.engines = [
-            SimEngine(self.timeline, EmulatedEngine(limits, LatencyModel(PROFILE), jump=jump), lambda e, i=i: self.hear(i, e))
+            SimEngine(self.timeline, EmulatedEngine(limits, LatencyModel(PROFILE), jump=jump), lambda e, i=i: self.hear(i, e), i)
             for i in range(2)
         ]
 

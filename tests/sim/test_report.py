@@ -1,7 +1,8 @@
-"""A report is one file that needs nothing beside it, and equal results give equal bytes."""
+"""A page is one file that needs nothing beside it, and equal results give equal bytes; pictures have names and units."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,8 +12,11 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from sim.report import Section, write_report
-from sim.report.plots import engine_timeline, jct_distribution, latency_against_rate, real_against_simulated
+from sim.report.html import Section, format_interval, write_report
+from sim.report.lanes import lanes_of
+from sim.report.plots import Metric, Panel, Sample, against, bars, distributions, real_against_simulated, sample_of
+from sim.report.style import line_style
+from sim.report.timelines import engine_timeline
 
 
 def programs() -> pd.DataFrame:
@@ -22,14 +26,17 @@ def programs() -> pd.DataFrame:
 
 def figures() -> list[Figure]:
     applications = pd.DataFrame({"application": ["a", "b"], "real_s": [[1.0, 1.2, 1.1], [3.0]], "simulated_s": [1.05, 2.9]})
-    runs = pd.DataFrame({"policy": ["x", "x", "y", "y"], "rate": [1, 2, 1, 2], "mean": [1.0, 2, 1, 3], "p90": [2.0, 4, 2, 6]})
+    runs = pd.DataFrame({"series": ["x", "x", "y", "y"], "rate": [1, 2, 1, 2], "mean": [1.0, 2, 1, 3], "p90": [2.0, 4, 2, 6]})
+    metrics = [Metric("mean", "mean (s)"), Metric("p90", "p90 (s)")]
+    times = {str(policy): sample_of(rows["jct_s"]) for policy, rows in programs().groupby("policy")}
     tasks = pd.DataFrame(
         {"engine": ["e0", "e1", "e0"], "start_s": [0.0, 0.5, 0.2], "end_s": [1.0, 2.0, None], "group": ["chat", "map", "map"]}
     )
     return [
         real_against_simulated(applications),
-        jct_distribution(programs()),
-        latency_against_rate(runs, [("mean", "mean (s)"), ("p90", "p90 (s)")]),
+        distributions([Panel("at 1/s", "job completion time (s)", "programs", times)], columns=1),
+        against(runs, Metric("rate", "rate (1/s)"), metrics, "Latency"),
+        bars(runs.iloc[[0, 2]], metrics, "Bars"),
         engine_timeline(tasks),
     ]
 
@@ -63,7 +70,7 @@ def test_a_report_loads_nothing_and_its_ids_are_unique(tmp_path: Path) -> None:
     assert all(reference.startswith("#") for reference in references.loaded)
     assert len(references.ids) == len(set(references.ids))
     assert {r[1:] for r in references.loaded} <= set(references.ids)
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 5
     assert not re.search(r"url\((?!#)", page)
 
 
@@ -83,6 +90,42 @@ def test_equal_results_give_equal_bytes(tmp_path: Path) -> None:
 def test_axes_have_labels_and_titles(figure: Figure) -> None:
     assert all(axes.get_xlabel() or axes.get_ylabel() for axes in figure.axes)
     assert figure.axes[0].get_title() or figure.get_suptitle()
+
+
+def test_the_share_of_what_failed_is_missing_at_the_end_of_its_line() -> None:
+    panel = Panel("", "time (s)", "programs", {"a": Sample(np.array([1.0, 2.0, 3.0]), 4), "none": Sample(np.empty(0), 2)})
+    (line,) = distributions([panel], columns=1).axes[0].get_lines()
+    assert line.get_ydata()[-1] == 0.75
+
+
+def test_thirty_two_series_have_each_a_style_of_their_own() -> None:
+    assert len({str(line_style(index)) for index in range(32)}) == 32
+
+
+@pytest.mark.parametrize(
+    ("mean", "low", "high", "text"),
+    [
+        (93.9, 36.9, 150.9, "94 ± 57"),
+        (0.11423, 0.1112, 0.1172, "0.1142 ± 0.0030"),
+        (5.0, 5.0, 5.0, "5.00 ± 0"),
+        (1234.5, None, None, "1,234"),
+        (float("nan"), None, None, "–"),
+    ],
+)
+def test_a_number_has_the_digits_that_its_interval_leaves_it(mean: float, low: float, high: float, text: str) -> None:
+    assert format_interval(mean, low, high) == text
+
+
+def test_intervals_of_a_lane_never_overlap_and_no_lane_is_too_many() -> None:
+    rng = np.random.default_rng(2)
+    starts = np.sort(rng.integers(0, 60, 200))
+    ends = starts + rng.integers(0, 9, 200)
+    lanes = lanes_of(starts.tolist(), ends.tolist())
+    for lane in set(lanes):
+        mine = [(s, e) for s, e, mine in zip(starts, ends, lanes, strict=True) if mine == lane]
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(mine))
+    most = max(((starts <= t) & (t < ends)).sum() for t in range(70))
+    assert max(lanes) + 1 <= most + 1  # an interval of no length takes a lane too
 
 
 def test_the_timeline_draws_no_task_over_another() -> None:

@@ -59,7 +59,7 @@ def held(row: pd.Series, at: float) -> float:
     return float(row["prompt_tokens"] + grown)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(TASKS, st.integers(1, 9))
 def test_load_and_queue_are_the_averages_over_bins_of_what_each_task_did(rows: list[dict[str, object]], bins: int) -> None:
     tasks = task_table(rows)
@@ -80,11 +80,11 @@ def test_load_and_queue_are_the_averages_over_bins_of_what_each_task_did(rows: l
 def test_tokens_held_grow_from_cached_to_prompt_to_prompt_and_output() -> None:
     rows = [one_task("e0", 0.5, [0.5, 1.0, 3.0, 10.0], 20, 100, 60), one_task("e0", 2.0, [0.0, 0.0, 0.0, 4.0], 0, 64, 8)]
     tasks = task_table(rows)
-    load = engine_load(tasks, bins=15)
+    load = engine_load(tasks, bins=7)
     for _, row in load.iterrows():
-        fine = row["time_s"] + (np.arange(4000) + 0.5) / 4000 * row["bin_s"]
+        fine = row["time_s"] + (np.arange(400) + 0.5) / 400 * row["bin_s"]
         expected = np.mean([sum(held(task, at) for _, task in tasks.iterrows()) for at in fine])
-        assert row["kv_tokens"] == pytest.approx(expected, rel=2e-3)
+        assert row["kv_tokens"] == pytest.approx(expected, rel=2e-2)
 
 
 def test_a_task_without_an_end_counts_until_its_last_stamp_and_one_never_placed_on_no_engine() -> None:

@@ -1,0 +1,131 @@
+"""The first section of a report: what ran, what did not end, what failed, and where the simulation extrapolates."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import msgspec
+import pandas as pd
+
+from sim.report.html import Section, format_number
+from sim.report.study import Details, Study
+
+LISTED = 12  #: lines of a list that is not summed up
+
+
+def lead(study: Study) -> str:
+    """One line below the title."""
+    runs = len(study.runs) + len(study.results.missing)
+    seeds = len({result.run.seed for result in study.runs})
+    what = [f"{len(study.series)} series"] if len(study.series) > 1 else [study.series[0]]
+    if study.axis is not None:
+        what.append(f"{len(study.places)} values of {study.axis.label}")
+    what.append(f"{seeds} seeds" if seeds > 1 else "1 seed")
+    backend = {"sim": "simulated", "emulated": "emulated", "real": "real"}[study.specification.backend]
+    return f"{runs} {'run' if runs == 1 else 'runs'} on a {backend} cluster: {' × '.join(what)}."
+
+
+def overview(study: Study, details: Details) -> Section:
+    """The section."""
+    return Section(
+        "What ran",
+        warnings=[*_missing(study), *_outside(study), *(f"Left out of plots: {reason}" for reason in details.unread)],
+        text=[_intervals_text(study)],
+        facts=_facts(study),
+        tables=_failures(study),
+    )
+
+
+def _facts(study: Study) -> list[tuple[str, str]]:
+    spec = study.specification
+    facts = [
+        ("workload", ", ".join(spec.workloads)),
+        ("policy", ", ".join(spec.policies)),
+        ("core", spec.core or spec.core_url or "–"),
+        ("engines", " or ".join(dict.fromkeys(" + ".join(cell.cluster) for cell in study.cells))),
+        ("client mode", spec.client.value),
+        ("round trip", f"{spec.rtt_ms:g} ms" if isinstance(spec.rtt_ms, float) else spec.rtt_ms),
+    ]
+    facts += [(key, ", ".join(str(msgspec.to_builtins(value)) for value in values)) for key, values in spec.settings.items()]
+    if spec.rates != (None,):
+        facts.append(("rate", ", ".join("as recorded" if r is None else f"{r:g}" for r in spec.rates) + " programs/s"))
+    if spec.clients != (None,):
+        facts.append(("clients", ", ".join(map(str, spec.clients)) + " (closed loop)"))
+    return [
+        *facts,
+        ("seeds", ", ".join(map(str, spec.seeds)) + (f", each {spec.repeats} times" if spec.repeats > 1 else "")),
+        ("a run has", f"{_span(study, 'programs')} programs in {_span(study, 'simulated_s')} s"),
+    ]
+
+
+def _span(study: Study, field: str) -> str:
+    values = [getattr(result.summary, field) for result in study.runs]
+    low, high = (f"{value:,}" if isinstance(value, int) else format_number(value) for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def _intervals_text(study: Study) -> str:
+    confidence = f"{study.specification.confidence:.0%}"
+    over = next((cell.over for cell in study.cells if cell.over), None)
+    text = (
+        "JCT: from a program's first request to its last answer, on the client's clock. TTFT: from a call being ready (client "
+        "mode request: submitted) to its first token. Time per token: between the first token of an output and its last. "
+    )
+    if over is None:
+        text += "Each number is of a single seed: there are no confidence intervals."
+    else:
+        text += f"± and bands are {confidence} confidence intervals of the mean over {over}."
+    if study.results.draws:
+        text += f" Prediction intervals ({confidence}): for one run more, with the spread of the latency profiles in it."
+    return text
+
+
+def _missing(study: Study) -> list[str]:
+    names = study.results.missing
+    if not names:
+        return []
+    listed = ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+    return [f"{len(names)} of {len(names) + len(study.runs)} runs have not finished and are in no number here: {listed}."]
+
+
+def _outside(study: Study) -> list[str]:
+    """What engines did that their profiles have not seen: the farthest of all runs."""
+    farthest: dict[tuple[str, str], tuple[float, float, float]] = {}
+    for result in study.runs:
+        for profile, features in result.summary.outside.items():
+            for feature, (most, low, high) in features.items():
+                before = farthest.get((profile, feature))
+                if before is None or most > before[0]:
+                    farthest[profile, feature] = (most, low, high)
+    return [
+        f"Extrapolated: {feature} reached {format_number(most)}, but profile {profile} has seen {format_number(low)} to "
+        f"{format_number(high)} only. Latencies out there are unproven."
+        for (profile, feature), (most, low, high) in sorted(farthest.items())
+    ]
+
+
+def _failures(study: Study) -> list[pd.DataFrame]:
+    """Runs in which programs failed; more than a list can hold are summed by series."""
+    failed = [result for result in study.runs if result.summary.failed]
+    if not failed:
+        return []
+    if len(failed) <= LISTED:
+        names = {result.run.name: [result.summary] for result in failed}
+    else:
+        names = {name: [r.summary for r in failed if study.series_of(r.summary) == name] for name in study.series}
+        names = {name: summaries for name, summaries in names.items() if summaries}
+    rows = []
+    for name, summaries in names.items():
+        errors: Counter[str] = Counter()
+        for summary in summaries:
+            errors.update(summary.errors)
+        rows.append(
+            {
+                "programs failed in": name,
+                "runs": len(summaries),
+                "failed": sum(summary.failed for summary in summaries),
+                "of programs": sum(summary.programs for summary in summaries),
+                "errors": ", ".join(f"{code}: {count}" for code, count in sorted(errors.items())),
+            }
+        )
+    return [pd.DataFrame(rows)]
