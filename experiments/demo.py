@@ -208,7 +208,7 @@ def simulate(
     out = OUT / name
     command = ["sim.run", "--core", str(CORE_CONFIG), "--engines", f"{ENGINE_CONFIG}:{ENGINES}",
                "--workload", str(workload), "--policy", ",".join(policies), "--profile", str(OUT / "profile.json"),
-               "--out", str(out), "--fresh"]  # fmt: skip
+               "--out", str(out), "--fresh", "--no-report"]  # fmt: skip
     if rates:
         command += ["--rate", ",".join(f"{rate:g}" for rate in rates)]
     console.print("[dim]$ " + "python -m " + " ".join(command) + "[/]", soft_wrap=True)

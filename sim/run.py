@@ -269,6 +269,12 @@ def execute(specification: Specification, folder: Path, where: Where = Where(), 
         _warn_of_what_was_not_seen(results)
         if console.is_terminal:
             console.print(table_of(cells, specification.metrics))
+        if specification.report and specification.tables:
+            from sim.report import write_report  # matplotlib
+
+            page = write_report(folder)
+            if console.is_terminal:
+                console.print(page, style="dim")
     return failures
 
 

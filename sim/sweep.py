@@ -26,7 +26,7 @@ from sim.network import open_network
 from sim.objectives import within
 from sim.pool import Died, Progress, on_processes, shared_progress
 from sim.population import StuckError, simulate
-from sim.results import ResultsError, write_finished
+from sim.results import TRACE, ResultsError, write_finished
 from sim.spec import ENGINE_PREFIX, Run, check_files, core_config_of, engine_models_of, open_programs
 from sim.tables import engine_load
 from sim.workloads import WorkloadError
@@ -200,9 +200,15 @@ def _summary(run: Run, recorder: Recorder, engines: int) -> Summary:
 
 def _write(run: Run, recorder: Recorder, summary: Summary, folder: Path) -> None:
     try:
+        (folder / run.name).mkdir(parents=True, exist_ok=True)
+        tables = recorder.tables() if run.tables or run.trace else {}
         if run.tables:
-            tables = recorder.tables()
             write_tables({**tables, "engines": engine_load(tables["tasks"])}, folder / run.name)
+        if run.trace:
+            from sim.report.perfetto import write_trace
+
+            programs = open_programs(run) if run.program is None else ()
+            write_trace(folder / run.name / TRACE, tables, programs, run)
         write_finished(folder, run, summary)
     except OSError as error:
         raise RunError(f"{folder / run.name}: cannot be written: {error.strerror}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -310,3 +311,24 @@ def test_without_objectives_there_is_no_goodput(flags: list[str], capsys: Captur
     assert main(flags) == 0
     (line,) = printed(capsys)
     assert (line["within_objectives"], line["goodput_programs_per_s"]) == (None, None)
+
+
+# ------------------------------------------------------------------------------------------------- report and traces
+
+
+def test_reports_and_traces_are_written_when_they_are_asked_for_with_the_same_bytes(
+    flags: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    more = ["--policy", "parrot,round_robin", "--seed", "1,2", "--trace", "--report"]
+    for name, workers in (("one", "1"), ("two", "2")):
+        assert main([*flags[:-1], str(tmp_path / name), *more, "--workers", workers]) == 0
+    written = files_of(tmp_path / "one")
+    assert files_of(tmp_path / "two") == written
+    assert b"round_robin" in written["report.html"]
+    for run in read_results(tmp_path / "one").runs:
+        events = json.loads(gzip.decompress(written[f"{run.run.name}/trace.json.gz"]))["traceEvents"]
+        assert events
+    assert main([*flags, "--trace", "--no-tables"]) == 0
+    assert sorted(path.name for path in (tmp_path / "out" / "parrot_seed0").iterdir()) == ["run.json", "trace.json.gz"]
+    assert not (tmp_path / "out" / "report.html").exists()
+    capsys.readouterr()
