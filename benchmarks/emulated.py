@@ -51,7 +51,7 @@ def mean_jct(backend: str, folder: Path, arguments: argparse.Namespace) -> dict[
     command = [sys.executable, "-m", "sim.run", "--core", str(ROOT / "sample_configs/core/localhost_serve_core.json")]
     command += ["--engines", f"{folder / 'engine.json'}:2", "--workload", arguments.workload, "--count", str(arguments.count)]
     command += ["--rate", str(arguments.rate), "--policy", arguments.policies, "--backend", backend]
-    command += ["--out", str(folder / backend)]
+    command += ["--out", str(folder / backend), "--no-report"]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     runs = [json.loads(line) for line in done.stdout.splitlines()]
     for run in runs:

@@ -29,7 +29,7 @@ def overview(study: Study, details: Details) -> Section:
     """The section."""
     return Section(
         "What ran",
-        warnings=[*_missing(study), *_outside(study), *(f"Left out of plots: {reason}" for reason in details.unread)],
+        warnings=[*_missing(study), *_outside(study), *_unread(details)],
         text=[_intervals_text(study)],
         facts=_facts(study),
         tables=_failures(study),
@@ -86,6 +86,14 @@ def _missing(study: Study) -> list[str]:
         return []
     listed = ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
     return [f"{len(names)} of {len(names) + len(study.runs)} runs have not finished and are in no number here: {listed}."]
+
+
+def _unread(details: Details) -> list[str]:
+    reasons = details.unread
+    if not reasons:
+        return []
+    more = f", and {len(reasons) - 3} runs more" if len(reasons) > 3 else ""
+    return [f"Left out of what is drawn from tables: {'; '.join(reasons[:3])}{more}."]
 
 
 def _outside(study: Study) -> list[str]:

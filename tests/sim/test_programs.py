@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from pathlib import Path
 
@@ -400,8 +401,12 @@ def test_an_interrupt_ends_the_run_and_every_instance(run: Runner, capsys: pytes
             finally:
                 told.append(n)
     """
-    with pytest.raises(KeyboardInterrupt):
-        run(text, count=3, inputs=["[0]", "[1]", "[2]"])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests may have it ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(text, count=3, inputs=["[0]", "[1]", "[2]"])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert sorted(told) == [0, 1, 2]
     assert capsys.readouterr().err == ""
 

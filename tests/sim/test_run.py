@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from parrot.serve.policies import POLICIES, SWITCHES
 from sim.run import main
 from sim.workloads.program import Call, Get, Program, Read, Text, Write, write_programs
 from tests.sim.clusters import processes_with, write_files
@@ -66,19 +67,20 @@ def test_one_json_object_a_run_and_everything_else_elsewhere(
     assert programs["jct_s"].mean() == pytest.approx(lines[-1]["jct_s"]["mean"])
 
 
-def test_the_same_seed_writes_the_same_bytes_however_many_workers(
+def test_the_same_seed_writes_the_same_bytes_under_every_policy_however_many_workers(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    policies = [*POLICIES, "parrot:all", *(f"parrot:{switch}" for switch in SWITCHES)]
     printed, written = [], []
     for number, workers in enumerate(("1", "2", "1")):
         out = tmp_path / f"out{number}"
-        sweep = ["--policy", "parrot,least_loaded", "--rtt-ms", "40", "--workers", workers, "--out", str(out)]
+        sweep = ["--policy", ",".join(policies), "--rtt-ms", "40", "--workers", workers, "--out", str(out)]
         assert main([*flags, *sweep]) == 0
         printed.append(capsys.readouterr().out)
         written.append(files_of(out))
     assert printed[0] == printed[1] == printed[2]
     assert written[0] == written[1] == written[2]
-    assert len(written[0]) == 2 * 6 + 4
+    assert len(written[0]) == len(policies) * 6 + 4
 
 
 def test_stepping_prints_what_jumping_prints(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
