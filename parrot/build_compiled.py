@@ -5,15 +5,17 @@ Needs mypy, setuptools, a C compiler and Python's headers. It writes one folder,
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
-from parrot.compiled import FOLDER, MANIFEST, MODULES, PURE, ROOT, digests, source_of
+from parrot.compiled import FOLDER, MANIFEST, MODULES, PURE, ROOT, digest_of, source_of
 
 
 def build() -> None:
@@ -22,7 +24,7 @@ def build() -> None:
         import mypyc.build  # noqa: F401 - part of mypy
     except ImportError:
         raise SystemExit("parrot.build_compiled: mypy is needed to build (pip install mypy setuptools)") from None
-    sources = digests()
+    sources = {str(path.relative_to(ROOT)): digest_of(path) for path in _read_by(MODULES)}
     with tempfile.TemporaryDirectory() as work:
         config = Path(work) / "mypy.ini"
         config.write_text(_MYPY)
@@ -46,6 +48,29 @@ def build() -> None:
         shutil.copytree(made, FOLDER)
     MANIFEST.write_text(json.dumps({"sources": sources, "files": files}, indent=2) + "\n")  # last: without it nothing is used
     print(f"{len(MODULES)} modules compiled into {FOLDER}")
+
+
+def _read_by(modules: Iterable[str]) -> list[Path]:
+    """The sources of `modules`, of all of ours that these import in turn, for types only too, and of what chooses them."""
+    found: set[Path] = {ROOT / "parrot" / "compiled.py"}
+    todo = [source_of(module) for module in modules]
+    while todo:
+        path = todo.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module is not None and not node.level:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            else:
+                continue
+            for name in names:
+                if name.partition(".")[0] in ("parrot", "sim"):
+                    candidates = (source_of(name), source_of(f"{name}.__init__"))
+                    todo += [candidate for candidate in candidates if candidate.is_file()]
+    return sorted(found)
 
 
 _MYPY = """[mypy]

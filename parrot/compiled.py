@@ -1,8 +1,8 @@
 """Loads the optional compiled build of the hot modules, which `python -m parrot.build_compiled` makes.
 
 The modules are compiled as they stand, by mypyc, into a folder beside the package's sources that nothing else reads. They
-are used only when all of them were built from exactly the sources that lie here; otherwise the sources are, as without a
-build. PARROT_PURE=1 in the environment leaves the build out. docs/compiled.md says more.
+are used only when all of them were built from exactly the sources that lie here, those that they import included (a compiled
+module relies on the types of what it imports); otherwise the sources are, as without a build. PARROT_PURE=1 in the environment leaves the build out. docs/compiled.md says more.
 """
 
 from __future__ import annotations
@@ -42,12 +42,14 @@ MODULES = (
     "parrot.serve.policies.parrot",
     "parrot.serve.policies.round_robin",
     "parrot.serve.queue",
+    "parrot.serve.reports",
     "parrot.serve.scheduler",
     "parrot.serve.sessions",
     "parrot.serve.states",
     "parrot.serve.submission",
     "parrot.serve.variables",
     "sim.clients",
+    "sim.cluster",
     "sim.engines",
     "sim.population",
 )
@@ -57,11 +59,11 @@ def source_of(module: str) -> Path:
     return ROOT / (module.replace(".", "/") + ".py")
 
 
-def digests() -> dict[str, str]:
-    """Module -> sha256 of its source. Raises OSError when one is not there."""
+def digest_of(path: Path) -> str:
+    """The sha256 of a file. Raises OSError when it is not there."""
     import hashlib
 
-    return {module: hashlib.sha256(source_of(module).read_bytes()).hexdigest() for module in MODULES}
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class _Finder:
@@ -90,7 +92,7 @@ def use() -> bool:
 
     try:
         manifest = json.loads(MANIFEST.read_bytes())
-        fits = manifest["sources"] == digests()
+        fits = all(digest_of(ROOT / name) == digest for name, digest in manifest["sources"].items())
         files = {name: FOLDER / file for name, file in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         fits = False

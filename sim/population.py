@@ -327,23 +327,25 @@ class Exchange:
             self._end()  # the submission fails too, for want of a session
             self._conversation.send_back(self._action, self._half_s, None, error)
 
-    def _submitted(self, answer: CallAnswer, error: ErrorInfo | None) -> None:
+    def _submitted(self, answer: CallAnswer | None, error: ErrorInfo | None) -> None:
         if self._over:
             return
         if error is not None:
             self._close(None, error)
             return
+        assert answer is not None
         action, cluster = self._action, self._conversation.population.cluster
         (var_id,) = self._conversation.submitted(self._session_id, action.call, action.output, action.pieces, answer)
         request = cluster.expect(self._fetched)
         cluster.post(events.GetVariable(request, self._session_id, AUTH, var_id, action.criteria))
 
-    def _fetched(self, key: str, error: ErrorInfo | None) -> None:
+    def _fetched(self, key: str | None, error: ErrorInfo | None) -> None:
         if self._over:
             return
         if error is not None:
             self._close(None, error)
             return
+        assert key is not None
         into = self._action.pieces[-1]
         assert type(into) is Into
         self._close(Value(key, into.output_length), None)

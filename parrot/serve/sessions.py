@@ -37,7 +37,7 @@ class Session:
         self.unfinished = 0
         self.active = 0  # tasks that are queued or in flight
         self.waiting_gets = 0
-        self.answers: dict[tuple[type, str], Any] | None = None  # kind of request, Idempotency-Key -> the first answer's payload
+        self.answers: dict[tuple[type, str], Any] | None = None  # (kind, Idempotency-Key) -> the first answer's payload
         self.contexts: dict[Context, None] | None = None  # those that only this session can share
         self.groups: dict[tuple[TaskId, int], Group] | None = None
         self.watched = False  # whether IdleSessions has it
