@@ -1,8 +1,9 @@
 """Loads the optional compiled build of the hot modules, which `python -m parrot.build_compiled` makes.
 
 The modules are compiled as they stand, by mypyc, into a folder beside the package's sources that nothing else reads. They
-are used only when all of them were built from exactly the sources that lie here, those that they import included (a compiled
-module relies on the types of what it imports); otherwise the sources are, as without a build. PARROT_PURE=1 in the environment leaves the build out. docs/compiled.md says more.
+are used only when all of them were built from exactly the sources that lie here, and what they import is unchanged too (they
+rely on its types); otherwise the sources are, as without a build. PARROT_PURE=1 in the environment leaves the build out.
+docs/compiled.md says more.
 """
 
 from __future__ import annotations
@@ -84,20 +85,35 @@ def in_use() -> bool:
     return any(isinstance(finder, _Finder) for finder in sys.meta_path)
 
 
+def fits() -> bool:
+    """Whether there is a build, and it is of the sources that lie here."""
+    return MANIFEST.is_file() and isinstance(_files(), dict)
+
+
+def _files() -> dict[str, Path] | str:
+    """Module -> file of the build; or why the build is not of these sources."""
+    import json
+
+    name = ""
+    try:
+        manifest = json.loads(MANIFEST.read_bytes())
+        for name, digest in manifest["sources"].items():
+            if digest_of(ROOT / name) != digest:
+                return f"{name} has changed since"
+        return {module: FOLDER / file for module, file in manifest["files"].items()}
+    except FileNotFoundError:
+        return f"{name} is gone"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+
+
 def use() -> bool:
     """Loads the compiled modules from now on, if they are built, fit the sources and are wanted. Whether they are."""
     if os.environ.get(PURE) or not MANIFEST.is_file():
         return False
-    import json
-
-    try:
-        manifest = json.loads(MANIFEST.read_bytes())
-        fits = all(digest_of(ROOT / name) == digest for name, digest in manifest["sources"].items())
-        files = {name: FOLDER / file for name, file in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        fits = False
-    if not fits:
-        print("parrot: the compiled modules are not of these sources: not used (make compiled builds them)", file=sys.stderr)
+    files = _files()
+    if isinstance(files, str):
+        print(f"parrot: the compiled modules are stale ({files}) and not used; `make compiled` builds them", file=sys.stderr)
         os.environ[PURE] = "1"  # said once, not by every child
         return False
     sys.meta_path.insert(0, _Finder(files))

@@ -106,8 +106,8 @@ class Task:
     __slots__ = (
         "activated", "attempt", "begin", "cached_tokens", "call", "contexts", "counted_latency", "criteria", "decode_s",
         "depth", "dispatched_s", "end", "engine", "engine_name", "finished_s", "first_token_s", "group", "id", "links",
-        "max_gap_s", "missing", "order", "output", "output_tokens", "path", "prompt_tokens", "ready_s", "refusals", "reserved", "sampling",
-        "sequence", "started_s", "state", "tokens", "tries",
+        "max_gap_s", "missing", "order", "output", "output_tokens", "path", "prompt_tokens", "ready_s", "refusals", "reserved",
+        "sampling", "sequence", "started_s", "state", "tokens", "tries",
     )  # fmt: skip
 
     def __init__(self, id: TaskId, call: Call, begin: int, end: int, output: Variable, sampling: SamplingConfig) -> None:

@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, closing
 from functools import partial
 
+from parrot import compiled
 from sim.faults.plants import PLANTS, planted
 from sim.faults.world import Result, run_seed
 
@@ -65,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.seeds < 1 or args.first < 0 or (args.jobs is not None and args.jobs < 1):
         parser().error("--seeds and --jobs are 1 or more, --first is 0 or more")
+    if args.plant is not None and compiled.in_use():
+        parser().error(f"--plant {args.plant} replaces functions, which compiled modules do not let happen: set PARROT_PURE=1")
     if args.trace is not None:
         with planted(args.plant):
             result = run_seed(args.trace, print)

@@ -19,6 +19,7 @@ from itertools import repeat
 from typing import Any, ClassVar
 
 import numpy as np
+from mypy_extensions import mypyc_attr
 
 from parrot.protocol.api import Criteria
 from parrot.serve.engines import Engine, Load, by_harm, by_load
@@ -27,6 +28,7 @@ from parrot.serve.policies.base import Cluster, InOrder, Placement
 from parrot.serve.queue import TaskQueue
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Parrot(InOrder):
     """Tasks in order; a task takes those with it that belong together."""
 

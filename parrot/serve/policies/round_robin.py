@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from mypy_extensions import mypyc_attr
 
 from parrot.serve.engines import Lane
 from parrot.serve.graph import Task
@@ -14,6 +15,7 @@ from parrot.serve.policies.base import Cluster, InOrder, Placement
 from parrot.serve.queue import TaskQueue
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class RoundRobin(InOrder):
     """Tasks in order of readiness, each to the next engine in order of registration that has room for it."""
 

@@ -1,0 +1,104 @@
+"""The optional compiled build: it is used when it is of these very sources, and otherwise as if it were not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from parrot import compiled
+from parrot.build_compiled import _read_by
+
+ORIGIN = "import importlib.util as u, parrot.compiled as c; print(u.find_spec('parrot.latency').origin, c.in_use())"
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the package, as far as the loader looks at it."""
+    for path in _read_by(compiled.MODULES):
+        copy = tmp_path / path.relative_to(compiled.ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    shutil.copyfile(compiled.ROOT / "parrot" / "__init__.py", tmp_path / "parrot" / "__init__.py")
+    return tmp_path
+
+
+def build(tree: Path) -> Path:
+    """What a build of `tree` leaves behind, without its libraries: which file would be loaded is all that is asked."""
+    folder = tree / compiled.FOLDER.relative_to(compiled.ROOT)
+    folder.mkdir(parents=True)
+    sources = {str(p.relative_to(compiled.ROOT)): compiled.digest_of(p) for p in _read_by(compiled.MODULES)}
+    files = {module: f"{module}.so" for module in compiled.MODULES}
+    manifest = folder / compiled.MANIFEST.name
+    manifest.write_text(json.dumps({"sources": sources, "files": files}))
+    return manifest
+
+
+def python(tree: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if name != compiled.PURE}
+    environment = {**inherited, "PYTHONPATH": str(tree), **environment}
+    return subprocess.run([sys.executable, "-c", code], env=environment, cwd=tree, capture_output=True, text=True, check=True)
+
+
+def source_line(tree: Path) -> str:
+    return f"{tree}/parrot/latency.py False\n"
+
+
+def test_a_build_of_these_sources_is_loaded_in_their_place(tree: Path) -> None:
+    manifest = build(tree)
+    done = python(tree, ORIGIN)
+    assert done.stdout == f"{manifest.parent}/parrot.latency.so True\n"
+    assert done.stderr == ""
+
+
+def test_without_a_build_the_sources_are_used_and_nothing_is_said(tree: Path) -> None:
+    done = python(tree, ORIGIN)
+    assert (done.stdout, done.stderr) == (source_line(tree), "")
+
+
+def test_parrot_pure_leaves_a_build_out_and_says_nothing(tree: Path) -> None:
+    build(tree)
+    done = python(tree, ORIGIN, **{compiled.PURE: "1"})
+    assert (done.stdout, done.stderr) == (source_line(tree), "")
+
+
+@pytest.mark.parametrize("changed", ["parrot/latency.py", "parrot/serve/events.py"])  # compiled, and imported by compiled ones
+def test_a_build_of_other_sources_is_left_out_and_said_once_for_all_processes(tree: Path, changed: str) -> None:
+    build(tree)
+    (tree / changed).write_text((tree / changed).read_text() + "\n# edited\n")
+    child = f"import subprocess, sys, parrot; subprocess.run([sys.executable, '-c', {ORIGIN!r}], check=True)"
+    done = python(tree, child)
+    assert done.stdout == source_line(tree)
+    assert done.stderr.count("make compiled") == 1
+    assert changed in done.stderr
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"sources": {}}', '{"sources": {"parrot/gone.py": "0"}, "files": {}}'])
+def test_a_build_without_a_proper_manifest_is_left_out(tree: Path, text: str) -> None:
+    build(tree).write_text(text)
+    done = python(tree, ORIGIN)
+    assert done.stdout == source_line(tree)
+    assert done.stderr.count("make compiled") == 1
+
+
+@pytest.mark.skipif(not compiled.fits(), reason="nothing is compiled, or not of these sources")
+@pytest.mark.parametrize("policy", ["parrot:all", "least_loaded"])
+def test_compiled_and_pure_runs_write_the_same_bytes(tmp_path: Path, policy: str) -> None:
+    flags = ["--core", "sample_configs/core/localhost_serve_core.json", "--engines", "sample_configs/engine/sim-7b.json:2"]
+    flags += ["--workload", "map_reduce", "--count", "30", "--rate", "5", "--policy", policy, "--no-report"]
+    written = []
+    for pure in ("", "1"):
+        out = tmp_path / f"pure{pure}"
+        environment = {**os.environ, "PYTHONPATH": str(compiled.ROOT), compiled.PURE: pure}
+        command = [sys.executable, "-m", "sim.run", *flags, "--out", str(out)]
+        subprocess.run(command, env=environment, cwd=compiled.ROOT, stdout=subprocess.DEVNULL, check=True)
+        assert json.loads((out / "timing.json").read_bytes())["compiled"] is (not pure)
+        files = [path for path in sorted(out.rglob("*")) if path.is_file() and path.name != "timing.json"]
+        written.append({str(path.relative_to(out)): path.read_bytes() for path in files})
+    assert len(written[0]) > 4
+    assert written[0] == written[1]
