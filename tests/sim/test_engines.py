@@ -20,12 +20,12 @@ class Relay:
     """Two engines; what one finishes goes to the other at the same instant, through a flush as the cluster has it."""
 
     def __init__(self, jump: bool, depth: int) -> None:
-        self.timeline = Timeline()
+        clock = self.timeline = Timeline()
         limits = EngineLimits(32, 4, 4, 32, 100, 20, 64, pipeline_depth=depth)
         self.told: list[tuple[int, EmulatedEvent]] = []
         self.tasks = 0
         self.engines = [
-            SimEngine(self.timeline, EmulatedEngine(limits, LatencyModel(PROFILE), jump=jump), lambda e, i=i: self.hear(i, e))
+            SimEngine(clock, EmulatedEngine(limits, LatencyModel(PROFILE), jump=jump), lambda e, i=i: self.hear(i, e), i)
             for i in range(2)
         ]
 
