@@ -272,7 +272,10 @@ def execute(specification: Specification, folder: Path, where: Where = Where(), 
         if specification.report and specification.tables:
             from sim.report import write_report  # matplotlib
 
-            page = write_report(folder)
+            try:
+                page = write_report(folder)
+            except OSError as error:
+                raise ResultsError(f"{folder}: the report cannot be written: {error.strerror}") from None
             if console.is_terminal:
                 console.print(page, style="dim")
     return failures

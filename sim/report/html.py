@@ -117,7 +117,7 @@ def _svg(figure: Figure, salt: str) -> str:
     """The figure's SVG element. `salt` keeps the ids of several figures in one page apart, and the same in every run."""
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": salt, "svg.fonttype": "path"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     drawing = buffer.getvalue()
     drawing = drawing[drawing.index("<svg") :]
     # matplotlib names groups and glyphs alike in every figure; one page has several, so all names get the salt.

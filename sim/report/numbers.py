@@ -74,7 +74,8 @@ def at_a_glance(study: Study) -> Section:
         rows[f"most tokens/s at any {study.axis.column.rstrip('s')}"] = column_of(most, TOKENS_PER_S.column)
     text = ""
     if study.axis is not None:
-        text = f"At {place_text(study, study.middle)}{', the first rate at or above the knee' if study.is_rate else ''}. "
+        which = ", the first rate at or above the usual knee of JCT" if study.usual_knee is not None else ""
+        text = f"At {place_text(study, study.middle)}{which}. "
     if len(study.series) > 1:
         text += (
             f"The difference to {first} is taken seed by seed, under which both ran the same programs, so that it can be surer "

@@ -66,15 +66,14 @@ def _span(study: Study, field: str) -> str:
 
 def _intervals_text(study: Study) -> str:
     confidence = f"{study.specification.confidence:.0%}"
-    over = next((cell.over for cell in study.cells if cell.over), None)
     text = (
         "JCT: from a program's first request to its last answer, on the client's clock. TTFT: from a call being ready (client "
         "mode request: submitted) to its first token. Time per token: between the first token of an output and its last. "
     )
-    if over is None:
+    if study.over is None:
         text += "Each number is of a single seed: there are no confidence intervals."
     else:
-        text += f"± and bands are {confidence} confidence intervals of the mean over {over}."
+        text += f"± and whiskers are {confidence} confidence intervals of the mean over {study.over}."
     if study.results.draws:
         text += f" Prediction intervals ({confidence}): for one run more, with the spread of the latency profiles in it."
     return text

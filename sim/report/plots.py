@@ -7,17 +7,20 @@ A table's column `series` says which line a row belongs to. An interval around t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from sim.report.style import COLOURS, GREY, line_style, names_of, new_figure, point_style, shared_legend
 
 MOST_POINTS = 300  #: of a cumulative share; more could not be told apart
+DODGE = 0.006  #: of an axis' length, between series of one place
+LEAST_DIFFERENCE = 5.0  #: percent; an axis of differences goes no finer for whiskers' sake
 LOGARITHMIC = 40.0  #: latencies that differ by more than this factor get a logarithmic axis
 
 
@@ -82,6 +85,8 @@ def distributions(panels: Sequence[Panel], columns: int, title: str = "") -> Fig
                 axes.plot(times, shares, label=name, linewidth=1.5, drawstyle="steps-post", **line_style(series.index(name)))
         everything = np.concatenate([np.empty(0), *(sample.values for sample in panel.samples.values())])
         _scale_x(axes, everything)
+        if axes.get_xscale() == "linear":
+            axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel(panel.xlabel)
         axes.set_ylabel(f"share of {panel.things}")
         axes.set_ylim(0, 1.02)
@@ -124,7 +129,9 @@ class Metric(NamedTuple):
 def against(
     table: pd.DataFrame, axis: Metric, metrics: Sequence[Metric], title: str, marks: pd.DataFrame | None = None
 ) -> Figure:
-    """A panel a metric over `axis`, a line a series, with a band where the table has intervals.
+    """A panel a metric over `axis`, a line a series, with whiskers where the table has intervals. Each series stands a little
+    to the side of the one before, so that of points in one place each can be seen. The scale is that of the lines: whiskers
+    much longer are cut.
 
     Columns: series, those of `axis` and `metrics`. marks: rings on a line, columns series, metric (a column's name), x, y.
     """
@@ -132,12 +139,13 @@ def against(
     rows = -(-len(metrics) // columns)
     figure, grid = new_figure(rows, columns, height=2.9)
     series = names_of(table["series"])
+    aside = DODGE * float(table[axis.column].max() - table[axis.column].min())
     for axes, metric in zip(np.ravel(grid), metrics, strict=False):
         for index, name in enumerate(series):
             line = table[table["series"] == name].sort_values(axis.column)
-            _band(axes, line, axis.column, metric, index)
-            style = point_style(index) | {"linewidth": 1.6}
-            axes.plot(line[axis.column], line[metric.column], label=name, **style)
+            x = line[axis.column] + aside * (index - (len(series) - 1) / 2)
+            _whiskers(axes, x, line, metric, index)
+            axes.plot(x, line[metric.column], label=name, **point_style(index) | {"linewidth": 1.4})
             if marks is not None:
                 mine = marks[(marks["series"] == name) & (marks["metric"] == metric.column)]
                 ring = {"facecolors": "none", "edgecolors": COLOURS[index % len(COLOURS)], "linewidths": 1.6, "zorder": 4}
@@ -148,8 +156,7 @@ def against(
         axes.set_ylabel(metric.label)
         if metric.signed:
             axes.axhline(0.0, color=GREY, linewidth=1.0, zorder=1)
-        else:
-            _scale_y(axes, table[metric.column], metric.top)
+        _scale_y(axes, table, metric)
     for axes in np.ravel(grid)[len(metrics) :]:
         axes.set_axis_off()
     figure.suptitle(title)
@@ -157,24 +164,32 @@ def against(
     return figure
 
 
-def _band(axes: Axes, line: pd.DataFrame, x: str, metric: Metric, index: int) -> None:
+def _whiskers(axes: Axes, x: pd.Series, line: pd.DataFrame, metric: Metric, index: int) -> None:
     low, high = f"{metric.column}.low", f"{metric.column}.high"
     if low in line and line[low].notna().any():
         # a time below 0 cannot be, whatever the t distribution says
         low_values = line[low] if metric.signed else line[low].clip(lower=0.0)
         colour = COLOURS[index % len(COLOURS)]
-        axes.fill_between(line[x], low_values, line[high], color=colour, alpha=0.06, linewidth=0)
-        for edge in (low_values, line[high]):  # of many bands, one over the other, only the edges can be followed
-            axes.plot(line[x], edge, color=colour, linewidth=0.5, alpha=0.55)
+        axes.vlines(x, low_values, line[high], color=colour, linewidth=1.0, alpha=0.6, zorder=1)
 
 
-def _scale_y(axes: Axes, values: Any, top: float | None) -> None:
-    known = np.asarray(values, dtype=float)
-    known = known[~np.isnan(known)]
-    if top is None and len(known) and known.min() > 0 and known.max() > LOGARITHMIC * known.min():
+def _scale_y(axes: Axes, table: pd.DataFrame, metric: Metric) -> None:
+    """From 0 (around it when signed), or logarithmic, as far as the lines go, and their whiskers within reason."""
+    known = table[metric.column].dropna().to_numpy(dtype=float)
+    ends = [f"{metric.column}.low", f"{metric.column}.high"]
+    whiskers = table[[end for end in ends if end in table]].to_numpy(dtype=float)
+    furthest = float(np.nanmax(np.abs(whiskers), initial=0.0))
+    most = float(np.abs(known).max(initial=0.0))
+    if metric.signed:
+        limit = min(1.05 * max(most, furthest), max(3.0 * most, LEAST_DIFFERENCE))
+        axes.set_ylim(-limit or -1.0, limit or 1.0)
+    elif metric.top is not None:
+        axes.set_ylim(0, metric.top)
+    elif len(known) and known.min() > 0 and most > LOGARITHMIC * known.min():
         axes.set_yscale("log")
+        axes.set_ylim(bottom=known.min() / 2, top=min(1.2 * max(most, furthest), 3.0 * most))
     else:
-        axes.set_ylim(bottom=0, top=top)
+        axes.set_ylim(0, min(1.05 * max(most, furthest), 1.6 * most) or None)
 
 
 def throughput_and_latency(table: pd.DataFrame, throughput: Metric, latencies: Sequence[Metric]) -> Figure:
@@ -204,7 +219,9 @@ def throughput_and_latency(table: pd.DataFrame, throughput: Metric, latencies: S
         )
         axes.set_xlabel(throughput.label)
         axes.set_ylabel(latency.label)
-        _scale_y(axes, table[latency.column], None)
+        known = table[latency.column].dropna()
+        if len(known) and known.min() > 0 and known.max() > LOGARITHMIC * known.min():
+            axes.set_yscale("log")
     figure.suptitle("Throughput and latency: right and down is better")
     shared_legend(figure)
     return figure

@@ -16,6 +16,7 @@ from sim.report.timelines import loads, one_run, queue_lengths
 from sim.results import RunResult
 from sim.tables import pareto_front
 
+_WHISKERS = " Whiskers: confidence intervals, cut where they are far longer than the lines are high; points stand side by side."
 THINGS = {"jct_s": "programs", "ttft_s": "calls", "tpot_s": "outputs"}
 LOADS = (
     Metric("running", "tasks running"),
@@ -29,15 +30,20 @@ def latency(study: Study) -> Section | None:
     if study.axis is None:
         return None
     knees = {metric.column: study.knees(metric.column) for metric in LATENCIES} if study.is_rate else {}
-    marks = pd.concat(knees.values(), ignore_index=True) if knees else None
+    seen = [table for table in knees.values() if len(table)]
+    marks = pd.concat(seen, ignore_index=True) if seen else None
     axis = Metric("place", study.axis.label)
     what = {"rate": "arrival rate", "clients": "load", "engines": "the number of engines"}[study.axis.column]
     figure = against(study.points, axis, LATENCIES, f"Latency against {what}", marks)
-    figures = [(figure, "Lower is better. Bands: confidence intervals." + (" Rings: knees." if knees else ""))]
+    figures = [(figure, "Lower is better." + (_WHISKERS if study.over else "") + (" Rings: knees." if seen else ""))]
     if len(study.series) > 1:
         figures.append(_differences(study, axis))
     if not knees:
         return Section(f"Latency against {what}", figures=figures)
+    about = "The knee, ringed, is the rate at which a latency first reaches twice its value at the lowest rate measured, "
+    if not seen:
+        none = "linear between rates. None is seen here: no latency does so, for any series under every seed."
+        return Section(f"Latency against {what}", text=[about.replace(", ringed,", "") + none], figures=figures)
     table = pd.DataFrame({"series": study.series})
     for metric in LATENCIES:
         found = knees[metric.column].set_index("series").reindex(study.series)
@@ -45,8 +51,8 @@ def latency(study: Study) -> Section | None:
     return Section(
         f"Latency against {what}",
         text=[
-            "The knee, ringed, is the rate at which a latency first reaches twice its value at the lowest rate measured, "
-            "linear between rates; – where it does not under every seed. The lowest rate should be one without contention."
+            f"{about}linear between rates; – where it does not under every seed. "
+            "The lowest rate should be one without contention."
         ],
         figures=figures,
         tables=[table],
@@ -60,7 +66,7 @@ def _differences(study: Study, axis: Metric) -> tuple[Figure, str]:
     table = tables[0].join(tables[1]).reset_index()
     metrics = [Metric(metric.column, metric.label.replace("(s)", "difference (%)"), signed=True) for metric in shown]
     figure = against(table, axis, metrics, f"Latency beside that of {study.series[0]}")
-    return figure, "Below 0 is better. Compared seed by seed, under which all series ran the same programs; bands as above."
+    return figure, "Below 0 is better. Compared seed by seed, under which all series ran the same programs."
 
 
 def front(study: Study) -> Section | None:

@@ -78,14 +78,22 @@ class Study:
         return sorted(self.points["place"].dropna().unique().tolist())
 
     @cached_property
+    def usual_knee(self) -> float | None:
+        """The median of the series' knees in their mean JCT; null when none is seen."""
+        knees = self.knees("jct_s.mean")["x"] if self.is_rate else []
+        return float(np.median(knees)) if len(knees) else None
+
+    @cached_property
     def middle(self) -> float:
-        """The place that shows most: the first at or above the knees' median, else the middle one."""
-        if len(self.places) == 1:
-            return self.places[0]
-        knees = [k for k in self.knees("jct_s.mean")["x"] if not np.isnan(k)] if self.is_rate else []
-        if not knees:
+        """The place that shows most: the first at or above the usual knee, else the middle one."""
+        if self.usual_knee is None:
             return self.places[len(self.places) // 2]
-        return next((place for place in self.places if place >= float(np.median(knees))), self.places[-1])
+        return next((place for place in self.places if place >= self.usual_knee), self.places[-1])
+
+    @property
+    def over(self) -> str | None:
+        """What confidence intervals are over: seeds or repeats; null when there are none."""
+        return next((cell.over for cell in self.cells if cell.over), None)
 
     @property
     def is_rate(self) -> bool:

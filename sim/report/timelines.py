@@ -61,7 +61,7 @@ def queue_lengths(queues: Mapping[str, pd.DataFrame], title: str) -> Figure:
     axes.set_xlabel("time (s)")
     axes.set_ylabel("tasks waiting for a dispatch")
     axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
+    _from_zero(axes)
     axes.set_title(title)
     shared_legend(figure)
     return figure
@@ -77,7 +77,7 @@ def loads(by_series: Mapping[str, pd.DataFrame], metric: Metric, title: str) -> 
         _engines(axes, load, metric.column)
         axes.set_title(name, fontsize=10)
     grid[0][0].set_xlim(left=0)
-    grid[0][0].set_ylim(bottom=0)
+    _from_zero(grid[0][0])
     for axes in np.ravel(grid)[len(by_series) :]:
         axes.set_axis_off()
     for place in range(max(0, len(by_series) - columns), len(by_series)):  # the lowest panel of each column
@@ -100,7 +100,7 @@ def one_run(queue: pd.DataFrame, load: pd.DataFrame, metrics: Sequence[Metric], 
     last_s = float((queue["time_s"] + queue["bin_s"]).max())
     for (axes,) in grid:
         axes.set_xlim(0, last_s)
-        axes.set_ylim(bottom=0)
+        _from_zero(axes)
     grid[-1][0].set_xlabel("time (s)")
     figure.suptitle(title)
     shared_legend(figure)
@@ -118,6 +118,11 @@ def _engines(axes: Axes, load: pd.DataFrame, column: str) -> None:
     low, middle, high = groups.min(), groups.median(), groups.max()
     axes.fill_between(low.index, low, high, color=COLOURS[0], alpha=0.2, linewidth=0, label=f"range of {len(engines)} engines")
     axes.plot(middle.index, middle, color=COLOURS[0], linewidth=1.3, label="median engine")
+
+
+def _from_zero(axes: Axes) -> None:
+    """Counts, from 0 to at least 1: an empty queue is no mountain range."""
+    axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
 
 
 def _middle(table: pd.DataFrame) -> pd.Series:

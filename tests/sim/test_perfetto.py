@@ -126,3 +126,26 @@ def test_waits_in_the_core_and_loads_are_shown(tmp_path: Path, mode: Mode) -> No
     check_format(trace)
     names = {event["name"] for event in trace["traceEvents"] if event["ph"] in "bC"}
     assert names == {"queued", "queued tasks", "tasks", "KV tokens (estimate)"}
+
+
+def test_a_task_that_never_ended_is_drawn_to_its_last_stamp_and_one_never_placed_only_in_the_queue(tmp_path: Path) -> None:
+    work = [map_reduce(3, "m")]
+    tables = tables_of(work)
+    tasks = tables["tasks"].copy()
+    tasks.loc[0, ["first_token_s", "finished_s"]] = float("nan")  # it had begun
+    tasks.loc[1, ["started_s", "first_token_s", "finished_s"]] = float("nan")
+    tasks.loc[2, ["dispatched_s", "started_s", "first_token_s", "finished_s"]] = float("nan")
+    tasks.loc[2, "engine"] = None
+    trace = trace_of(tmp_path / "t", {**tables, "tasks": tasks}, work)
+    check_format(trace)
+    drawn = {e["args"]["call"]: e["dur"] for e in trace["traceEvents"] if e.get("cat") == "task"}
+    assert sorted(drawn) == [0, 1, 3]
+    assert drawn[0] == pytest.approx((tasks.loc[0, "started_s"] - tasks.loc[0, "dispatched_s"]) * 1e6)
+    assert drawn[1] == 0.0
+
+
+def test_a_run_of_which_nothing_was_placed_has_a_trace(tmp_path: Path) -> None:
+    tables = {name: table.iloc[:0] for name, table in tables_of([chain(2)]).items()}
+    trace = trace_of(tmp_path / "t", tables, [chain(2)])
+    check_format(trace)
+    assert not any(event["ph"] == "X" for event in trace["traceEvents"])

@@ -16,7 +16,7 @@ from sim.report.html import Section, format_interval, write_report
 from sim.report.lanes import lanes_of
 from sim.report.plots import Metric, Panel, Sample, against, bars, distributions, real_against_simulated, sample_of
 from sim.report.style import line_style
-from sim.report.timelines import engine_timeline
+from sim.report.timelines import engine_timeline, queue_lengths
 
 
 def programs() -> pd.DataFrame:
@@ -90,6 +90,23 @@ def test_equal_results_give_equal_bytes(tmp_path: Path) -> None:
 def test_axes_have_labels_and_titles(figure: Figure) -> None:
     assert all(axes.get_xlabel() or axes.get_ylabel() for axes in figure.axes)
     assert figure.axes[0].get_title() or figure.get_suptitle()
+
+
+def test_whiskers_do_not_squeeze_the_lines_and_points_of_one_place_stand_side_by_side() -> None:
+    table = pd.DataFrame({"series": ["x", "x", "y", "y"], "rate": [1, 2, 1, 2], "mean": [1.0, 2.0, 1.0, 2.0]})
+    table = table.assign(**{"mean.low": -500.0, "mean.high": 500.0})
+    (axes,) = against(table, Metric("rate", "rate (1/s)"), [Metric("mean", "mean (s)")], "t").axes
+    assert axes.get_ylim() == pytest.approx((0.0, 3.2))
+    x, y = (line.get_xdata() for line in axes.get_lines())
+    assert x[0] < 1.0 < y[0]
+    (axes,) = against(table, Metric("rate", "rate (1/s)"), [Metric("mean", "change (%)", signed=True)], "t").axes
+    assert axes.get_ylim() == pytest.approx((-6.0, 6.0))
+
+
+def test_an_empty_queue_is_drawn_on_a_scale_of_tasks() -> None:
+    queue = pd.DataFrame({"time_s": [0.0, 1.0], "bin_s": 1.0, "queued": 0.0})
+    (axes,) = queue_lengths({"a": queue, "b": queue}, "Queue").axes
+    assert axes.get_ylim() == (0.0, 1.0)
 
 
 def test_the_share_of_what_failed_is_missing_at_the_end_of_its_line() -> None:

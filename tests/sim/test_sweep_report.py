@@ -12,6 +12,7 @@ import pytest
 
 from sim.report import write_report
 from sim.report.__main__ import main as report
+from sim.report.numbers import at_a_glance
 from sim.report.study import open_study
 from sim.results import FINISHED, read_results
 from sim.run import main as run
@@ -38,7 +39,7 @@ def headings(page: str) -> list[str]:
     return re.findall(r"<h2>(.*?)</h2>", page)
 
 
-def test_a_sweep_has_every_section_and_the_same_bytes_twice(tmp_path: Path) -> None:
+def test_a_sweep_has_every_section(tmp_path: Path) -> None:
     out = results(tmp_path, "--policy", "round_robin,parrot:all", "--rate", "2,8", "--seed", "0,1", "--objectives", "jct_s=1")
     page = write_report(out).read_text()
     assert headings(page) == [
@@ -56,15 +57,17 @@ def test_a_sweep_has_every_section_and_the_same_bytes_twice(tmp_path: Path) -> N
     assert re.findall(r'href="#(s\d+)"', page) == re.findall(r'<section id="(s\d+)"', page)
     assert not re.search(r'(src|href)="(?!#)', page)
     assert "95% confidence intervals of the mean over seeds" in page
-    assert write_report(out).read_text() == page
+    assert "None is seen here" in page  # and so none is spoken of where the rate is chosen
+    assert "the first rate at or above" not in page
 
 
-def test_one_run_has_no_plot_against_what_was_not_varied(tmp_path: Path) -> None:
+def test_one_run_has_no_plot_against_what_was_not_varied_and_the_same_bytes_twice(tmp_path: Path) -> None:
     out = results(tmp_path, "--policy", "parrot", work=[one_call("a"), one_call("b", 0.1)])
     page = write_report(out).read_text()
     assert headings(page) == ["What ran", "At a glance", "Distributions", "Load and queue over time", "Fairness", "All numbers"]
     assert "there are no confidence intervals" in page
     assert "of one tenant" in page
+    assert write_report(out).read_text() == page
 
 
 def test_without_tables_the_report_is_of_the_summaries(tmp_path: Path) -> None:
@@ -128,3 +131,23 @@ def test_objectives_after_the_fact_and_what_is_refused(tmp_path: Path, capsys: p
         assert reason in capsys.readouterr().err
     assert report([str(tmp_path)]) == 1
     assert "no folder of results" in capsys.readouterr().err
+
+
+def test_the_knee_is_ringed_and_chooses_the_rate_that_is_shown(tmp_path: Path) -> None:
+    work = [one_call(f"o{n}", 0.5 * n, output=60) for n in range(40)]
+    out = results(tmp_path, "--rate", "0.5,60,200", "--set", "engine.scheduler.max_batch_size=1", work=work)
+    study = open_study(out)
+    (knee,) = study.knees("jct_s.mean")["x"]
+    by_rate = study.points.set_index("place")["jct_s.mean"]
+    twice = 2 * by_rate[0.5]
+    assert 0.5 < knee < 60
+    assert knee == pytest.approx(0.5 + (60 - 0.5) * (twice - by_rate[0.5]) / (by_rate[60] - by_rate[0.5]))
+    assert (study.usual_knee, study.middle) == (knee, 60.0)
+    assert at_a_glance(study).text == ["At 60 programs/s, the first rate at or above the usual knee of JCT. "]
+
+
+def test_a_report_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = results(tmp_path, work=programs()[:2])
+    (out / "report.html").mkdir()
+    assert report([str(out)]) == 1
+    assert capsys.readouterr().err == f"sim.report: {out}: cannot be written: Is a directory\n"
