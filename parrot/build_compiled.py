@@ -11,8 +11,10 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 from parrot.compiled import FOLDER, MANIFEST, MODULES, PURE, ROOT, digest_of, source_of
@@ -20,10 +22,7 @@ from parrot.compiled import FOLDER, MANIFEST, MODULES, PURE, ROOT, digest_of, so
 
 def build() -> None:
     """Compiles the modules of these sources. Raises SystemExit with a line that says what is missing or went wrong."""
-    try:
-        import mypyc.build  # noqa: F401 - part of mypy
-    except ImportError:
-        raise SystemExit("parrot.build_compiled: mypy is needed to build (pip install mypy setuptools)") from None
+    _check_tools()
     sources = {str(path.relative_to(ROOT)): digest_of(path) for path in _read_by(MODULES)}
     with tempfile.TemporaryDirectory() as work:
         config = Path(work) / "mypy.ini"
@@ -48,6 +47,19 @@ def build() -> None:
         shutil.copytree(made, FOLDER)
     MANIFEST.write_text(json.dumps({"sources": sources, "files": files}, indent=2) + "\n")  # last: without it nothing is used
     print(f"{len(MODULES)} modules compiled into {FOLDER}")
+
+
+def _check_tools() -> None:
+    """Raises SystemExit for what a build needs and is not there: found out now, not after half a minute."""
+    for name in ("mypyc", "setuptools"):  # mypyc is part of mypy
+        if find_spec(name) is None:
+            raise SystemExit(f"parrot.build_compiled: {name} is needed to build: pip install mypy setuptools")
+    compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "").split()
+    if compiler and shutil.which(compiler[0]) is None:
+        raise SystemExit(f"parrot.build_compiled: there is no C compiler {compiler[0]!r}; install gcc, or set CC")
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").is_file():
+        raise SystemExit(f"parrot.build_compiled: Python's headers are not in {headers}: install them (python3-dev)")
 
 
 def _read_by(modules: Iterable[str]) -> list[Path]:

@@ -24,7 +24,8 @@ def tree(tmp_path: Path) -> Path:
         copy = tmp_path / path.relative_to(compiled.ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
-    shutil.copyfile(compiled.ROOT / "parrot" / "__init__.py", tmp_path / "parrot" / "__init__.py")
+    for name in ("__init__.py", "build_compiled.py"):
+        shutil.copyfile(compiled.ROOT / "parrot" / name, tmp_path / "parrot" / name)
     return tmp_path
 
 
@@ -84,6 +85,17 @@ def test_a_build_without_a_proper_manifest_is_left_out(tree: Path, text: str) ->
     done = python(tree, ORIGIN)
     assert done.stdout == source_line(tree)
     assert done.stderr.count("make compiled") == 1
+
+
+def test_a_build_without_a_compiler_is_refused_at_once_and_leaves_everything_as_it_was(tree: Path) -> None:
+    manifest = build(tree)
+    before = manifest.read_bytes()
+    environment = {**os.environ, "PYTHONPATH": str(tree), "CC": "/no/such/compiler"}
+    command = [sys.executable, "-m", "parrot.build_compiled"]
+    done = subprocess.run(command, env=environment, cwd=tree, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "no C compiler '/no/such/compiler'" in done.stderr
+    assert manifest.read_bytes() == before
 
 
 @pytest.mark.skipif(not compiled.fits(), reason="nothing is compiled, or not of these sources")
