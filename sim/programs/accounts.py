@@ -166,9 +166,9 @@ class RecordedReply:
         self._inner.__exit__(kind, error, trace)
 
 
-class RecordedBlocking:
-    """The blocking transport `inner`, with an account of what goes through it. `opened` is told each new session; `closing`
-    sees the request that ends one before it goes out."""
+class _Recorded:
+    """A transport `inner`, with an account of what goes through it. `opened` is told each new session; `closing` sees the
+    request that ends one before it goes out."""
 
     def __init__(
         self,
@@ -176,13 +176,17 @@ class RecordedBlocking:
         account: Account,
         clock: Callable[[], float],
         opened: Callable[[int], None] = lambda _: None,
-        closing: Callable[[Request], None] | None = None,
+        closing: Callable[[Request], Any] | None = None,
     ) -> None:
         self._inner = inner
         self._account = account
         self._clock = clock
         self._opened = opened
         self._closing = closing
+
+
+class RecordedBlocking(_Recorded):
+    """A blocking transport, recorded."""
 
     def open(self, request: Request) -> RecordedReply:
         if self._closing is not None and request.method == "DELETE":
@@ -212,22 +216,8 @@ class RecordedLoopedReply:
             yield line
 
 
-class RecordedLooped:
-    """The same for an asynchronous transport. `closing` is awaited."""
-
-    def __init__(
-        self,
-        inner: Any,
-        account: Account,
-        clock: Callable[[], float],
-        opened: Callable[[int], None] = lambda _: None,
-        closing: Callable[[Request], Any] | None = None,
-    ) -> None:
-        self._inner = inner
-        self._account = account
-        self._clock = clock
-        self._opened = opened
-        self._closing = closing
+class RecordedLooped(_Recorded):
+    """An asynchronous transport, recorded. `closing` is awaited."""
 
     @asynccontextmanager
     async def open(self, request: Request) -> AsyncIterator[RecordedLoopedReply]:
