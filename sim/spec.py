@@ -275,7 +275,8 @@ def core_config_of(run: Run) -> ServeCoreConfig:
         scheduler = parse_policy(run.policy, config.global_scheduler)
     except ParrotError as error:
         raise ConfigurationError(str(error)) from None
-    return msgspec.structs.replace(config, global_scheduler=msgspec.structs.replace(scheduler, random_seed=run.seed))
+    scheduler = msgspec.structs.replace(scheduler, random_seed=run.seed, explain_placements=0)
+    return msgspec.structs.replace(config, global_scheduler=scheduler)
 
 
 def _override(data: Any, dotted: str, value: Any) -> None:

@@ -12,7 +12,8 @@ Seconds = Annotated[float, Meta(gt=0)]
 
 
 class GlobalSchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Section `global_scheduler`. The four switches are parameters of the policy `parrot`."""
+    """Section `global_scheduler`. The four switches are parameters of the policy `parrot`. `explain_placements`: how many of
+    the last placements keep their reasons (GET /v1/debug/placements); 0: none, which costs nothing."""
 
     app_fifo: bool = False
     graph_group: bool = False
@@ -24,6 +25,7 @@ class GlobalSchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=T
     policy: str = "parrot"
     params: dict[str, Any] = {}
     random_seed: int = 0
+    explain_placements: Annotated[int, Meta(ge=0)] = 1024
 
 
 class ServeCoreConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

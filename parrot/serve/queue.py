@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from parrot.serve.contexts import PrefixNode
@@ -11,6 +11,7 @@ from parrot.serve.engines import Lane
 from parrot.serve.graph import Task
 
 Entry = tuple[Any, int, Task]
+Owner = str | int  #: a tenant's name, or the sequence number of a program's session
 
 
 class _Last:
@@ -30,12 +31,15 @@ class TaskQueue:
     """The queue of activated, undispatched tasks; also the read-only view of it that policies get.
 
     `order(task)` is asked once when a task is queued, and again only when its depth changes. With `by_prefix`, tasks
-    are indexed by every prefix of their prompts.
+    are indexed by every prefix of their prompts. With `share_by` ("program", "tenant") each of those has a line of its own
+    beside the lane's, in the same order.
     """
 
-    def __init__(self, order: Callable[[Task], Any], by_prefix: bool) -> None:
+    def __init__(self, order: Callable[[Task], Any], by_prefix: bool, share_by: str = "") -> None:
         self._order = order
         self._by_prefix = by_prefix
+        self._by_tenant = share_by == "tenant"
+        self._shares: dict[Lane, dict[Owner, list[Entry]]] | None = {} if share_by else None
         self._lines: dict[Lane, list[Entry]] = {}
         self.size = 0  #: as len() says it
 
@@ -46,8 +50,11 @@ class TaskQueue:
         line = self._lines.get(task.call.lane)
         if line is None:
             line = self._lines[task.call.lane] = []
-        insort(line, (task.order, task.sequence, task))
+        entry = (task.order, task.sequence, task)
+        insort(line, entry)
         self.size += 1
+        if self._shares is not None:
+            insort(self._shares.setdefault(task.call.lane, {}).setdefault(self._owner(task), []), entry)
         if task.group is not None:
             task.group.queued[task] = None
         if self._by_prefix:
@@ -66,12 +73,24 @@ class TaskQueue:
         if not line:
             del self._lines[lane]
         self.size -= 1
+        if self._shares is not None:
+            self._leave_share(self._shares[lane], task)
         if task.group is not None:
             task.group.queued.pop(task, None)
         if self._by_prefix:
             for node in task.path or ():
                 if node.queued is not None:
                     node.queued.pop(task, None)
+
+    def _owner(self, task: Task) -> Owner:
+        return task.call.session.tenant if self._by_tenant else task.call.session.sequence
+
+    def _leave_share(self, shares: dict[Owner, list[Entry]], task: Task) -> None:
+        owner = self._owner(task)
+        line = shares[owner]
+        del line[bisect_left(line, (task.order, task.sequence))]
+        if not line:
+            del shares[owner]
 
     def reorder(self, task: Task) -> None:
         """What `order` depends on may have changed."""
@@ -91,6 +110,16 @@ class TaskQueue:
     def head(self, lane: Lane) -> Task | None:
         """The first task of the lane in the policy's order."""
         line = self._lines.get(lane)
+        return line[0][2] if line else None
+
+    def owners(self, lane: Lane) -> Collection[Owner]:
+        """Whose tasks wait in the lane: tenants' names or programs' sequence numbers, as the policy's `share_by` says, in
+        the order in which their first waiting task came."""
+        return self._shares.get(lane, {}).keys() if self._shares is not None else ()
+
+    def head_of(self, lane: Lane, owner: Owner) -> Task | None:
+        """The first task of that owner in the lane, in the policy's order."""
+        line = self._shares.get(lane, {}).get(owner) if self._shares is not None else None
         return line[0][2] if line else None
 
     def in_order(self, lane: Lane) -> Iterator[Task]:

@@ -18,6 +18,7 @@ from parrot.serve.contexts import Context, PrefixStore
 from parrot.serve.effects import Abort, AnyEffect, ChainLink, Dispatch, FreeContexts, TaskEnded
 from parrot.serve.engines import Engine, Engines, Lane
 from parrot.serve.events import Constant, Content, TaskFailed, TaskFinished
+from parrot.serve.explanations import Explanations
 from parrot.serve.fault import Fault
 from parrot.serve.graph import Task, chain_of
 from parrot.serve.pauses import Pauses
@@ -48,8 +49,11 @@ class Scheduler:
         self.engines = Engines()
         self.prefixes = PrefixStore(config.constant_prefix_var_timeout)
         self.policy = build_policy(config.global_scheduler)
-        self.queue = TaskQueue(self._order, self.policy.uses_prefix_groups)
+        self.queue = TaskQueue(self._order, self.policy.uses_prefix_groups, self.policy.share_by)
         self.cluster = Cluster(self.engines)
+        kept = self._config.explain_placements
+        self.explanations = Explanations(kept, self._config.policy) if kept else None
+        self.cluster.explaining = kept > 0
         self.policy_errors: dict[str, int] = {}  # what the policy did wrong -> how often
         self.faults: list[Fault] = []
         self._fallback = LeastLoaded({}, None)  # type: ignore[arg-type]
@@ -129,14 +133,15 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------- placement
 
     def place(self, now: float) -> None:
-        """Asks the policy; to be called when `changed`. A policy that raises or answers nonsense is
-        contained: the rest of this round is placed by `least_loaded`."""
+        """Asks the policy; to be called when `changed`. A policy that raises or answers nonsense is contained: the task that
+        it failed on is placed by `least_loaded`, and it is asked again for the others."""
         self.changed = False
         if not self.queue.size or not self.engines.live:
             return
         self.cluster.forget()
         placements: Iterator[Placement] | None = None
         while True:
+            placement: Placement | None = None
             try:
                 if placements is None:
                     placements = iter(self.policy.place(self.queue, self.cluster, now))
@@ -146,10 +151,25 @@ class Scheduler:
                 return
             except Exception as error:  # a third party's policy may raise anything
                 self._policy_failed(error)
-                break
-            self._dispatch(placement, now)
-        for placement in self._fallback.place(self.queue, self.cluster, now):
-            self._dispatch(placement, now)
+                placements = None
+                if not self._place_in_its_stead(placement, now):
+                    return
+            else:
+                self._dispatch(placement, now)
+
+    def _place_in_its_stead(self, failed: Placement | None, now: float) -> bool:
+        """Places the task of a refused placement, or the first one that has room. False when there is none."""
+        tasks = [self.queue.head(lane) for lane in self.queue.lanes()]
+        wrong = failed.task if isinstance(failed, Placement) else None
+        if isinstance(wrong, Task) and wrong.state == "queued":
+            tasks.insert(0, wrong)
+        self.cluster.forget()
+        for task in tasks:
+            if task is not None:
+                for placement in self._fallback.choose(task, self.queue, self.cluster):
+                    self._dispatch(placement, now, fallback=True)
+                    return True
+        return False
 
     def _order(self, task: Task) -> Any:
         """The policy's key of a task; one for which it has none goes last."""
@@ -164,9 +184,11 @@ class Scheduler:
         kind = f"{type(error).__name__} in policy {self._config.policy!r}"
         self.policy_errors[kind] = self.policy_errors.get(kind, 0) + 1
         if self.policy_errors[kind] == 1:
-            self.faults.append(Fault(f"policy {self._config.policy!r} failed; least_loaded placed in its stead", error))
+            self.faults.append(Fault(f"policy {self._config.policy!r} failed; least_loaded places in its stead", error))
 
     def _check(self, placement: Placement) -> None:
+        if not isinstance(placement, Placement):
+            raise TypeError(f"yielded a {type(placement).__name__} where a Placement is wanted")
         task, engine = placement.task, placement.engine
         if task.state != "queued":
             raise ValueError(f"placed task {task.id}, which is {task.state}")
@@ -176,8 +198,10 @@ class Scheduler:
         if not self.cluster.still_fits(task, engine):
             raise ValueError(f"placed task {task.id} on engine {engine.name!r} over its capacity")
 
-    def _dispatch(self, placement: Placement, now: float) -> None:
+    def _dispatch(self, placement: Placement, now: float, fallback: bool = False) -> None:
         task, engine = placement.task, placement.engine
+        if self.explanations is not None:
+            self.explanations.add(placement, task.attempt + 1, now, self.queue.size, fallback)
         self._leave_queue(task)
         task.state = TASK[task.state, "place"]
         task.attempt += 1
@@ -212,9 +236,7 @@ class Scheduler:
             )
         )
 
-    def _hold_chain(
-        self, task: Task, engine: Engine, owner: Session | None
-    ) -> tuple[tuple[ChainLink, ...], int, int, int]:
+    def _hold_chain(self, task: Task, engine: Engine, owner: Session | None) -> tuple[tuple[ChainLink, ...], int, int, int]:
         """Finds or makes a context for each link of the task's chain. Returns the chain, the parent hint, the number
         of links behind that hint, and the tokens that no context holds yet."""
         assert task.path is not None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -16,6 +18,7 @@ from parrot.serve.graph import Task
 from parrot.serve.policies import build_policy, parse_policy
 from parrot.serve.policies.base import Cluster, Placement
 from parrot.serve.policies.least_loaded import LeastLoaded
+from parrot.serve.policies.parameters import Parameter
 from parrot.serve.queue import TaskQueue
 from tests.serve.driver import Driver, content, described, out, read, text, value
 
@@ -200,7 +203,14 @@ def test_nothing_overtakes_a_task_that_waits_for_room() -> None:
 
 class Raising:
     name = "raising"
+    work_conserving = False
+    clairvoyant = False
+    share_by = ""
     uses_prefix_groups = False
+    parameters: ClassVar[dict[str, Parameter]] = {}
+
+    def __init__(self, parameters: object = None, generator: object = None) -> None:
+        """Takes what a policy is built with."""
 
     def order(self, task: Task) -> int:
         return task.sequence
@@ -255,18 +265,104 @@ def test_a_policy_that_cannot_order_a_task_has_it_last_and_the_event_goes_throug
     assert len(d.faults) == 1
 
 
+def test_a_policy_that_fails_on_one_task_places_the_others_itself() -> None:
+    class Picky(LeastLoaded):
+        def choose(self, task: Task, queue: TaskQueue, cluster: Cluster) -> list[Placement]:
+            if task.sequence == 2:
+                raise RuntimeError("not this one")
+            return [Placement(task, cluster.engines(task.call.lane)[-1])]
+
+    d = Driver()
+    d.core.scheduler.policy = Picky({}, None)  # type: ignore[arg-type]
+    session = d.open()
+    for i in range(3):
+        fetched(d, session, text(f"t{i}"), out("x"))
+    d.send(*(ev.RegisterEngine(900 + i, described(f"e{i}")) for i in range(2)))
+    assert engines_of(d) == [2, 1, 2]
+    assert [p.fallback for p in d.core.scheduler.explanations.last(3)] == [False, True, False]  # type: ignore[union-attr]
+    assert len(d.faults) == 1
+
+
+@pytest.mark.parametrize("wrong", [None, "engine 1", Placement(None, None)])  # type: ignore[arg-type]
+def test_what_is_no_placement_is_contained(wrong: Placement) -> None:
+    class Wrong(Raising):
+        def place(self, queue: TaskQueue, cluster: Cluster, now: float) -> Iterator[Placement]:
+            yield wrong
+
+    d = Driver()
+    d.core.scheduler.policy = Wrong()
+    d.engine()
+    fetched(d, d.open(), text("t"), out("x"))
+    assert len(d.dispatches) == 1
+    assert len(d.faults) == 1
+
+
 def test_policy_names_and_parameters_are_checked() -> None:
     base = GlobalSchedulerConfig()
     assert parse_policy("parrot:all", base).ctx_aware
-    some = parse_policy("parrot:app_fifo+ctx_aware", base)
+    some = parse_policy("parrot:app_fifo+ctx_aware+ctx_weight=4", base)
     assert (some.app_fifo, some.graph_group, some.ctx_group, some.ctx_aware) == (True, False, False, True)
-    for bad in ("nobody", "parrot:fast", "round_robin:all"):
+    assert some.params == {"ctx_weight": 4}
+    assert parse_policy("parrot:ctx_weight=4", base).params == {"ctx_weight": 4}
+    for bad in ("nobody", "parrot:fast", "round_robin:all", "parrot:ctx_weight=fast", "parrot:speed=1", "parrot:ctx_weight=-1"):
         with pytest.raises(ParrotError) as caught:
             parse_policy(bad, base)
-        assert bad.split(":")[-1] in str(caught.value) or bad in str(caught.value)
+        assert bad.split(":")[-1].split("=")[0] in str(caught.value)
     for params in ({"nothing": 1}, {"latency_capacity": "many"}, {"latency_capacity": True}, {"ctx_weight": True}):
         with pytest.raises(ParrotError):
             build_policy(GlobalSchedulerConfig(params=params))
+
+
+def test_a_class_of_ones_own_is_module_and_class_with_its_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_policies.py").write_text(
+        "from parrot.serve.policies.base import InOrder, first_fit\n"
+        "from parrot.serve.policies.parameters import Parameter\n"
+        "class Last(InOrder):\n"
+        "    name = 'last'\n"
+        "    parameters = {'skip': Parameter(int, 0, 'engines to leave out', at_least=0)}\n"
+        "    def __init__(self, parameters, generator):\n"
+        "        super().__init__(parameters, generator)\n"
+        "        self._skip = parameters['skip']\n"
+        "    def choose(self, task, queue, cluster):\n"
+        "        found = first_fit(task, cluster.engines(task.call.lane)[::-1][self._skip:], cluster)\n"
+        "        return () if found is None else (found,)\n"
+        "class Nothing:\n"
+        "    pass\n"
+        "number = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    section = parse_policy("own_policies:Last:skip=1", GlobalSchedulerConfig())
+    assert (section.policy, section.params) == ("own_policies:Last", {"skip": 1})
+    d = Driver("own_policies:Last", {"params": {"skip": 1}})
+    for _ in range(3):
+        d.engine()
+    fetched(d, d.open(), text("t"), out("x"))
+    assert engines_of(d) == [2]
+    for name, reason in (
+        ("own_policies:Nothing", "no method place"),
+        ("own_policies:number", "not a class"),
+        ("own_policies:Missing", "cannot be loaded"),
+        ("no_such_module:Last", "cannot be loaded"),
+        ("own_policies:Last:skip=-1", "at least 0"),
+    ):
+        with pytest.raises(ParrotError, match=reason):
+            parse_policy(name, GlobalSchedulerConfig())
+
+
+def test_a_placement_keeps_the_engines_that_were_weighed() -> None:
+    d = Driver("least_loaded", {"explain_placements": 2})
+    for capacity in (1, 8, 8):
+        d.engine(tasks_capacity=capacity)
+    session = d.open()
+    for i, tokens in enumerate((10, 500, 100, 10)):
+        fetched(d, session, text(f"t{i}", tokens), out("x"))
+    assert engines_of(d) == [1, 2, 3, 3]
+    last, before = d.core.scheduler.explanations.last(9)  # type: ignore[union-attr]
+    assert (last.engine_id, last.terms, last.queued) == (3, {"reserved_tokens": 116, "tasks": 1}, 1)
+    assert [(c.engine_id, c.fits, c.terms["reserved_tokens"]) for c in last.candidates] == [
+        (1, False, 26), (3, True, 116), (2, True, 516),
+    ]  # fmt: skip
+    assert before.task.call == 2
 
 
 @pytest.mark.parametrize("policy", ["least_loaded", "round_robin", "parrot"])

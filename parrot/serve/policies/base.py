@@ -17,18 +17,44 @@ from mypy_extensions import mypyc_attr
 from parrot.serve.contexts import PrefixStore
 from parrot.serve.engines import Engine, Engines, Lane
 from parrot.serve.graph import Task
+from parrot.serve.policies.parameters import Parameter
 from parrot.serve.queue import TaskQueue
+
+Terms = dict[str, float]  #: what a score was made of, by name; a larger `score` need not be better: the policy's file says
+
+MOST_CANDIDATES = 8  #: engines whose terms a placement keeps, for policies that would look at all of them
+
+
+class Candidate:
+    """An engine that was considered for a task. `fits`: whether it had room."""
+
+    __slots__ = ("engine", "fits", "terms")
+
+    def __init__(self, engine: Engine, terms: Terms, fits: bool) -> None:
+        self.engine = engine
+        self.terms = terms
+        self.fits = fits
 
 
 class Placement:
-    """Run `task` on `engine`. `terms`: the score that led there, for whoever asks why."""
+    """Run `task` on `engine`. `terms`: the score that led there; `candidates`: the engines that were weighed, best first,
+    the chosen one among them (kept only while `Cluster.explaining`); `rule`: which of the policy's rules decided."""
 
-    __slots__ = ("engine", "task", "terms")
+    __slots__ = ("candidates", "engine", "rule", "task", "terms")
 
-    def __init__(self, task: Task, engine: Engine, terms: dict[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        task: Task,
+        engine: Engine,
+        terms: Terms | None = None,
+        candidates: list[Candidate] | None = None,
+        rule: str = "",
+    ) -> None:
         self.task = task
         self.engine = engine
         self.terms = terms
+        self.candidates = candidates
+        self.rule = rule
 
 
 class Cluster:
@@ -36,6 +62,7 @@ class Cluster:
 
     def __init__(self, engines: Engines) -> None:
         self._engines = engines
+        self.explaining = False  #: whether placements shall carry their candidates
         self._fitting: tuple[Task, Engine] | None = None  # the last pair that was found to fit
 
     def engines(self, lane: Lane) -> list[Engine]:
@@ -153,8 +180,12 @@ def admits(engine: Engine, task: Task, bound: int | None = None) -> bool:
 
 
 class Policy(Protocol):
-    """What the core asks of a policy. `name`: as in the configuration. `uses_prefix_groups`: the queue must index tasks
-    by prefix. `parameters`: name -> (type, default, meaning), checked before it is built.
+    """What the core asks of a policy. `name`: as in the configuration. `parameters`: by name, checked before it is built.
+
+    What it needs of the views, which costs something to keep: `uses_prefix_groups`: the queue indexes tasks by prefix
+    (`TaskQueue.sharing`); `share_by`: "program" or "tenant": the queue keeps a line for each of them
+    (`TaskQueue.owners`), "" for none. `clairvoyant`: it reads output lengths, which only a simulation knows
+    (`SamplingConfig.output_length`): a server refuses to run it.
 
     `work_conserving`: it claims that after each instant no lane with queued tasks has a live engine that admits the first of
     them in `order` (`Cluster.fits` without a bound; a suspect engine admits nothing, and one that has rejected a task is full
@@ -163,8 +194,10 @@ class Policy(Protocol):
 
     name: ClassVar[str]
     work_conserving: ClassVar[bool]
+    clairvoyant: ClassVar[bool]
+    share_by: ClassVar[str]
     uses_prefix_groups: bool
-    parameters: ClassVar[dict[str, tuple[type, Any, str]]]
+    parameters: ClassVar[dict[str, Parameter]]
 
     def __init__(self, parameters: dict[str, Any], generator: np.random.Generator) -> None: ...
 
@@ -181,8 +214,10 @@ class InOrder:
     that none starves. A subclass says where one task (or the tasks that go with it) shall run."""
 
     work_conserving: ClassVar[bool] = True
+    clairvoyant: ClassVar[bool] = False
+    share_by: ClassVar[str] = ""
     uses_prefix_groups: bool = False
-    parameters: ClassVar[dict[str, tuple[type, Any, str]]] = {}
+    parameters: ClassVar[dict[str, Parameter]] = {}
 
     def __init__(self, parameters: dict[str, Any], generator: np.random.Generator) -> None:
         # The head of a lane that found no engine: asking again is of no use, but for engines that have more room since.
@@ -214,10 +249,42 @@ class InOrder:
 
 
 def first_fit(
-    task: Task, engines: Iterable[Engine], cluster: Cluster, bound: int | None = None
-) -> tuple[Engine, dict[str, float]] | None:
-    """The first of `engines` on which the task fits, with its load as the reason."""
+    task: Task, engines: Iterable[Engine], cluster: Cluster, bound: int | None = None, rule: str = ""
+) -> Placement | None:
+    """The task on the first of `engines` on which it fits, with their loads as the reason; None when it fits on none."""
+    if cluster.explaining:
+        return best_of(task, ((engine, load_terms(engine)) for engine in engines), cluster, bound, rule)
     for engine in engines:
         if cluster.fits(task, engine, bound):
-            return engine, {"reserved_tokens": engine.reserved, "tasks": len(engine.tasks)}
+            return Placement(task, engine, None, None, rule)
     return None
+
+
+def best_of(
+    task: Task, ranked: Iterable[tuple[Engine, Terms]], cluster: Cluster, bound: int | None = None, rule: str = ""
+) -> Placement | None:
+    """The task on the first engine of `ranked` (best first, each with what its score was made of) on which it fits; None when
+    it fits on none. While the cluster explains, all before it and the next ones are kept as candidates."""
+    if not cluster.explaining:
+        for engine, terms in ranked:
+            if cluster.fits(task, engine, bound):
+                return Placement(task, engine, terms, None, rule)
+        return None
+    seen: list[Candidate] = []
+    chosen: Candidate | None = None
+    for engine, terms in ranked:
+        if chosen is not None and len(seen) >= MOST_CANDIDATES:
+            break
+        candidate = Candidate(engine, terms, admits(engine, task, bound))
+        if len(seen) < MOST_CANDIDATES or candidate.fits:
+            seen.append(candidate)
+        if chosen is None and candidate.fits:
+            chosen = candidate
+    if chosen is None:
+        return None
+    return Placement(task, chosen.engine, chosen.terms, seen, rule)
+
+
+def load_terms(engine: Engine) -> Terms:
+    """The engine's load by the core's own count."""
+    return {"reserved_tokens": engine.reserved, "tasks": len(engine.tasks)}

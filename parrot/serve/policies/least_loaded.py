@@ -21,4 +21,4 @@ class LeastLoaded(InOrder):
 
     def choose(self, task: Task, queue: TaskQueue, cluster: Cluster) -> Iterable[Placement]:
         found = first_fit(task, task.call.lane.ordered(by_load), cluster)
-        return () if found is None else (Placement(task, *found),)
+        return () if found is None else (found,)

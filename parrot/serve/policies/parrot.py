@@ -25,6 +25,7 @@ from parrot.protocol.api import Criteria
 from parrot.serve.engines import Engine, Load, by_harm, by_load
 from parrot.serve.graph import Task
 from parrot.serve.policies.base import Cluster, InOrder, Placement
+from parrot.serve.policies.parameters import Parameter
 from parrot.serve.queue import TaskQueue
 
 
@@ -33,13 +34,17 @@ class Parrot(InOrder):
     """Tasks in order; a task takes those with it that belong together."""
 
     name: ClassVar[str] = "parrot"
-    parameters: ClassVar[dict[str, tuple[type, Any, str]]] = {
-        "app_fifo": (bool, False, "programs in order of arrival, the task farthest along its DAG first"),
-        "graph_group": (bool, False, "a task group goes to an engine as a whole"),
-        "ctx_group": (bool, False, "queued tasks that share a prefix go together"),
-        "ctx_aware": (bool, False, "prefer an engine that holds the prefix"),
-        "ctx_weight": (float, 2.0, "reserved tokens beyond the least loaded engine's that a cached token outweighs"),
-        "latency_capacity": (int, None, "tokens that an engine with a latency-bound task may hold; null: its capacity"),
+    parameters: ClassVar[dict[str, Parameter]] = {
+        "app_fifo": Parameter(bool, False, "programs in order of arrival, the task farthest along its DAG first"),
+        "graph_group": Parameter(bool, False, "a task group goes to an engine as a whole"),
+        "ctx_group": Parameter(bool, False, "queued tasks that share a prefix go together"),
+        "ctx_aware": Parameter(bool, False, "prefer an engine that holds the prefix"),
+        "ctx_weight": Parameter(
+            float, 2.0, "reserved tokens beyond the least loaded engine's that a cached token outweighs", at_least=0
+        ),
+        "latency_capacity": Parameter(
+            int, None, "tokens that an engine with a latency-bound task may hold; null: its capacity", at_least=1
+        ),
     }
 
     def __init__(self, parameters: dict[str, Any], generator: np.random.Generator) -> None:

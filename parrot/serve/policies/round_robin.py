@@ -11,7 +11,7 @@ from mypy_extensions import mypyc_attr
 
 from parrot.serve.engines import Lane
 from parrot.serve.graph import Task
-from parrot.serve.policies.base import Cluster, InOrder, Placement
+from parrot.serve.policies.base import Cluster, InOrder, Placement, first_fit
 from parrot.serve.queue import TaskQueue
 
 
@@ -30,9 +30,7 @@ class RoundRobin(InOrder):
         engines = cluster.engines(lane)
         last = self._last.get(lane, 0)
         start = next((i for i, engine in enumerate(engines) if engine.id > last), 0)
-        for turn in range(len(engines)):
-            engine = engines[(start + turn) % len(engines)]
-            if cluster.fits(task, engine):
-                self._last[lane] = engine.id
-                yield Placement(task, engine, {"turns_skipped": turn})
-                return
+        found = first_fit(task, engines[start:] + engines[:start], cluster)
+        if found is not None:
+            self._last[lane] = found.engine.id
+            yield found
