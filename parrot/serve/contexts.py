@@ -168,6 +168,7 @@ class PrefixStore:
         dropped = [context] if node is None or not node.children else self._below(node, engine.id)
         for gone in dropped:
             owner, node = gone.owner, gone.node
+            engine.cached_tokens -= gone.tokens
             if owner is None:
                 if gone.state == "retained":
                     self._shared.pop(gone, None)

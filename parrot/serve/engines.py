@@ -32,13 +32,25 @@ _TASK_BITS, _TOKEN_BITS = 24, 48  #: of a number of tasks on an engine, and of t
 
 
 class Engine:
-    """A registered engine. `reserved` tokens: Σ(new prompt + max_gen_length) of its tasks in flight. `version` changes
-    whenever its capacity has changed in a way that could let in what it refused. `failures`: attempts that failed there in a
-    row, those that failed together counted once; `suspected_s`: when it was last suspected for it."""
+    """A registered engine. `version` changes whenever its capacity has changed in a way that could let in what it refused.
+    `failures`: attempts that failed there in a row, those that failed together counted once; `suspected_s`: when it was last
+    suspected for it.
+
+    Its load, in tokens, by the core's own count and kept by addition, so that a policy may ask for it at no cost:
+
+    - `reserved`: Σ(new prompt + max_gen_length) of its tasks in flight;
+    - `prompt_tokens`: Σ whole prompt of its tasks in flight, what it holds of them already included;
+    - `prefill_tokens`: Σ new prompt of those tasks in flight whose first token has not come: what it has yet to compute;
+    - `cached_tokens`: Σ tokens of the contexts that the core believes there, those that are being computed included.
+
+    `latency_tasks`: how many of its tasks are latency-bound, as they were when they were placed. `reports_evictions`: whether
+    it tells which contexts it gave up. If it does, the core's belief of what it holds is exact (but for what is on the way);
+    if not, an estimate: that it keeps all it was given until the core lets go of it.
+    """
 
     __slots__ = (
-        "contexts", "description", "failures", "id", "lanes", "latency_tasks", "next_context_id", "reserved", "state",
-        "suspected_s", "tasks", "version",
+        "cached_tokens", "contexts", "description", "failures", "id", "lanes", "latency_tasks", "next_context_id",
+        "prefill_tokens", "prompt_tokens", "reports_evictions", "reserved", "state", "suspected_s", "tasks", "version",
     )  # fmt: skip
 
     def __init__(self, id: int, description: EngineDescription) -> None:
@@ -48,7 +60,11 @@ class Engine:
         self.tasks: dict[Task, None] = {}
         self.contexts: dict[int, Context] = {}
         self.reserved = 0
+        self.prompt_tokens = 0
+        self.prefill_tokens = 0
+        self.cached_tokens = 0
         self.latency_tasks = 0
+        self.reports_evictions = description.engine_type != "openai"  # a remote endpoint says nothing of its cache
         self.version = 0
         self.next_context_id = 0
         self.failures = 0
@@ -155,7 +171,8 @@ class Lane:
         self.opened.append(engine)
 
     def ordered(self, key: Callable[[Engine], Load]) -> EngineIndex:
-        """The engines of the lane sorted by `key`; the index is kept from the first time it is asked for."""
+        """The engines of the lane sorted by `key`; the index is kept from the first time it is asked for. `key` may use any
+        count of an `Engine`: all that changes one says so (`Engines.load_changed`)."""
         index = self.indexes.get(key)
         if index is None:
             index = self.indexes[key] = EngineIndex(key)

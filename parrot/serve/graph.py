@@ -106,8 +106,8 @@ class Task:
     __slots__ = (
         "activated", "attempt", "begin", "cached_tokens", "call", "contexts", "counted_latency", "criteria", "decode_s",
         "depth", "dispatched_s", "end", "engine", "engine_name", "finished_s", "first_token_s", "group", "id", "links",
-        "max_gap_s", "missing", "order", "output", "output_tokens", "path", "prompt_tokens", "ready_s", "refusals", "reserved",
-        "sampling", "sequence", "started_s", "state", "tokens", "tries",
+        "max_gap_s", "missing", "order", "output", "output_tokens", "path", "placed_tokens", "prompt_tokens", "ready_s",
+        "refusals", "reserved", "sampling", "sequence", "started_s", "state", "tokens", "tries",
     )  # fmt: skip
 
     def __init__(self, id: TaskId, call: Call, begin: int, end: int, output: Variable, sampling: SamplingConfig) -> None:
@@ -136,6 +136,7 @@ class Task:
         self.engine: Engine | None = None
         self.contexts: list[Context] | None = None
         self.reserved = 0
+        self.placed_tokens = 0  # its whole prompt there, by the core's count
         self.counted_latency = False  # whether its engine counts it among its latency-bound tasks
         # its life, for reports
         self.engine_name: str | None = None

@@ -218,6 +218,9 @@ class Scheduler:
         task.reserved = new_tokens + task.sampling.max_gen_length
         engine.tasks[task] = None
         engine.reserved += task.reserved
+        engine.prompt_tokens += task.placed_tokens
+        engine.prefill_tokens += new_tokens
+        engine.cached_tokens += new_tokens
         task.counted_latency = task.latency_sensitive
         engine.latency_tasks += task.counted_latency
         self.engines.load_changed(engine)
@@ -244,7 +247,7 @@ class Scheduler:
         tokenizer = engine.description.tokenizer
         chain: list[ChainLink] = []
         contexts: list[Context] = []
-        new_tokens, parent, cached_links = 0, -1, 0
+        new_tokens, whole, parent, cached_links = 0, 0, -1, 0
         engine_id, prefixes = engine.id, self.prefixes
         bos_tokens = engine.description.bos_tokens
         for depth, (node, link) in enumerate(zip(task.path, task.links, strict=True)):
@@ -263,9 +266,11 @@ class Scheduler:
                     parent, cached_links = context.id, depth + 1
                 prefixes.use(context)
             contexts.append(context)
+            whole += context.tokens
             keys = (contents[0].key,) if len(contents) == 1 else tuple([c.key for c in contents])
             chain.append(ChainLink(context.id, keys, context.tokens, link.output))
         task.contexts = contexts
+        task.placed_tokens = whole
         return tuple(chain), parent, cached_links, new_tokens
 
     @staticmethod
@@ -350,6 +355,10 @@ class Scheduler:
             task.started_s = now
         if task.first_token_s is None:
             task.first_token_s = now
+            engine = task.engine
+            assert engine is not None
+            engine.prefill_tokens -= task.reserved - task.sampling.max_gen_length
+            self.engines.load_changed(engine)
             for context in task.contexts or ():
                 context.filled = True
 
@@ -364,6 +373,7 @@ class Scheduler:
         engine.failures = 0
         generated = contexts[-1]
         generated.tokens = event.output_tokens
+        engine.cached_tokens += event.output_tokens
         generated.filled = True
         if event.output_tokens == 0 or not self.prefixes.attach_output(
             generated, path[-1] if path else None, event.content.key, task.call.session.domain
@@ -438,6 +448,7 @@ class Scheduler:
             for gone in self.prefixes.drop(context):
                 if gone.id not in told:
                     self.freed.setdefault(engine_id, []).append(gone.id)
+        self.engines.load_changed(engine)
 
     def _again(self, task: Task, code: str, message: str, now: float) -> None:
         """Queued again for another attempt, or failed when all are used up."""
@@ -459,8 +470,10 @@ class Scheduler:
         assert contexts is not None
         del engine.tasks[task]
         engine.reserved -= task.reserved
+        engine.prompt_tokens -= task.placed_tokens
+        if task.first_token_s is None:
+            engine.prefill_tokens -= task.reserved - task.sampling.max_gen_length
         engine.latency_tasks -= task.counted_latency
-        self.engines.load_changed(engine, more_room)
         if self.queue.size:
             self.changed = True
         release = self.prefixes.release
@@ -470,6 +483,7 @@ class Scheduler:
             release(context, now)
             if context.tasks == 0 and (context.node is None or not context.filled) and engine.state != "lost":
                 self._free(context)
+        self.engines.load_changed(engine, more_room)
 
     def _free(self, context: Context) -> None:
         """Drops a context and tells its engine."""
@@ -478,9 +492,16 @@ class Scheduler:
 
     def free_session(self, contexts: list[Context]) -> None:
         """The session that owned these has ended."""
+        self._free_retained(contexts)
+
+    def _free_retained(self, contexts: list[Context]) -> None:
+        engines: dict[Engine, None] = {}
         for context in contexts:
             if context.state == "retained":
                 self._free(context)
+                engines[context.engine] = None
+        for engine in engines:
+            self.engines.load_changed(engine)
 
     def flush_freed(self) -> None:
         """One effect an engine for all that was freed in this instant."""
@@ -516,9 +537,7 @@ class Scheduler:
             self.faults.append(Fault(f"the core failed at {what}", error))
 
     def _free_expired(self, now: float) -> None:
-        for context in self.prefixes.expired(now):
-            if context.state == "retained":
-                self._free(context)
+        self._free_retained(self.prefixes.expired(now))
 
     def _fail_stranded(self, now: float) -> None:
         while self._stranded and next(iter(self._stranded.values())) <= now:

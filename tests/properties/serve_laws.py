@@ -11,8 +11,14 @@ from hypothesis.stateful import invariant
 
 from parrot.serve import events as ev
 from parrot.serve import states
+from parrot.serve.engines import Engine
 from parrot.serve.policies.base import admits
 from tests.properties.serve_machine import ServeCorePlay
+
+
+def by_counts(engine: Engine) -> tuple[int, ...]:
+    """A policy's key that would show any change that indexes are not told of."""
+    return engine.prefill_tokens, engine.cached_tokens, engine.prompt_tokens
 
 
 class ServeCoreMachine(ServeCorePlay):
@@ -55,10 +61,15 @@ class ServeCoreMachine(ServeCorePlay):
         for engine in self.core.engines.values() if hasattr(self, "core") else ():
             assert engine.reserved == sum(t.reserved for t in engine.tasks)
             assert engine.latency_tasks == sum(t.counted_latency for t in engine.tasks)
+            assert engine.prompt_tokens == sum(sum(c.tokens for c in t.contexts[:-1]) for t in engine.tasks)
+            unanswered = [t for t in engine.tasks if t.first_token_s is None]
+            assert engine.prefill_tokens == sum(t.reserved - t.max_gen_length for t in unanswered)
+            assert engine.cached_tokens == sum(c.tokens for c in engine.contexts.values())
             if len(engine.tasks) > 1:
                 assert len(engine.tasks) <= engine.description.tasks_capacity
                 assert engine.reserved <= engine.description.tokens_capacity
             for lane in self.core.scheduler.engines.lanes.values():
+                lane.ordered(by_counts)  # kept sorted from now on
                 for index in lane.indexes.values():
                     loads = sorted((index._key(e), e.id) for e in lane.engines.values())
                     assert [e.id for e in index] == [engine_id for _, engine_id in loads]
@@ -121,6 +132,7 @@ class ServeCoreMachine(ServeCorePlay):
         self.time_passes(100.0)
         for engine in self.core.engines.values():
             assert not engine.contexts
+            assert (engine.prompt_tokens, engine.prefill_tokens, engine.cached_tokens) == (0, 0, 0)
         assert not self.core.scheduler.prefixes._roots, "prefixes that nobody needs are pruned"
         assert not self.core.scheduler.policy_errors
 

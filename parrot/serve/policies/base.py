@@ -84,6 +84,11 @@ class Cluster:
         """How many leading tokens of the task's prompt the engine holds."""
         return cached_tokens(task, engine)
 
+    @staticmethod
+    def exact(engine: Engine) -> bool:
+        """Whether what is said of that engine's cached prefixes is so; an estimate where it reports no evictions."""
+        return engine.reports_evictions
+
     def longest_matches(self, task: Task) -> Iterator[tuple[int, list[Engine]]]:
         """(matched links, engines of the task's lane), longest match first, each engine once."""
         lane = task.call.lane.engines
