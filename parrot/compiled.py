@@ -34,6 +34,7 @@ MODULES = (
     "parrot.latency",
     "parrot.serve.contexts",
     "parrot.serve.core",
+    "parrot.serve.deduction",
     "parrot.serve.engines",
     "parrot.serve.gets",
     "parrot.serve.graph",

@@ -9,7 +9,8 @@ shared with everybody hangs below the common root, and what follows it is again 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 from parrot.serve.states import CONTEXT
@@ -24,11 +25,19 @@ COMMON = ""  #: the domain of leading constants that all sessions may share
 NodeKey = str | tuple[str, ...]
 
 
+def prefix_hash(parent: str, keys: Iterable[str]) -> str:
+    """The hash of the prefix with these content keys behind the one that `parent` is the hash of ("": nothing). It depends on
+    the content keys and their order alone: not on domains, engines, or whether fills were fused."""
+    for key in keys:
+        parent = blake2b(f"{parent or '-'} {key}".encode(), digest_size=16).hexdigest()
+    return parent
+
+
 class PrefixNode:
     """One prefix. `contexts`: engine id -> the context that holds it there. `queued`: tasks waiting for a placement
     whose prompt begins with it (kept only for policies that ask). `users`: tasks whose whole prompt it is."""
 
-    __slots__ = ("children", "contexts", "depth", "domain", "key", "parent", "queued", "users")
+    __slots__ = ("_hash", "children", "contexts", "depth", "domain", "key", "parent", "queued", "users")
 
     def __init__(self, parent: PrefixNode | None, key: NodeKey, domain: str, depth: int) -> None:
         self.parent = parent
@@ -39,6 +48,33 @@ class PrefixNode:
         self.contexts: dict[int, Context] | None = None
         self.queued: dict[Task, None] | None = None
         self.users = 0
+        self._hash: str | None = None
+
+    @property
+    def static(self) -> bool:
+        """Whether all sessions may share it: a call's leading constant. Everything else is its domain's own."""
+        return self.domain == COMMON
+
+    @property
+    def prefix_hash(self) -> str:
+        """Of its content, from the head of the prompt; computed when it is first asked for."""
+        unknown: list[PrefixNode] = []
+        node: PrefixNode | None = self
+        while node is not None and node._hash is None:
+            unknown.append(node)
+            node = node.parent
+        reached = "" if node is None else node._hash or ""
+        for node in reversed(unknown):
+            reached = node._hash = prefix_hash(reached, node._contents())
+        return reached
+
+    def _contents(self) -> tuple[str, ...]:
+        """The content keys that it adds to its parent's."""
+        if self.parent is None:
+            return ()
+        if isinstance(self.key, str):
+            return (self.key,)
+        return self.key if self.domain == self.parent.domain else self.key[1:]
 
 
 class Context:

@@ -19,12 +19,13 @@ from parrot.protocol.engine import RegisterAnswer
 from parrot.protocol.errors import ErrorInfo, ParrotError
 from parrot.serve import events as ev
 from parrot.serve.config import ServeCoreConfig
+from parrot.serve.deduction import Deduction, tighter
 from parrot.serve.effects import AnyEffect, Reply, SessionEnded
 from parrot.serve.engines import Engine
 from parrot.serve.events import AnyEvent, Content
 from parrot.serve.fault import Fault
 from parrot.serve.gets import PendingGet, PendingGets
-from parrot.serve.graph import Call, Deduction, Task, tasks_of, tighter
+from parrot.serve.graph import Call, Task, tasks_of
 from parrot.serve.reports import call_answer, input_failed, session_report
 from parrot.serve.scheduler import Scheduler
 from parrot.serve.sessions import IdleSessions, Session
@@ -310,13 +311,9 @@ class ServeCore:
                         self.scheduler.cancel(task, now)
         if session.contexts:
             self.scheduler.free_session(list(session.contexts))
-        # Breaks the cycles of calls, tasks and variables, so that memory is given back at once.
         for call in session.calls:
             self.scheduler.engines.leave(call.lane)
-            call.tasks.clear()
-        session.calls.clear()
-        session.variables.clear()
-        session.groups = session.contexts = session.answers = None
+        session.forget()
         self._effects.append(SessionEnded(session.id, session.state))
 
     def _remember_ended(self, session_id: int, state: str) -> None:
@@ -393,7 +390,6 @@ class ServeCore:
                 task.missing -= 1
                 if task.missing == 0 and task.activated and task.state == "waiting":
                     self._enqueue(task, now)
-            variable.consumers = None
         self._idle.touch(session, now)
 
     def _became_failed(self, session: Session, variable: Variable, error: ErrorInfo, now: float) -> list[Task]:
@@ -402,7 +398,6 @@ class ServeCore:
         for request in self._gets.settle(session, variable):
             self._effects.append(Reply(request, None, error))
         failed = [task for task in variable.consumers or () if task.state == "waiting"]
-        variable.consumers = None
         for task in failed:
             task.state = TASK[task.state, "fail"]
             task.finished_s = now
@@ -426,9 +421,15 @@ class ServeCore:
         if deadline is not None:
             self.due_at = min(self.due_at, deadline)
         self._idle.touch(session, now)
-        variable.criteria = tighter(variable.criteria, event.criteria or Criteria.THROUGHPUT)
-        if variable.producer is not None:
-            self._deduction.fetch(variable.producer, variable.criteria or Criteria.THROUGHPUT)
+        self._want(variable, event.criteria or Criteria.THROUGHPUT)
+
+    def _want(self, variable: Variable, criteria: Criteria) -> None:
+        """Somebody wants the variable. What is wanted once stays so, whatever becomes of the get."""
+        wanted = tighter(variable.criteria, criteria)
+        if wanted is not variable.criteria:
+            variable.criteria = wanted
+            if variable.producer is not None:
+                self._deduction.fetch(variable.producer)
 
     def _cancel_get(self, event: ev.CancelGet, now: float) -> None:
         self._drop_get(event.request, now)
@@ -469,7 +470,7 @@ class ServeCore:
         for task in tasks:
             self._connect(task, now)
         if event.output_criteria is not None and not tasks[-1].ended:
-            self._deduction.fetch(tasks[-1], event.output_criteria)
+            self._want(tasks[-1].output, event.output_criteria)
 
     def _connect(self, task: Task, now: float) -> None:
         """Puts a new task into the graph: what it waits for, and who waits for it already."""
@@ -478,26 +479,28 @@ class ServeCore:
         output.state = VARIABLE[output.state, "produce"]
         failed: Variable | None = None
         for variable in task.inputs():
+            if variable.consumers is None:
+                variable.consumers = [task]
+            else:
+                variable.consumers.append(task)
             if variable.state == "failed":
                 failed = failed or variable
             elif variable.state != "ready":
                 task.missing += 1
-                if variable.consumers is None:
-                    variable.consumers = []
-                variable.consumers.append(task)
+                if variable.producer is not None:
+                    if task.sources is None:
+                        task.sources = []
+                    task.sources.append(variable.producer)
         if failed is not None:
             assert failed.error is not None
             task.state = TASK[task.state, "fail"]
             task.finished_s = now
             self._task_failed(task, input_failed(failed, failed.error), now)
             return
-        if output.criteria is not None:  # a get came before the call; what is wanted once stays so, whatever became of the get
-            self._deduction.fetch(task, output.criteria)
-        if output.consumers:
-            self._deduction.connect(task)
+        self._deduction.add(task)
 
     def _activated(self, task: Task) -> None:
-        """Deduction has activated the task, or changed its depth or group."""
+        """Deduction has activated the task, or changed what it says of it."""
         if task.state == "queued":
             self.scheduler.reorder(task)
         elif task.state == "waiting" and task.missing == 0:

@@ -1,20 +1,19 @@
-"""The DAG of calls: a call's completion tasks, their edges through variables, and what follows from each get.
+"""The DAG of calls: a call's completion tasks, their edges through variables, and what policies may ask of them.
 
-Deduction (Parrot, OSDI'24, section 4.2) walks backward from a fetched output: every task that the output needs is
-activated, gets the criteria of what it serves, its depth (the longest way to a fetched output, in tasks) and, where
-several tasks feed one consumer in parallel, a task group, whose completion as a whole is what matters. Calls and gets
-may come in any order; the work of each is proportional to what it changes. A later get tightens, never loosens.
+The paper's primitives (Parrot, OSDI'24, section 4.2) are `Task.producers`, `Task.consumers`, `Task.prefix_hashes` and the
+performance objective: `Task.criteria`, and `Variable.criteria` as its gets gave it. What a get means for the tasks behind it
+is deduced in `deduction.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from heapq import heappop, heappush
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from parrot.protocol.api import Criteria, SamplingConfig
 from parrot.protocol.engine import TaskId
 from parrot.serve import states
+from parrot.serve.contexts import prefix_hash
 from parrot.serve.events import Constant, Content, Output, Segment
 from parrot.serve.variables import Variable
 
@@ -23,16 +22,10 @@ if TYPE_CHECKING:
     from parrot.serve.engines import Engine, Lane
     from parrot.serve.sessions import Session
 
-_RANK = {Criteria.THROUGHPUT: 0, Criteria.TPOT: 1, Criteria.TTFT: 2, Criteria.LATENCY: 3}
 
-
-def tighter(a: Criteria | None, b: Criteria | None) -> Criteria | None:
-    """The criteria that satisfies both: the stricter of two; TTFT and TPOT together are latency."""
-    if a is None or b is None or a is b:
-        return a if b is None else b
-    if {a, b} == {Criteria.TTFT, Criteria.TPOT}:
-        return Criteria.LATENCY
-    return a if _RANK[a] >= _RANK[b] else b
+def latency_bound(criteria: Criteria | None) -> bool:
+    """Whether all that leads to an output which is wanted so delays what is wanted: its latency, or its first token."""
+    return criteria is Criteria.LATENCY or criteria is Criteria.TTFT
 
 
 class Call:
@@ -76,14 +69,28 @@ class Call:
 
 
 class Group:
-    """Tasks of one stage that feed `root` in parallel. `queued`: those of its members that wait for a placement."""
+    """A task group: the tasks of one stage, which run in parallel and matter as a whole. `root`: the fetched output's task
+    that they lead to, `depth` tasks from here. `members`: two or more, ended ones included, in no order that means anything;
+    `queued`: those that wait for a placement."""
 
-    __slots__ = ("depth", "queued", "root")
+    __slots__ = ("depth", "members", "queued", "root")
 
     def __init__(self, root: TaskId, depth: int) -> None:
         self.root = root
         self.depth = depth
+        self.members: dict[Task, None] = {}
         self.queued: dict[Task, None] = {}
+
+    @property
+    def latency_bound(self) -> bool:
+        """Whether an output that is wanted for its latency waits for the group. (Its members may batch all the same.)"""
+        for member in self.members:
+            return latency_bound(member.criteria)
+        return False
+
+    def unended(self) -> list[Task]:
+        """The members that have not ended. O(members)."""
+        return [member for member in self.members if not member.ended]
 
 
 class Link:
@@ -100,14 +107,17 @@ class Task:
     """A completion task: fills, then one generate. It is also the view of itself that policies read.
 
     `begin`, `end`: its own segments are call.segments[begin:end], the last of them its output; its chain starts at 0.
-    Times are seconds of the core's clock, None while they have not come.
+    `criteria`: its performance objective. `depth`: the longest way to a fetched output, in tasks: how many come after it, one
+    behind the other, until somebody has what they asked for. `group`: its task group, None when nothing runs in parallel with
+    it. Times are seconds of the core's clock, None while they have not come.
     """
 
     __slots__ = (
-        "activated", "attempt", "begin", "cached_tokens", "call", "contexts", "counted_latency", "criteria", "decode_s",
-        "depth", "dispatched_s", "end", "engine", "engine_name", "finished_s", "first_token_s", "group", "id", "links",
-        "max_gap_s", "missing", "order", "output", "output_tokens", "path", "placed_tokens", "prompt_tokens", "ready_s",
-        "refusals", "reserved", "sampling", "sequence", "started_s", "state", "tokens", "tries",
+        "activated", "aim", "alone", "attempt", "begin", "cached_tokens", "call", "contexts", "counted_latency", "criteria",
+        "decode_s", "depth", "dispatched_s", "end", "engine", "engine_name", "finished_s", "first_token_s", "group", "id",
+        "lends", "level", "links", "max_gap_s", "missing", "order", "output", "output_tokens", "path", "placed_tokens",
+        "prompt_tokens", "rank", "ready_s", "refusals", "reserved", "sampling", "sequence", "sources", "stage", "started_s",
+        "state", "tokens", "touched", "tries",
     )  # fmt: skip
 
     def __init__(self, id: TaskId, call: Call, begin: int, end: int, output: Variable, sampling: SamplingConfig) -> None:
@@ -125,6 +135,15 @@ class Task:
         self.criteria: Criteria | None = None
         self.depth = 0
         self.group: Group | None = None
+        # for deduction alone
+        self.rank = 0  # greater than that of any task that it waits for
+        self.sources: list[Task] | None = None  # who makes its inputs and had not ended when both were known
+        self.aim: Task | None = None  # the fetched task that its stage leads to; None: itself
+        self.level = 0  # the longest way there, in tasks
+        self.stage: tuple[Task, int] | None = None  # (aim, level) as it is entered in its session's stages
+        self.alone = 0  # how many latency-sensitive tasks wait for it and nothing else
+        self.lends = False  # whether it is one of those to its only source
+        self.touched = 0
         # from the moment it is queued
         self.sequence = 0
         self.order: Any = None
@@ -175,8 +194,15 @@ class Task:
 
     @property
     def latency_sensitive(self) -> bool:
-        """Whether its own latency matters; a member of a group may batch, since only the whole group's end counts."""
-        return self.group is None and self.criteria is not None and self.criteria is not Criteria.THROUGHPUT
+        """Whether its own latency matters. A member of a group may batch, since only the whole group's end counts, unless it
+        is wanted for its own, or is all that waits between somebody and an output."""
+        criteria = self.criteria
+        if criteria is None or criteria is Criteria.THROUGHPUT:
+            return False
+        if self.group is None or self.alone > 0:
+            return True
+        own = self.output.criteria
+        return own is not None and own is not Criteria.THROUGHPUT
 
     def inputs(self) -> dict[Variable, None]:
         """The variables that must be ready before it can run, each once, in template order; the output that it continues
@@ -189,14 +215,27 @@ class Task:
         return found
 
     def producers(self) -> list[Task]:
+        """The tasks that make its inputs, or have made them, each once, in template order. An input that was given, or that
+        nobody makes yet, has none."""
+        return [variable.producer for variable in self.inputs() if variable.producer is not None]
+
+    def awaited(self) -> list[Task]:
         """The tasks that still have to end before it can run, each once."""
-        if not self.missing:
-            return []
-        found: dict[Task, None] = {}
-        for variable in self.inputs():
-            if variable.producer is not None and not variable.settled:
-                found[variable.producer] = None
-        return list(found)
+        return [source for source in self.sources or () if not source.ended]
+
+    def consumers(self) -> list[Task]:
+        """The tasks that read its output, or have read it, in the order of their submission."""
+        return list(self.output.consumers or ())
+
+    def prefix_hashes(self) -> list[str]:
+        """The prefix hash at each boundary of its prompt, the head first: the last one is its whole prompt's. As far as its
+        inputs are known. Hashes are the same wherever the contents are (`contexts.prefix_hash`)."""
+        found: list[str] = []
+        reached = ""
+        for link in chain_of(self) if self.links is None else self.links:
+            reached = prefix_hash(reached, [content.key for content in link.contents])
+            found.append(reached)
+        return found
 
 
 def tasks_of(call: Call) -> list[Task]:
@@ -214,7 +253,7 @@ def tasks_of(call: Call) -> list[Task]:
 
 
 def chain_of(task: Task) -> list[Link]:
-    """The links of a task whose inputs are all ready, the head first. Empty contents make no link.
+    """The links of a task, the head first, as far as its inputs are ready. Empty contents make no link.
 
     One link a segment, so that contexts can be shared at every variable's boundary; with `fuse_fill`, one for each run
     of consecutive fills.
@@ -228,7 +267,8 @@ def chain_of(task: Task) -> list[Link]:
             content = segment.content
         else:
             assert variable is not None
-            assert variable.content is not None
+            if variable.content is None:
+                break
             content = variable.content
             generated = variable.producer is not None and variable.producer.call is call
         if content.empty:
@@ -248,85 +288,19 @@ def chain_of(task: Task) -> list[Link]:
 
 
 def depends_on(variables: Iterable[Variable], targets: set[Variable]) -> bool:
-    """Whether computing `variables` needs one of `targets`: the check that keeps the graph acyclic."""
+    """Whether computing `variables` needs one of `targets`: the check that keeps the graph acyclic. Only tasks that rank no
+    lower than a reader of the targets can need it, so that nothing else is looked at."""
+    ranks = [reader.rank for target in targets for reader in target.consumers or ()]
     seen: set[Variable] = set()
     stack = list(variables)
     while stack:
         variable = stack.pop()
         if variable in targets:
             return True
-        if variable in seen:
+        if variable in seen or not ranks:
             continue
         seen.add(variable)
-        if variable.producer is not None and not variable.settled:
-            stack.extend(variable.producer.inputs())
+        producer = variable.producer
+        if producer is not None and not variable.settled and producer.rank >= min(ranks):
+            stack.extend(producer.inputs())
     return False
-
-
-class Deduction:
-    """Backward propagation of activation, criteria, depth and groups. `changed` is called once for each task that was
-    activated or whose place in a queue may have moved."""
-
-    def __init__(self, changed: Callable[[Task], None]) -> None:
-        self._changed = changed
-
-    def fetch(self, task: Task, criteria: Criteria) -> None:
-        """A get (or a call's own output_criteria) wants `task`'s output."""
-        if task.state == "waiting" and not task.missing and not task.activated:  # nothing stands behind it: the common case
-            task.activated = True
-            task.criteria = criteria
-            self._changed(task)
-            return
-        self._spread(task, criteria, 0, None)
-
-    def connect(self, task: Task) -> None:
-        """`task` was just added and something that is already wanted may read its output."""
-        for consumer in task.output.consumers or ():
-            if consumer.activated and not consumer.ended:
-                self._spread_to_producers(consumer)
-
-    def _spread(self, task: Task, criteria: Criteria, depth: int, group: Group | None) -> None:
-        """Later calls first, and of what reaches a task the longest way first: so a task passes on what it learns once,
-        not once for every way to it (but where calls were submitted before what they read)."""
-        pushed = 0
-        heap = [(-task.id.call, -task.id.output, -depth, pushed, task, criteria, group)]
-        while heap:
-            _, _, depth, _, task, criteria, group = heappop(heap)
-            depth = -depth
-            if task.state in states.ENDED:
-                continue
-            wanted = tighter(task.criteria, criteria)
-            joins = group is not None and task.group is None and task.depth <= depth
-            if task.activated and wanted is task.criteria and depth <= task.depth and not joins:
-                continue
-            task.activated = True
-            task.criteria = wanted
-            task.depth = max(task.depth, depth)
-            if joins and group is not None:
-                task.group = group
-                if task.state == "queued":
-                    group.queued[task] = None
-            for producer, wants, below, joined in self._producers_of(task):
-                pushed -= 1
-                heappush(heap, (-producer.id.call, -producer.id.output, -below, pushed, producer, wants, joined))
-            self._changed(task)
-
-    def _spread_to_producers(self, consumer: Task) -> None:
-        for item in self._producers_of(consumer):
-            self._spread(*item)
-
-    @staticmethod
-    def _producers_of(task: Task) -> list[tuple[Task, Criteria, int, Group | None]]:
-        """What `task` passes on to the tasks that it waits for. Latency of any kind makes what leads to it
-        latency-bound: an output's first token waits for its inputs' last."""
-        producers = task.producers()
-        if not producers:
-            return []
-        criteria = Criteria.THROUGHPUT if task.criteria is Criteria.THROUGHPUT else Criteria.LATENCY
-        depth = task.depth + 1
-        group: Group | None = None
-        if task.group is not None or len(producers) > 1:
-            root = task.group.root if task.group is not None else task.id
-            siblings = [p.group for p in producers if p.group is not None and p.group.root == root]
-            group = siblings[0] if siblings else task.call.session.group(root, depth)
-        return [(producer, criteria, depth, group) for producer in producers]

@@ -20,8 +20,8 @@ class Session:
     """
 
     __slots__ = (
-        "active", "answers", "auth", "calls", "contexts", "domain", "groups", "id", "last_access_s", "opened_s", "sequence",
-        "state", "tenant", "unfinished", "variables", "waiting_gets", "watched",
+        "active", "answers", "auth", "calls", "contexts", "domain", "id", "last_access_s", "opened_s", "sequence",
+        "stages", "state", "tenant", "top_rank", "unfinished", "variables", "waiting_gets", "watched",
     )  # fmt: skip
 
     def __init__(self, id: int, auth: str, tenant: str, sequence: int, now: float) -> None:
@@ -39,7 +39,8 @@ class Session:
         self.waiting_gets = 0
         self.answers: dict[tuple[type, str], Any] | None = None  # (kind, Idempotency-Key) -> the first answer's payload
         self.contexts: dict[Context, None] | None = None  # those that only this session can share
-        self.groups: dict[tuple[TaskId, int], Group] | None = None
+        self.stages: dict[tuple[Task, int], Task | Group] | None = None  # a stage's group, or its only task
+        self.top_rank = 0  # the highest of its tasks' ranks
         self.watched = False  # whether IdleSessions has it
         self.domain = f"tenant:{tenant}" if tenant else f"session:{id}"
 
@@ -68,14 +69,21 @@ class Session:
                 return tasks[output]
         return None
 
-    def group(self, root: TaskId, depth: int) -> Group:
-        """The task group of that stage, made when it is first asked for."""
-        if self.groups is None:
-            self.groups = {}
-        found = self.groups.get((root, depth))
-        if found is None:
-            found = self.groups[root, depth] = Group(root, depth)
-        return found
+    def forget(self) -> None:
+        """The session has ended: breaks the cycles of calls, tasks, variables and groups, so that memory is given back at
+        once."""
+        for call in self.calls:
+            for task in call.tasks:
+                task.sources = None
+            call.tasks.clear()
+        self.calls.clear()
+        for variable in self.variables.values():
+            variable.producer = variable.consumers = None
+        self.variables.clear()
+        for stage in self.stages.values() if self.stages is not None else ():
+            if isinstance(stage, Group):
+                stage.members.clear()
+        self.stages = self.contexts = self.answers = None
 
 
 class IdleSessions:

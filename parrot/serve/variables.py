@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 class Variable:
-    """One semantic variable. `producer` writes it, `consumers` wait for it; `getters` are the requests of pending gets."""
+    """One semantic variable. `producer` writes it; `consumers` read it, or have read it; `getters` are the requests of pending
+    gets. `criteria`: the strictest that a get, or the call that makes it, has named: its performance objective."""
 
     __slots__ = ("consumers", "content", "criteria", "error", "getters", "id", "name", "producer", "state")
 
@@ -26,10 +27,9 @@ class Variable:
         self.producer: Task | None = None
         self.consumers: list[Task] | None = None
         self.getters: list[int] | None = None
-        self.criteria: Criteria | None = None  # of its latest get
+        self.criteria: Criteria | None = None
 
     @property
     def settled(self) -> bool:
         """Ready or failed: no event changes it any more."""
         return self.state == "ready" or self.state == "failed"
-
