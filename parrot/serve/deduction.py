@@ -12,7 +12,7 @@ gets come is of no consequence, and a later get tightens and never loosens:
   it is, is the task's stage. Tasks of one stage run in parallel: none can need another. Two or more are a task group, whose
   end as a whole matters, so that its members may batch.
 - **Alone.** A task that is wanted for its own latency, or is all that such a task waits for, stays latency-sensitive in a
-  group of other outputs too.
+  group of other outputs too. So does whatever was latency-sensitive before a get that brought it into a group.
 
 Each task is visited once a change, after all that it could learn from, in the order of `rank`: a topological order of the
 session's graph, kept as calls come in. So the work of a call or a get is in proportion to the tasks that it changes and their
@@ -57,6 +57,7 @@ class Deduction:
         self._heap: list[tuple[int, int, Task]] = []
         self._pushed = 0
         self._settled: list[Task] = []  # visited in this run, in order
+        self._before: dict[Task, bool] | None = None  # in a get's run: which tasks were latency-sensitive
         self.visited = 0
 
     def add(self, task: Task) -> None:
@@ -95,6 +96,7 @@ class Deduction:
             task.criteria = criteria
             self._changed(task)
         elif not task.ended:
+            self._before = {task: task.latency_sensitive}
             self._learn(task, criteria, 0, None, 0)
             self._touch(task, _ALONE)
             self._settle()
@@ -119,6 +121,11 @@ class Deduction:
                     if not source.ended:
                         self._teach(task, source)
         self._settled = []
+        if self._before is not None:
+            for task, sensitive in self._before.items():
+                if sensitive and not task.latency_sensitive:
+                    task.pinned = True
+            self._before = None
         for task in settled:
             self._changed(task)
 
@@ -141,10 +148,12 @@ class Deduction:
         wanted, deeper = tighter(task.criteria, criteria), depth > task.depth
         urgent, was_urgent = latency_bound(criteria), latency_bound(task.criteria)
         other = not task.activated or urgent > was_urgent  # outputs of another class count from now on
-        if other or (urgent == was_urgent and _farther(aim, level, task)):
-            task.aim, task.level = aim, level
-        elif not deeper and wanted is task.criteria:
+        farther = other or (urgent == was_urgent and _farther(aim, level, task))
+        if not farther and not deeper and wanted is task.criteria:
             return
+        self._remember(task)
+        if farther:
+            task.aim, task.level = aim, level
         if deeper:
             task.depth = depth
         task.criteria = wanted
@@ -160,10 +169,16 @@ class Deduction:
         if lends != task.lends:
             task.lends = lends
             source = sources[0]
+            self._remember(source)
             source.alone += 1 if lends else -1
             self.visited += 1
             if not source.ended:
                 self._touch(source, _ALONE)
+
+    def _remember(self, task: Task) -> None:
+        """What `task` is before a get changes it."""
+        if self._before is not None and task not in self._before:
+            self._before[task] = task.latency_sensitive
 
     # ------------------------------------------------------------------------------------------- stages
 
@@ -188,6 +203,7 @@ class Deduction:
             return
         if isinstance(found, Task):
             group = session.stages[stage] = Group(aim.id, level)
+            self._remember(found)
             self._join(found, group)
             self._settled.append(found)  # it may batch from now on
         else:

@@ -115,9 +115,9 @@ class Task:
     __slots__ = (
         "activated", "aim", "alone", "attempt", "begin", "cached_tokens", "call", "contexts", "counted_latency", "criteria",
         "decode_s", "depth", "dispatched_s", "end", "engine", "engine_name", "finished_s", "first_token_s", "group", "id",
-        "lends", "level", "links", "max_gap_s", "missing", "order", "output", "output_tokens", "path", "placed_tokens",
-        "prompt_tokens", "rank", "ready_s", "refusals", "reserved", "sampling", "sequence", "sources", "stage", "started_s",
-        "state", "tokens", "touched", "tries",
+        "lends", "level", "links", "max_gap_s", "missing", "order", "output", "output_tokens", "path", "pinned",
+        "placed_tokens", "prompt_tokens", "rank", "ready_s", "refusals", "reserved", "sampling", "sequence", "sources", "stage",
+        "started_s", "state", "tokens", "touched", "tries",
     )  # fmt: skip
 
     def __init__(self, id: TaskId, call: Call, begin: int, end: int, output: Variable, sampling: SamplingConfig) -> None:
@@ -143,6 +143,7 @@ class Task:
         self.stage: tuple[Task, int] | None = None  # (aim, level) as it is entered in its session's stages
         self.alone = 0  # how many latency-sensitive tasks wait for it and nothing else
         self.lends = False  # whether it is one of those to its only source
+        self.pinned = False  # was latency-sensitive before a get that brought it into a group
         self.touched = 0
         # from the moment it is queued
         self.sequence = 0
@@ -199,7 +200,7 @@ class Task:
         criteria = self.criteria
         if criteria is None or criteria is Criteria.THROUGHPUT:
             return False
-        if self.group is None or self.alone > 0:
+        if self.group is None or self.alone > 0 or self.pinned:
             return True
         own = self.output.criteria
         return own is not None and own is not Criteria.THROUGHPUT

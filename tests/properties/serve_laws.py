@@ -13,6 +13,7 @@ from parrot.serve import events as ev
 from parrot.serve import states
 from parrot.serve.engines import Engine
 from parrot.serve.policies.base import admits
+from tests.properties.deduction_reference import Known, deduce
 from tests.properties.serve_machine import ServeCorePlay
 
 
@@ -119,6 +120,36 @@ class ServeCoreMachine(ServeCorePlay):
             for call in session.calls:
                 for task in call.tasks:
                     assert task in needed or task.state not in states.IN_FLIGHT | {"queued"}
+
+    @invariant()
+    def deduction(self) -> None:
+        """What gets mean for tasks that have not ended is what it is from scratch, where no task has failed: what a failed one
+        has passed on stays."""
+        for session in self.core._sessions.values() if hasattr(self, "core") else ():
+            own = [t for c in session.calls for t in c.tasks if not t.ended]
+            if any(t.state == "failed" for c in session.calls for t in c.tasks):
+                continue
+            name = {t: (t.id.call, t.id.output) for t in own}
+            known = {
+                name[t]: Known(
+                    tuple(name[c] for c in t.consumers()),
+                    tuple(name[c] for c in t.consumers() if c.sources == [t]),
+                    () if t.output.criteria is None else (t.output.criteria,),
+                )
+                for t in own
+            }
+            for task, found in zip(own, deduce(known).values(), strict=True):
+                aim = None if task.aim is None else name[task.aim]
+                assert (task.activated, task.criteria, task.depth) == (found.activated, found.criteria, found.depth)
+                assert (aim, task.level) == (found.aim, found.level)
+                members = [] if task.group is None else task.group.unended()
+                if len(members) > 1 or found.group is not None:
+                    assert {name[member] for member in members} == found.group
+                assert task.group is None or len(task.group.members) > 1
+                if task.group is None or found.group is not None:
+                    assert task.latency_sensitive == (found.sensitive or task.pinned)
+                queued = [] if task.group is None else list(task.group.queued)
+                assert set(queued) == {member for member in members if member.state == "queued"}
 
     def close_everything(self) -> None:
         """Nothing is left behind when all sessions are closed and all lifetimes are over."""
