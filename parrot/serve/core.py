@@ -503,8 +503,11 @@ class ServeCore:
         """Deduction has activated the task, or changed what it says of it."""
         if task.state == "queued":
             self.scheduler.reorder(task)
-        elif task.state == "waiting" and task.missing == 0:
-            self._enqueue(task, self._now)
+        elif task.state == "waiting":
+            if task.missing == 0:
+                self._enqueue(task, self._now)
+        elif task.state in IN_FLIGHT:
+            self.scheduler.hurry(task)
 
     def _enqueue(self, task: Task, now: float) -> None:
         session = task.call.session

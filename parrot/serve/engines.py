@@ -43,9 +43,9 @@ class Engine:
     - `prefill_tokens`: Σ new prompt of those tasks in flight whose first token has not come: what it has yet to compute;
     - `cached_tokens`: Σ tokens of the contexts that the core believes there, those that are being computed included.
 
-    `latency_tasks`: how many of its tasks are latency-bound, as they were when they were placed. `reports_evictions`: whether
-    it tells which contexts it gave up. If it does, the core's belief of what it holds is exact (but for what is on the way);
-    if not, an estimate: that it keeps all it was given until the core lets go of it.
+    `latency_tasks`: how many of its tasks were latency-sensitive when they were placed, or have become so since.
+    `reports_evictions`: whether it tells which contexts it gave up. If it does, the core's belief of what it holds is exact
+    (but for what is on the way); if not, an estimate: that it keeps all it was given until the core lets go of it.
     """
 
     __slots__ = (

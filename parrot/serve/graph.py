@@ -292,6 +292,7 @@ def depends_on(variables: Iterable[Variable], targets: set[Variable]) -> bool:
     """Whether computing `variables` needs one of `targets`: the check that keeps the graph acyclic. Only tasks that rank no
     lower than a reader of the targets can need it, so that nothing else is looked at."""
     ranks = [reader.rank for target in targets for reader in target.consumers or ()]
+    lowest = min(ranks) if ranks else 0
     seen: set[Variable] = set()
     stack = list(variables)
     while stack:
@@ -302,6 +303,6 @@ def depends_on(variables: Iterable[Variable], targets: set[Variable]) -> bool:
             continue
         seen.add(variable)
         producer = variable.producer
-        if producer is not None and not variable.settled and producer.rank >= min(ranks):
+        if producer is not None and not variable.settled and producer.rank >= lowest:
             stack.extend(producer.inputs())
     return False

@@ -106,6 +106,14 @@ class Scheduler:
         """The task's depth has changed while it waits in the queue."""
         self.queue.reorder(task)
 
+    def hurry(self, task: Task) -> None:
+        """A task in flight may have become latency-sensitive: its engine counts it from now on, and to its end."""
+        engine = task.engine
+        if engine is not None and task.latency_sensitive and not task.counted_latency:
+            task.counted_latency = True
+            engine.latency_tasks += 1
+            self.engines.load_changed(engine)
+
     def _leave_queue(self, task: Task) -> None:
         self.queue.remove(task)
         if self._stranded:

@@ -62,6 +62,7 @@ class ServeCoreMachine(ServeCorePlay):
         for engine in self.core.engines.values() if hasattr(self, "core") else ():
             assert engine.reserved == sum(t.reserved for t in engine.tasks)
             assert engine.latency_tasks == sum(t.counted_latency for t in engine.tasks)
+            assert all(t.counted_latency for t in engine.tasks if t.latency_sensitive)
             assert engine.prompt_tokens == sum(sum(c.tokens for c in t.contexts[:-1]) for t in engine.tasks)
             unanswered = [t for t in engine.tasks if t.first_token_s is None]
             assert engine.prefill_tokens == sum(t.reserved - t.max_gen_length for t in unanswered)

@@ -8,7 +8,7 @@ from parrot.protocol.api import Criteria
 from parrot.serve import events as ev
 from parrot.serve.engines import Engine, by_load
 from parrot.serve.policies.base import Cluster
-from tests.serve.driver import Driver, out, text, value
+from tests.serve.driver import Driver, out, read, text, value
 
 
 def counts(engine: Engine) -> tuple[int, int, int]:
@@ -68,6 +68,22 @@ def test_an_eviction_is_counted_and_moves_the_engine_in_every_index() -> None:
     assert [e.id for e in least_cached] == [1, 2]
     assert least_cached is lane.ordered(cached)
     assert least_cached is not lane.ordered(by_load)
+
+
+def test_a_get_that_makes_a_running_task_latency_sensitive_is_counted_on_its_engine() -> None:
+    d = Driver()
+    engine = d.core.engines[d.engine()]
+    session = d.open()
+    (x,) = d.outputs(d.submit(session, text("bulk"), out("x")))
+    (y,) = d.outputs(d.submit(session, text("next"), read("x", x), out("y")))
+    d.get(session, x, Criteria.THROUGHPUT)
+    d.start(d.dispatches[0])
+    assert engine.latency_tasks == 0
+    d.get(session, y, Criteria.LATENCY)
+    assert engine.latency_tasks == 1
+    d.finish(d.dispatches[0])
+    d.finish(d.dispatches[0])
+    assert engine.latency_tasks == 0
 
 
 def cached(engine: Engine) -> int:
