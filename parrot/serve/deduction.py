@@ -36,7 +36,10 @@ _RANK: Final = {Criteria.THROUGHPUT: 0, Criteria.TPOT: 1, Criteria.TTFT: 2, Crit
 #: What ranks of tasks are apart that came after all they read, so that others can be put between.
 _STRIDE: Final = 1 << 16
 
-_UNTOUCHED, _ALONE, _STAGE = 0, 1, 2  # what a task that waits to be visited has learnt at the most
+# What a task that waits to be visited has learnt at the most.
+_NOTHING: Final = 0
+_ALONE: Final = 1
+_STAGE: Final = 2
 
 
 def tighter(a: Criteria | None, b: Criteria | None) -> Criteria | None:
@@ -110,7 +113,7 @@ class Deduction:
         settled = self._settled
         while self._heap:
             task = heappop(self._heap)[2]
-            learnt, task.touched = task.touched, _UNTOUCHED
+            learnt, task.touched = task.touched, _NOTHING
             if task.ended:
                 continue
             settled.append(task)
