@@ -96,6 +96,28 @@ class ServeCoreMachine(ServeCorePlay):
                     assert context.owner.id in self.core._sessions
 
     @invariant()
+    def the_prefix_store_agrees(self) -> None:
+        """Each prefix knows the contexts that hold it and the queued tasks that begin with it, and is there for somebody."""
+        if not hasattr(self, "core"):
+            return
+        scheduler = self.core.scheduler
+        queued = [t for t in self.tasks() if t.state == "queued"]
+        holds = {c for e in self.core.engines.values() for c in e.contexts.values() if c.node is not None}
+        stack = list(scheduler.prefixes._roots.values())
+        while stack:
+            node = stack.pop()
+            stack += (node.children or {}).values()
+            for engine_id, context in (node.contexts or {}).items():
+                assert (context.node, context.engine.id) == (node, engine_id)
+                holds.remove(context)
+            wanted = {t for t in queued if node in t.path} if self.core.scheduler.policy.uses_prefix_groups else set()
+            assert set(node.queued or ()) == wanted
+            assert node.users or node.children or node.contexts
+        assert not holds
+        for task in queued:
+            assert task.path[-1].prefix_hash == task.prefix_hashes()[-1]
+
+    @invariant()
     def liveness(self) -> None:
         """Invariant 7: with nothing in flight and no deadline ahead, no task is queued."""
         if hasattr(self, "core") and not self.flying and self.core.scheduler.next_deadline() is None:
