@@ -6,10 +6,10 @@ bookkeeping of what it dispatched, exact and fresh, never scraped from an engine
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator
-from itertools import islice
+from itertools import chain, islice
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ Load = Any  #: whatever sorts engines; those of this file are one number, of whi
 KEPT_LANES = 16
 KEPT_OPENED = 32
 
+_load_of: Callable[[tuple[Load, int, Engine]], Load] = itemgetter(0)
 _engine_of: Callable[[tuple[Load, int, Engine]], Engine] = itemgetter(2)
 _TASK_BITS, _TOKEN_BITS = 24, 48  #: of a number of tasks on an engine, and of tokens reserved there
 
@@ -95,6 +96,27 @@ def by_harm(engine: Engine) -> Load:
     return (engine.latency_tasks << _TOKEN_BITS | engine.reserved) << _TASK_BITS | len(engine.tasks)
 
 
+def by_tasks(engine: Engine) -> Load:
+    """Fewest tasks, then fewest reserved tokens."""
+    return len(engine.tasks) << _TOKEN_BITS | engine.reserved
+
+
+def by_id(engine: Engine) -> Load:
+    """In order of registration."""
+    return engine.id
+
+
+def by_room(engine: Engine) -> Load:
+    """Most room first: idle engines, then those with the most tokens left (minus so many), last those with no place for one
+    more task. `EngineIndex.up_to(-tokens)` counts those that take a task with so many tokens."""
+    running = len(engine.tasks)
+    if not running:
+        return -1 << _TOKEN_BITS  # one task alone always has room
+    if running >= engine.description.tasks_capacity:
+        return 1 << _TOKEN_BITS
+    return engine.reserved - engine.description.tokens_capacity
+
+
 class EngineIndex:
     """Engines sorted by a key of their load, kept sorted as loads change: O(log n) to find a place."""
 
@@ -134,6 +156,28 @@ class EngineIndex:
     def first(self) -> Engine | None:
         """The least loaded one."""
         return self._entries[0][2] if self._entries else None
+
+    def last(self) -> Engine | None:
+        """The most loaded one."""
+        return self._entries[-1][2] if self._entries else None
+
+    def at(self, place: int) -> Engine:
+        """The one at that place, from 0, the least loaded."""
+        return self._entries[place][2]
+
+    def load(self, engine: Engine) -> Load:
+        """Its load as it is sorted here. Raises KeyError when it is not among them."""
+        return self._of[engine.id][0]
+
+    def up_to(self, load: Load) -> int:
+        """How many have at most that load."""
+        return bisect_right(self._entries, load, key=_load_of)
+
+    def after(self, load: Load) -> Iterator[Engine]:
+        """All of them, first those with more than that load; then, from the beginning, the others."""
+        place = self.up_to(load)
+        entries = self._entries
+        return map(_engine_of, chain(islice(entries, place, None), islice(entries, place)))
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -15,12 +15,34 @@ import numpy as np
 from parrot.protocol.errors import ParrotError
 from parrot.serve.config import GlobalSchedulerConfig
 from parrot.serve.policies.base import Policy
+from parrot.serve.policies.cache_aware import CacheAware
+from parrot.serve.policies.kv_cost import KVCost
 from parrot.serve.policies.least_loaded import LeastLoaded
+from parrot.serve.policies.lmetric import LMetric
 from parrot.serve.policies.parameters import Parameter
 from parrot.serve.policies.parrot import Parrot
+from parrot.serve.policies.power_of_two import PowerOfTwo
+from parrot.serve.policies.preble_e2 import PrebleE2
+from parrot.serve.policies.random import Random
 from parrot.serve.policies.round_robin import RoundRobin
+from parrot.serve.policies.session_hash import SessionHash
+from parrot.serve.policies.weighted import Weighted
 
-POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (Parrot, RoundRobin, LeastLoaded)}
+SHIPPED: tuple[type[Policy], ...] = (
+    Parrot,
+    RoundRobin,
+    LeastLoaded,
+    Random,
+    PowerOfTwo,
+    SessionHash,
+    CacheAware,
+    Weighted,
+    KVCost,
+    LMetric,
+    PrebleE2,
+)
+
+POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in SHIPPED}
 
 SWITCHES = ("app_fifo", "graph_group", "ctx_group", "ctx_aware")
 

@@ -1,18 +1,25 @@
-"""`round_robin`: engines in turn, blind to load but for the room that a task needs."""
+"""`round_robin`: engines in turn, blind to load but for the room that a task needs.
+
+A placement costs O(log E); where most engines are full, O(log E) and the number of those that are not.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from mypy_extensions import mypyc_attr
 
-from parrot.serve.engines import Lane
+from parrot.serve.engines import Engine, Lane, by_id
 from parrot.serve.graph import Task
 from parrot.serve.policies.base import Cluster, InOrder, Placement, first_fit
+from parrot.serve.policies.room import roomy
 from parrot.serve.queue import TaskQueue
+
+PROBES = 16  #: engines that are asked in turn, before those that have room are looked up
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -25,12 +32,19 @@ class RoundRobin(InOrder):
         super().__init__(parameters, generator)
         self._last: WeakKeyDictionary[Lane, int] = WeakKeyDictionary()
 
-    def choose(self, task: Task, queue: TaskQueue, cluster: Cluster) -> Iterator[Placement]:
+    def choose(self, task: Task, queue: TaskQueue, cluster: Cluster) -> Iterable[Placement]:
         lane = task.call.lane
-        engines = cluster.engines(lane)
+        found = first_fit(task, self._in_turn(task, lane, cluster), cluster)
+        if found is None:
+            return ()
+        self._last[lane] = found.engine.id
+        return (found,)
+
+    def _in_turn(self, task: Task, lane: Lane, cluster: Cluster) -> Iterator[Engine]:
+        """The lane's engines, the one behind the last that was taken first. Of full ones only some are among them."""
         last = self._last.get(lane, 0)
-        start = next((i for i, engine in enumerate(engines) if engine.id > last), 0)
-        found = first_fit(task, engines[start:] + engines[:start], cluster)
-        if found is not None:
-            self._last[lane] = found.engine.id
-            yield found
+        turn = lane.ordered(by_id).after(last)
+        yield from islice(turn, PROBES)
+        # Most are full, it seems. Those that fit are few then, so the next of them is the least of a few.
+        yield from sorted(roomy(task, lane), key=lambda engine: (engine.id <= last, engine.id))
+        yield from turn

@@ -1,0 +1,121 @@
+"""`kv_cost`: the least weighted sum of prefill and decode blocks, or a draw by it (NVIDIA Dynamo, KV router).
+
+    cost = overlap_weight × prefill blocks + decode blocks
+
+Prefill blocks: what the engine has yet to prefill if the task goes there, the new tokens of this prompt and those of its
+tasks whose first token has not come, over `block_size`. Decode blocks: the whole prompts of its tasks in flight and this one,
+over `block_size`. With `temperature` 0 the least cost wins, ties go to the lower id. Above 0 an engine is drawn with
+probability ∝ exp(−cost / (spread × temperature)), where spread is the difference of the largest and the least cost; all alike
+where it is 0.
+
+Defaults are Dynamo's (weight 1, temperature 0) and vLLM's block size 16, on which only the unit of the terms depends. Chosen
+here: blocks are not rounded, since the store counts tokens; a prefix that several tasks on an engine share counts once a
+task, where Dynamo counts its blocks once; as by its default, tokens that a task has generated are not counted. Only engines
+that have room take part in a draw; without a draw, one that is full is passed for the next least cost. Decode blocks grow
+with every task, so a hot prefix spreads.
+
+A placement costs O(log E + 16) at temperature 0 and O(E) above it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+from mypy_extensions import mypyc_attr
+
+from parrot.serve.engines import Engine, Load
+from parrot.serve.graph import Task
+from parrot.serve.policies.base import MOST_CANDIDATES, Candidate, Cluster, InOrder, Placement, Terms, best_of
+from parrot.serve.policies.matching import by_score
+from parrot.serve.policies.parameters import Parameter
+from parrot.serve.queue import TaskQueue
+
+
+@mypyc_attr(allow_interpreted_subclasses=True)
+class KVCost(InOrder):
+    """Tasks in order of readiness."""
+
+    name: ClassVar[str] = "kv_cost"
+    parameters: ClassVar[dict[str, Parameter]] = {
+        "overlap_weight": Parameter(float, 1.0, "weight of prefill blocks", at_least=0),
+        "temperature": Parameter(float, 0.0, "0: the least cost; the more, the more evenly engines are drawn", at_least=0),
+        "block_size": Parameter(int, 16, "tokens a block", at_least=1),
+    }
+
+    def __init__(self, parameters: dict[str, Any], generator: np.random.Generator) -> None:
+        super().__init__(parameters, generator)
+        weight = float(parameters["overlap_weight"])
+        self._temperature = float(parameters["temperature"])
+        self._block = int(parameters["block_size"])
+        self._generator = generator
+
+        def load(engine: Engine) -> Load:
+            """What an engine's own tasks cost, in tokens."""
+            return weight * engine.prefill_tokens + engine.prompt_tokens
+
+        self._weight = weight
+        self._load = load  # one object, by which a lane knows its index
+
+    def choose(self, task: Task, queue: TaskQueue, cluster: Cluster) -> Iterable[Placement]:
+        if self._temperature:
+            found = self._draw(task, cluster)
+        else:
+            found = best_of(task, self._ranked(task), cluster)
+        return () if found is None else (found,)
+
+    def _cost(self, task: Task, engine: Engine, new: int) -> float:
+        return float(self._load(engine) + self._weight * new + Cluster.prompt_tokens(task, engine)) / self._block
+
+    def _ranked(self, task: Task) -> Iterator[tuple[Engine, Terms]]:
+        def score(engine: Engine, new: int) -> float:
+            return self._cost(task, engine, new)
+
+        for engine, cached, cost in by_score(task, task.call.lane.ordered(self._load), score, score):
+            yield engine, self._terms(task, engine, cached, cost)
+
+    def _terms(self, task: Task, engine: Engine, cached: int, cost: float) -> Terms:
+        prompt = Cluster.prompt_tokens(task, engine)
+        return {
+            "cost": cost,
+            "prefill_blocks": (engine.prefill_tokens + max(0, prompt - cached)) / self._block,
+            "decode_blocks": (engine.prompt_tokens + prompt) / self._block,
+            "cached_tokens": cached,
+        }
+
+    def _draw(self, task: Task, cluster: Cluster) -> Placement | None:
+        engines = [engine for engine in task.call.lane.engines.values() if cluster.fits(task, engine)]
+        if not engines:
+            return None
+        cached = [cluster.cached_tokens(task, engine) for engine in engines]
+        costs = np.array(
+            [
+                self._cost(task, engine, max(0, cluster.prompt_tokens(task, engine) - held))
+                for engine, held in zip(engines, cached, strict=True)
+            ]
+        )
+        shares = odds(costs, self._temperature)
+        reached = np.cumsum(shares)
+        drawn = min(int(np.searchsorted(reached, self._generator.random() * reached[-1], side="right")), len(engines) - 1)
+        terms = self._terms(task, engines[drawn], cached[drawn], float(costs[drawn]))
+        terms["probability"] = float(shares[drawn])
+        candidates: list[Candidate] | None = None
+        if cluster.explaining:
+            candidates = [Candidate(engines[drawn], terms, True)]
+            for place in np.argsort(costs, kind="stable")[:MOST_CANDIDATES].tolist():
+                if place != drawn and len(candidates) < MOST_CANDIDATES:
+                    other = self._terms(task, engines[place], cached[place], float(costs[place]))
+                    other["probability"] = float(shares[place])
+                    candidates.append(Candidate(engines[place], other, True))
+            candidates.sort(key=lambda candidate: (candidate.terms["cost"], candidate.engine.id))
+        return Placement(task, engines[drawn], terms, candidates)
+
+
+def odds(costs: np.ndarray[Any, np.dtype[np.float64]], temperature: float) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The probabilities with which engines of these costs are drawn."""
+    least, spread = float(costs.min()), float(np.ptp(costs))
+    if not spread:
+        return np.full(len(costs), 1.0 / len(costs))
+    shares = np.exp((least - costs) / (spread * temperature))
+    return np.asarray(shares / shares.sum())
