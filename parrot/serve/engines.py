@@ -165,9 +165,16 @@ class EngineIndex:
         """The one at that place, from 0, the least loaded."""
         return self._entries[place][2]
 
-    def load(self, engine: Engine) -> Load:
-        """Its load as it is sorted here. Raises KeyError when it is not among them."""
-        return self._of[engine.id][0]
+    def among(self, ids: Collection[int]) -> Iterator[Engine]:
+        """Those with these ids, from the least to the most loaded. Few are looked up, many are met on the way: O(ids), O(n)."""
+        if 5 * len(ids) <= len(self._entries):
+            of = self._of
+            return map(_engine_of, sorted([of[engine_id] for engine_id in ids if engine_id in of]))
+        return (entry[2] for entry in self._entries if entry[1] in ids)
+
+    def without(self, ids: Collection[int]) -> Iterator[Engine]:
+        """Those with other ids, from the least to the most loaded."""
+        return (entry[2] for entry in self._entries if entry[1] not in ids)
 
     def up_to(self, load: Load) -> int:
         """How many have at most that load."""

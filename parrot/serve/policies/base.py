@@ -8,20 +8,23 @@ that it drops again, and must not change anything that it sees.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from mypy_extensions import mypyc_attr
 
 from parrot.serve.contexts import PrefixStore
-from parrot.serve.engines import Engine, Engines, Lane
+from parrot.serve.engines import Engine, EngineIndex, Engines, Lane, by_room
 from parrot.serve.graph import Task
 from parrot.serve.policies.parameters import Parameter
 from parrot.serve.queue import TaskQueue
 
 Terms = dict[str, float]  #: what a score was made of, by name; a larger `score` need not be better: the policy's file says
 
+PROBES = 8  #: engines that a policy asks in its order, before it looks up which have room at all
+FEW_OPEN = 16  #: engines that have room, up to which they alone are looked at
 MOST_CANDIDATES = 8  #: engines whose terms a placement keeps, for policies that would look at all of them
 
 
@@ -109,6 +112,41 @@ class Cluster:
             return True
         return False
 
+    @staticmethod
+    def with_room(task: Task) -> tuple[EngineIndex, int]:
+        """An index of the task's lane of which the first so many engines have room for all of it, whatever is cached: but for
+        suspect ones and those that have refused it, they are those that admit it, and some where its prompt is cached. It
+        counts the shortest length that the prompt has under any tokenizer. O(log E)."""
+        index = task.call.lane.ordered(by_room)
+        return index, index.up_to(-least_prompt(task) - task.sampling.max_gen_length)
+
+    def anywhere(self, task: Task) -> bool:
+        """Whether any engine admits the task: without a look at each of them, when all are full."""
+        index, count = self.with_room(task)
+        for engine in islice(index, count):
+            if admits(engine, task):
+                return True
+        holders = task.path[0].contexts if task.path else None
+        if holders:  # there it may need less
+            for engine in islice(index, count, index.up_to(-task.sampling.max_gen_length)):
+                if engine.id in holders and admits(engine, task):
+                    return True
+        return False
+
+    def open_to(self, task: Task) -> list[int] | None:
+        """The ids of all engines that may admit the task, when they are few; None when they are more. O(log E)."""
+        index, count = self.with_room(task)
+        if count > FEW_OPEN:
+            return None
+        found = [engine.id for engine in islice(index, count)]
+        holders = task.path[0].contexts if task.path else None
+        if holders:
+            end = index.up_to(-task.sampling.max_gen_length)
+            if end - count > 4 * FEW_OPEN:
+                return None
+            found += [engine.id for engine in islice(index, count, end) if engine.id in holders]
+        return found
+
     def forget(self) -> None:
         """For the core: loads have changed since anybody asked."""
         self._fitting = None
@@ -133,6 +171,20 @@ def prompt_tokens(task: Task, engine: Engine) -> int:
                 found += length_of(content.lengths, tokenizer)
         task.tokens[tokenizer] = found
     return found + engine.description.bos_tokens
+
+
+def least_prompt(task: Task) -> int:
+    """Tokens of the prompt under the tokenizer that makes it shortest, without BOS; computed once."""
+    if task.tokens is None:
+        task.tokens = {}
+    found = task.tokens.get("")
+    if found is None:
+        found = 0
+        for link in task.links or ():
+            for content in link.contents:
+                found += min(content.lengths.values(), default=0)
+        task.tokens[""] = found
+    return found
 
 
 def length_of(lengths: dict[str, int], tokenizer: str) -> int:
@@ -240,9 +292,10 @@ class InOrder:
             while (task := queue.head(lane)) is not None:
                 placed = False
                 if task is not stalled or any(cluster.fits(task, engine) for engine in lane.opened_since(version)):
-                    for placement in self.choose(task, queue, cluster):
-                        placed = True
-                        yield placement
+                    if cluster.anywhere(task):
+                        for placement in self.choose(task, queue, cluster):
+                            placed = True
+                            yield placement
                     stalled = None  # what was placed may have brought the prefix of a task that waited
                 if not placed:
                     self._stalled[lane] = (task, lane.version)
@@ -288,6 +341,17 @@ def best_of(
     if chosen is None:
         return None
     return Placement(task, chosen.engine, chosen.terms, seen, rule)
+
+
+def open_first(
+    task: Task, cluster: Cluster, rank: Callable[[list[int] | None], Iterator[tuple[Engine, Terms]]]
+) -> Iterator[tuple[Engine, Terms]]:
+    """Engines in the order of `rank`, at no more cost in a full cluster than in an idle one: when the first few are full and
+    not many have room, only these follow, in that order. `rank(ids)`: engines with these ids, or all; the best first."""
+    ranked = rank(None)
+    yield from islice(ranked, PROBES)
+    few = cluster.open_to(task)
+    yield from ranked if few is None else rank(few)
 
 
 def load_terms(engine: Engine) -> Terms:

@@ -26,7 +26,7 @@ from mypy_extensions import mypyc_attr
 
 from parrot.serve.engines import Engine, EngineIndex, Load, by_tasks
 from parrot.serve.graph import Task
-from parrot.serve.policies.base import Cluster, InOrder, Placement, Terms, best_of, cached_tokens, prompt_tokens
+from parrot.serve.policies.base import Cluster, InOrder, Placement, Terms, best_of, cached_tokens, open_first, prompt_tokens
 from parrot.serve.policies.matching import by_match
 from parrot.serve.policies.parameters import Parameter
 from parrot.serve.queue import TaskQueue
@@ -58,10 +58,17 @@ class CacheAware(InOrder):
 
     def choose(self, task: Task, queue: TaskQueue, cluster: Cluster) -> Iterable[Placement]:
         loads = task.call.lane.ordered(by_tasks)
+
+        def shortest(ids: list[int] | None) -> Iterator[tuple[Engine, Terms]]:
+            return ((engine, _terms(engine, task)) for engine in (loads if ids is None else loads.among(ids)))
+
+        def by_prefix(ids: list[int] | None) -> Iterator[tuple[Engine, Terms]]:
+            return self._by_prefix(task, loads, ids)
+
         if self._unbalanced(loads):
-            found = best_of(task, ((engine, _terms(engine, task)) for engine in loads), cluster, None, "shortest_queue")
+            found = best_of(task, open_first(task, cluster, shortest), cluster, None, "shortest_queue")
         else:
-            found = best_of(task, self._by_prefix(task, loads), cluster, None, "smallest_cache")
+            found = best_of(task, open_first(task, cluster, by_prefix), cluster, None, "smallest_cache")
             if found is not None and self._follows(cached_tokens(task, found.engine), task, found.engine):
                 found.rule = "longest_prefix"
         return () if found is None else (found,)
@@ -76,14 +83,15 @@ class CacheAware(InOrder):
     def _follows(self, cached: int, task: Task, engine: Engine) -> bool:
         return cached > self._cached * prompt_tokens(task, engine)
 
-    def _by_prefix(self, task: Task, loads: EngineIndex) -> Iterator[tuple[Engine, Terms]]:
+    def _by_prefix(self, task: Task, loads: EngineIndex, ids: list[int] | None) -> Iterator[tuple[Engine, Terms]]:
         followed: set[int] = set()
-        for engine, cached in by_match(task, loads):
+        for engine, cached in by_match(task, loads, ids):
             if not self._follows(cached, task, engine):
                 break
             followed.add(engine.id)
             yield engine, _terms(engine, task)
-        for engine in task.call.lane.ordered(by_cache):
+        caches = task.call.lane.ordered(by_cache)
+        for engine in caches if ids is None else caches.among(ids):
             if engine.id not in followed:
                 yield engine, _terms(engine, task)
 

@@ -27,7 +27,7 @@ from mypy_extensions import mypyc_attr
 
 from parrot.serve.engines import Engine, Load
 from parrot.serve.graph import Task
-from parrot.serve.policies.base import MOST_CANDIDATES, Candidate, Cluster, InOrder, Placement, Terms, best_of
+from parrot.serve.policies.base import MOST_CANDIDATES, Candidate, Cluster, InOrder, Placement, Terms, best_of, open_first
 from parrot.serve.policies.matching import by_score
 from parrot.serve.policies.parameters import Parameter
 from parrot.serve.queue import TaskQueue
@@ -62,17 +62,17 @@ class KVCost(InOrder):
         if self._temperature:
             found = self._draw(task, cluster)
         else:
-            found = best_of(task, self._ranked(task), cluster)
+            found = best_of(task, open_first(task, cluster, lambda ids: self._ranked(task, ids)), cluster)
         return () if found is None else (found,)
 
     def _cost(self, task: Task, engine: Engine, new: int) -> float:
         return float(self._load(engine) + self._weight * new + Cluster.prompt_tokens(task, engine)) / self._block
 
-    def _ranked(self, task: Task) -> Iterator[tuple[Engine, Terms]]:
+    def _ranked(self, task: Task, ids: list[int] | None) -> Iterator[tuple[Engine, Terms]]:
         def score(engine: Engine, new: int) -> float:
             return self._cost(task, engine, new)
 
-        for engine, cached, cost in by_score(task, task.call.lane.ordered(self._load), score, score):
+        for engine, cached, cost in by_score(task, task.call.lane.ordered(self._load), score, score, ids):
             yield engine, self._terms(task, engine, cached, cost)
 
     def _terms(self, task: Task, engine: Engine, cached: int, cost: float) -> Terms:

@@ -22,7 +22,7 @@ from mypy_extensions import mypyc_attr
 
 from parrot.serve.engines import Engine, Load
 from parrot.serve.graph import Task
-from parrot.serve.policies.base import Cluster, InOrder, Placement, Terms, best_of
+from parrot.serve.policies.base import Cluster, InOrder, Placement, Terms, best_of, open_first
 from parrot.serve.policies.matching import by_score
 from parrot.serve.queue import TaskQueue
 
@@ -50,11 +50,11 @@ class LMetric(InOrder):
     name: ClassVar[str] = "lmetric"
 
     def choose(self, task: Task, queue: TaskQueue, cluster: Cluster) -> Iterable[Placement]:
-        found = best_of(task, _ranked(task), cluster)
+        found = best_of(task, open_first(task, cluster, lambda ids: _ranked(task, ids)), cluster)
         return () if found is None else (found,)
 
 
-def _ranked(task: Task) -> Iterator[tuple[Engine, Terms]]:
+def _ranked(task: Task, ids: list[int] | None) -> Iterator[tuple[Engine, Terms]]:
     lane = task.call.lane
     freest = lane.ordered(by_prefill).first()
     if freest is None:
@@ -65,7 +65,7 @@ def _ranked(task: Task) -> Iterator[tuple[Engine, Terms]]:
         # Behind it: a batch as large, with no less to prefill; or a larger batch.
         return min(product(engine, new), ((least + new) * (len(engine.tasks) + 1), least + new))
 
-    for engine, cached, (score, prefill) in by_score(task, lane.ordered(by_batch), product, floor):
+    for engine, cached, (score, prefill) in by_score(task, lane.ordered(by_batch), product, floor, ids):
         yield (
             engine,
             {

@@ -11,7 +11,7 @@ Prompts are taken for equally long on all engines when bounds are computed, whic
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from heapq import heappop, heappush
+from heapq import heappop, heappush, heapreplace
 from typing import Any
 
 from parrot.serve.contexts import Context
@@ -36,19 +36,14 @@ def levels_of(task: Task) -> list[dict[int, Context]]:
     return levels
 
 
-def by_match(task: Task, index: EngineIndex) -> Iterator[tuple[Engine, int]]:
-    """(engine, cached tokens) of the lane's engines that hold some of the prompt: longest match first, equal ones as `index`
-    has them."""
-    lane = task.call.lane.engines
+def by_match(task: Task, index: EngineIndex, ids: list[int] | None = None) -> Iterator[tuple[Engine, int]]:
+    """(engine, cached tokens) of the lane's engines (of those with these `ids`) that hold some of the prompt: longest match
+    first, equal ones as `index` has them."""
     longer: dict[int, Context] = {}
     for holders in levels_of(task):
-        if len(holders) <= FEW:
-            engines = [lane[engine_id] for engine_id in holders if engine_id in lane and engine_id not in longer]
-            for engine in sorted(engines, key=lambda engine: (index.load(engine), engine.id)):
-                yield engine, cached_tokens(task, engine)
-        elif len(holders) > len(longer):
-            for engine in index:
-                if engine.id in holders and engine.id not in longer:
+        if len(holders) > len(longer):
+            for engine in index.among(holders if ids is None else [i for i in ids if i in holders]):
+                if engine.id not in longer:
                     yield engine, cached_tokens(task, engine)
         longer = holders
 
@@ -58,43 +53,68 @@ def by_score(
     index: EngineIndex,
     score: Callable[[Engine, int], Score],
     floor: Callable[[Engine, int], Score],
+    ids: list[int] | None = None,
 ) -> Iterator[tuple[Engine, int, Score]]:
-    """(engine, cached tokens, score) of all engines of `index`, the least score first, ties by id.
+    """(engine, cached tokens, score) of the engines of `index` (of those with these `ids`), the least score first, ties by id.
 
     `score(engine, new)`: for `new` tokens to be computed there. `floor(engine, new)`: no more than the score of that engine or
-    of any that stands behind it in the index, if it has to compute at least `new` tokens. O(log E + FEW) for the first one
-    where `floor` is tight, O(E) where it is not.
+    of any that stands behind it in the index, if it has to compute at least `new` tokens; where it is tight, about one
+    engine a part of the prompt is scored, and O(E) where it is not.
     """
     first = index.first()
     if first is None:
         return
-    lane = task.call.lane.engines
-    levels = levels_of(task)
-    few: dict[int, Context] = {}
-    least_new = prompt = prompt_tokens(task, first)
-    for depth, holders in enumerate(levels):
-        if len(holders) > FEW:
-            some = next(iter(holders))
-            least_new = max(0, prompt - sum(level[some].tokens for level in levels[depth:]))
-            break
-        few = holders
-    found: list[tuple[Score, int, Engine, int]] = []
-    for engine_id in few:
-        engine = lane.get(engine_id)
-        if engine is not None:
-            cached = cached_tokens(task, engine)
-            heappush(found, (score(engine, max(0, prompt_tokens(task, engine) - cached)), engine_id, engine, cached))
-    holders = levels[-1] if levels else few
-    for engine in index:
-        if engine.id in few:
-            continue
-        if found:
-            next_one = (floor(engine, least_new), engine.id)
-            while found and (found[0][0], found[0][1]) < next_one:
-                least, _, best, cached = heappop(found)
-                yield best, cached, least
-        cached = cached_tokens(task, engine) if engine.id in holders else 0
+    found: list[tuple[Score, int, Engine, int]] = []  # scored
+
+    def look_at(engine: Engine) -> None:
+        cached = cached_tokens(task, engine)
         heappush(found, (score(engine, max(0, prompt_tokens(task, engine) - cached)), engine.id, engine, cached))
+
+    # One line for each part of the prompt: who holds just this part, the least loaded first. The line with the least floor is
+    # looked into further until something that was found there, or elsewhere, costs no more than that.
+    lines: list[tuple[Score, int, int, Engine, Iterator[Engine]]] = []
+    news: list[int] = []
+
+    def add_line(engines: Iterator[Engine], new: int) -> None:
+        news.append(new)
+        for engine in engines:
+            heappush(lines, (floor(engine, new), engine.id, len(news) - 1, engine, engines))
+            return
+
+    if ids is not None:
+        for engine in index.among(ids):
+            look_at(engine)
+    levels, prompt = levels_of(task) if ids is None else [], prompt_tokens(task, first)
+    longer: dict[int, Context] = {}
+    for depth, holders in enumerate(levels):
+        if len(holders) > len(longer):
+            if len(holders) <= FEW:
+                for engine in index.among(holders):
+                    if engine.id not in longer:
+                        look_at(engine)
+            else:
+                some = next(iter(holders))
+                cached = sum(level[some].tokens for level in levels[depth:])
+                add_line(_others(index.among(holders), longer), max(0, prompt - cached))
+        longer = holders
+    if ids is None:
+        add_line(index.without(longer), prompt)
+    while lines:
+        least, engine_id, line, engine, engines = lines[0]
+        while found and (found[0][0], found[0][1]) < (least, engine_id):
+            best_score, _, best, cached = heappop(found)
+            yield best, cached, best_score
+        look_at(engine)
+        following = next(engines, None)
+        if following is None:
+            heappop(lines)
+        else:
+            heapreplace(lines, (floor(following, news[line]), following.id, line, following, engines))
     while found:
-        least, _, best, cached = heappop(found)
-        yield best, cached, least
+        best_score, _, best, cached = heappop(found)
+        yield best, cached, best_score
+
+
+def _others(engines: Iterator[Engine], known: dict[int, Context]) -> Iterator[Engine]:
+    """Those that are not among the known."""
+    return (engine for engine in engines if engine.id not in known) if known else engines

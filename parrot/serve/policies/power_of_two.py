@@ -32,6 +32,6 @@ class PowerOfTwo(InOrder):
         self._generator = generator
 
     def choose(self, task: Task, queue: TaskQueue, cluster: Cluster) -> Iterable[Placement]:
-        drawn = draw(task, task.call.lane, cluster, self._generator, 2)
+        drawn = draw(task, cluster, self._generator, 2)
         found = first_fit(task, sorted(drawn, key=lambda engine: (by_load(engine), engine.id)), cluster)
         return () if found is None else (found,)

@@ -38,7 +38,7 @@ from parrot.latency import BatchShape, LatencyModel
 from parrot.serve.contexts import Context, PrefixNode
 from parrot.serve.engines import Engine, EngineIndex, Lane
 from parrot.serve.graph import Task
-from parrot.serve.policies.base import Cluster, InOrder, Placement, Terms, best_of
+from parrot.serve.policies.base import Cluster, InOrder, Placement, Terms, best_of, open_first
 from parrot.serve.policies.matching import by_match, by_score
 from parrot.serve.policies.parameters import Parameter
 from parrot.serve.policies.roster import Roster
@@ -210,28 +210,35 @@ class PrebleE2(InOrder):
         index = self._follow(task.call.lane)
         found = self._exploit(task, index, cluster)
         if found is None:
-            found = best_of(task, self._explored(task, index), cluster, None, "explore")
+            ranked = open_first(task, cluster, lambda ids: self._explored(task, index, ids))
+            found = best_of(task, ranked, cluster, None, "explore")
         if found is None:
             return ()
         self._count(task, found.engine)
         return (found,)
 
     def _exploit(self, task: Task, index: EngineIndex, cluster: Cluster) -> Placement | None:
-        found = best_of(task, self._exploited(task, index), cluster, None, "exploit")
+        def exploited(ids: list[int] | None) -> Iterator[tuple[Engine, Terms]]:
+            return self._exploited(task, index, ids)
+
+        def lightest_first(ids: list[int] | None) -> Iterator[tuple[Engine, Terms]]:
+            return ((engine, self._terms(task, engine)) for engine in (index if ids is None else index.among(ids)))
+
+        found = best_of(task, open_first(task, cluster, exploited), cluster, None, "exploit")
         lightest = index.first()
         if found is None or lightest is None or len(self._window) < self._requests:
             return found
         if self._window.load(found.engine) <= self._ratio * self._window.load(lightest):
             return found
-        return best_of(task, ((engine, self._terms(task, engine)) for engine in index), cluster, None, "rebalance")
+        return best_of(task, open_first(task, cluster, lightest_first), cluster, None, "rebalance")
 
-    def _exploited(self, task: Task, index: EngineIndex) -> Iterator[tuple[Engine, Terms]]:
-        for engine, cached in by_match(task, index):
+    def _exploited(self, task: Task, index: EngineIndex, ids: list[int] | None) -> Iterator[tuple[Engine, Terms]]:
+        for engine, cached in by_match(task, index, ids):
             if cached <= Cluster.prompt_tokens(task, engine) - cached:
                 return
             yield engine, self._terms(task, engine)
 
-    def _explored(self, task: Task, index: EngineIndex) -> Iterator[tuple[Engine, Terms]]:
+    def _explored(self, task: Task, index: EngineIndex, ids: list[int] | None) -> Iterator[tuple[Engine, Terms]]:
         window = self._window
 
         def score(engine: Engine, new: int) -> int:
@@ -240,7 +247,7 @@ class PrebleE2(InOrder):
         def floor(engine: Engine, new: int) -> int:
             return window.load(engine) + self._recompute(task, engine, new)
 
-        for engine, _, _ in by_score(task, index, score, floor):
+        for engine, _, _ in by_score(task, index, score, floor, ids):
             yield engine, self._terms(task, engine)
 
     def _terms(self, task: Task, engine: Engine) -> Terms:

@@ -28,5 +28,5 @@ class Random(InOrder):
         self._generator = generator
 
     def choose(self, task: Task, queue: TaskQueue, cluster: Cluster) -> Iterable[Placement]:
-        found = draw(task, task.call.lane, cluster, self._generator, 1)
+        found = draw(task, cluster, self._generator, 1)
         return [Placement(task, engine, load_terms(engine) if cluster.explaining else None) for engine in found]

@@ -27,13 +27,11 @@ from mypy_extensions import mypyc_attr
 
 from parrot.serve.engines import Engine, Lane
 from parrot.serve.graph import Task
-from parrot.serve.policies.base import Cluster, InOrder, Placement, Terms, best_of, load_terms
+from parrot.serve.policies.base import Cluster, InOrder, Placement, Terms, best_of, load_terms, open_first
 from parrot.serve.policies.parameters import Parameter
-from parrot.serve.policies.room import roomy
 from parrot.serve.policies.roster import Roster
 from parrot.serve.queue import TaskQueue
 
-PROBES = 8  #: engines clockwise that are asked, before those that have room are looked up
 RING = 1 << 64
 _POINTS_A_DIGEST = 8
 
@@ -71,8 +69,11 @@ class Ring:
                 seen.add(engine_id)
                 yield engine_id
 
-    def distance(self, point: int, engine_id: int) -> int:
-        """How far clockwise from `point` the next point of that engine lies."""
+    def nearest(self, point: int, ids: list[int]) -> Iterator[int]:
+        """These engine ids as they lie behind `point`, without a walk round the ring."""
+        return iter(sorted(ids, key=lambda engine_id: (self._distance(point, engine_id), engine_id)))
+
+    def _distance(self, point: int, engine_id: int) -> int:
         points = self._of[engine_id]
         place = bisect_left(points, point)
         return points[place] - point if place < len(points) else points[0] + RING - point
@@ -112,26 +113,14 @@ class SessionHash(InOrder):
             ring = self._rings[lane] = Ring(self._points)
         ring.follow(lane)
         place = point_of(task.session_id)
-        ranked = ((engine, _terms(engine, away)) for away, engine in enumerate(_behind(place, ring, task, lane)))
-        found = best_of(task, ranked, cluster)
+        home = next(ring.clockwise(place), 0)
+
+        def clockwise(ids: list[int] | None) -> Iterator[tuple[Engine, Terms]]:
+            behind = ring.clockwise(place) if ids is None else ring.nearest(place, ids)
+            return ((lane.engines[engine_id], load_terms(lane.engines[engine_id])) for engine_id in behind)
+
+        found = best_of(task, open_first(task, cluster, clockwise), cluster)
         if found is None:
             return ()
-        found.rule = "home" if found.terms is not None and not found.terms["passed"] else "next"
+        found.rule = "home" if found.engine.id == home else "next"
         return (found,)
-
-
-def _behind(place: int, ring: Ring, task: Task, lane: Lane) -> Iterator[Engine]:
-    """The lane's engines clockwise from `place`. Of full ones only some are among them."""
-    clockwise = ring.clockwise(place)
-    for _, engine_id in zip(range(PROBES), clockwise, strict=False):
-        yield lane.engines[engine_id]
-    # Most are full, it seems: of those that are not, the nearest is found without walking the ring.
-    yield from sorted(roomy(task, lane), key=lambda engine: (ring.distance(place, engine.id), engine.id))
-    for engine_id in clockwise:
-        yield lane.engines[engine_id]
-
-
-def _terms(engine: Engine, passed: int) -> Terms:
-    terms = load_terms(engine)
-    terms["passed"] = passed
-    return terms

@@ -23,24 +23,25 @@ from mypy_extensions import mypyc_attr
 
 from parrot.serve.engines import Engine, Load
 from parrot.serve.graph import Task
-from parrot.serve.policies.base import Cluster, InOrder, Placement, Terms, best_of
+from parrot.serve.policies.base import Cluster, InOrder, Placement, Terms, best_of, open_first
 from parrot.serve.policies.matching import by_score
 from parrot.serve.policies.parameters import Parameter
 from parrot.serve.queue import TaskQueue
 
 
 def utilisation(engine: Engine) -> float:
-    """The part of its tokens that is reserved; below 1, as one task alone may exceed it."""
+    """The part of its tokens that is reserved; 1 where a task alone exceeds it."""
     return min(engine.reserved / engine.description.tokens_capacity, 1.0)
 
 
 def by_utilisation(engine: Engine) -> Load:
-    return utilisation(engine)
+    """Least utilised first, in parts of 2^40."""
+    return min((engine.reserved << 40) // engine.description.tokens_capacity, 1 << 40)
 
 
 def by_queue(engine: Engine) -> Load:
     """Fewest tasks, then least utilised."""
-    return (len(engine.tasks), utilisation(engine))
+    return len(engine.tasks) << 48 | by_utilisation(engine)
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -61,10 +62,10 @@ class Weighted(InOrder):
         self._kv = float(parameters["kv_utilisation"])
 
     def choose(self, task: Task, queue: TaskQueue, cluster: Cluster) -> Iterable[Placement]:
-        found = best_of(task, self._ranked(task), cluster)
+        found = best_of(task, open_first(task, cluster, lambda ids: self._ranked(task, ids)), cluster)
         return () if found is None else (found,)
 
-    def _ranked(self, task: Task) -> Iterator[tuple[Engine, Terms]]:
+    def _ranked(self, task: Task, ids: list[int] | None) -> Iterator[tuple[Engine, Terms]]:
         lane = task.call.lane
         queues = lane.ordered(by_queue)
         shortest, longest, emptiest = queues.first(), queues.last(), lane.ordered(by_utilisation).first()
@@ -88,7 +89,7 @@ class Weighted(InOrder):
             same = cost(engine, new, tasks, utilisation(engine))
             return min(same, cost(engine, new, tasks + 1, least_used)) if most > tasks else same
 
-        for engine, cached, negative in by_score(task, queues, score, floor):
+        for engine, cached, negative in by_score(task, queues, score, floor, ids):
             prompt = Cluster.prompt_tokens(task, engine)
             tasks = len(engine.tasks)
             yield (
