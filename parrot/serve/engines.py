@@ -167,7 +167,7 @@ class EngineIndex:
 
     def among(self, ids: Collection[int]) -> Iterator[Engine]:
         """Those with these ids, from the least to the most loaded. Few are looked up, many are met on the way: O(ids), O(n)."""
-        if 5 * len(ids) <= len(self._entries):
+        if 16 * len(ids) <= len(self._entries):
             of = self._of
             return map(_engine_of, sorted([of[engine_id] for engine_id in ids if engine_id in of]))
         return (entry[2] for entry in self._entries if entry[1] in ids)

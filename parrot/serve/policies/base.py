@@ -349,9 +349,17 @@ def open_first(
     """Engines in the order of `rank`, at no more cost in a full cluster than in an idle one: when the first few are full and
     not many have room, only these follow, in that order. `rank(ids)`: engines with these ids, or all; the best first."""
     ranked = rank(None)
-    yield from islice(ranked, PROBES)
-    few = cluster.open_to(task)
-    yield from ranked if few is None else rank(few)
+    asked: list[Engine] = []
+    for engine, terms in islice(ranked, PROBES):
+        asked.append(engine)
+        yield engine, terms
+    few = cluster.open_to(task) if len(asked) == PROBES else None
+    if few is None:
+        yield from ranked
+    else:
+        for engine, terms in rank(few):
+            if engine not in asked:
+                yield engine, terms
 
 
 def load_terms(engine: Engine) -> Terms:

@@ -119,21 +119,21 @@ class Unused:
     """An engine's contexts that no task uses, the longest unused first, read off it only when the last reading is used up.
 
     What came to be unused after a reading belongs behind all of it, and what is used again is skipped, so that a reading stays
-    in order while it lasts.
+    in order while it lasts. One reading a `call` of the policy is enough: nothing comes to be unused in it.
     """
 
     def __init__(self) -> None:
         self._line: deque[tuple[float, int, Context]] = deque()
-        self._read_at = -1.0
+        self._round = 0  # of the last reading
 
-    def first(self, engine: Engine, tokens: int, now: float) -> Iterator[Context]:
+    def first(self, engine: Engine, tokens: int, call: int) -> Iterator[Context]:
         """Contexts with at least so many tokens altogether; fewer, when there are not so many."""
         line = self._line
         while line and not _still(line[0]):
             line.popleft()
         found = list(self._until(tokens))
-        if sum(entry[2].tokens for entry in found) < tokens and self._read_at != now:
-            self._read_at = now
+        if sum(entry[2].tokens for entry in found) < tokens and self._round != call:
+            self._round = call
             retained = [c for c in engine.contexts.values() if c.state == "retained" and c.node is not None]
             retained.sort(key=lambda c: (c.last_use_s, -_depth(c), c.id))
             self._line = deque([(c.last_use_s, c.id, c) for c in retained])
@@ -199,9 +199,11 @@ class PrebleE2(InOrder):
         self._times: dict[Engine, Times] = {}
         self._unused: dict[Engine, Unused] = {}
         self._now = 0.0
+        self._round = 0
 
     def place(self, queue: TaskQueue, cluster: Cluster, now: float) -> Iterator[Placement]:
         self._now = now
+        self._round += 1
         for engine in self._window.forget(now):
             self._moved(engine)
         yield from super().place(queue, cluster, now)
@@ -276,7 +278,7 @@ class PrebleE2(InOrder):
         if unused is None:
             unused = self._unused[engine] = Unused()
         times, cost = self._times_of(engine), 0.0
-        for context in unused.first(engine, wanted, self._now):
+        for context in unused.first(engine, wanted, self._round):
             if context.node is not None:
                 cost += times.prefill(context.tokens) * self._window.share(context.node)
         return round(cost)
