@@ -20,6 +20,7 @@ A placement costs O(log E + 16) at temperature 0 and O(E) above it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,9 +29,11 @@ from mypy_extensions import mypyc_attr
 from parrot.serve.engines import Engine, Load
 from parrot.serve.graph import Task
 from parrot.serve.policies.base import MOST_CANDIDATES, Candidate, Cluster, InOrder, Placement, Terms, best_of, open_first
-from parrot.serve.policies.matching import by_score
+from parrot.serve.policies.matching import by_score, levels_of
 from parrot.serve.policies.parameters import Parameter
 from parrot.serve.queue import TaskQueue
+
+Costs = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -85,34 +88,62 @@ class KVCost(InOrder):
         }
 
     def _draw(self, task: Task, cluster: Cluster) -> Placement | None:
-        engines = [engine for engine in task.call.lane.engines.values() if cluster.fits(task, engine)]
-        if not engines:
-            return None
-        cached = [cluster.cached_tokens(task, engine) for engine in engines]
-        costs = np.array(
-            [
-                self._cost(task, engine, max(0, cluster.prompt_tokens(task, engine) - held))
-                for engine, held in zip(engines, cached, strict=True)
-            ]
-        )
-        shares = odds(costs, self._temperature)
-        reached = np.cumsum(shares)
-        drawn = min(int(np.searchsorted(reached, self._generator.random() * reached[-1], side="right")), len(engines) - 1)
-        terms = self._terms(task, engines[drawn], cached[drawn], float(costs[drawn]))
-        terms["probability"] = float(shares[drawn])
-        candidates: list[Candidate] | None = None
+        engines = _with_room(task, cluster)
+        costs = self._costs(task, engines)
+        while engines:
+            shares = odds(costs, self._temperature)
+            reached = np.cumsum(shares)
+            drawn = min(int(np.searchsorted(reached, self._generator.random() * reached[-1], side="right")), len(engines) - 1)
+            if cluster.fits(task, engines[drawn]):
+                return self._drawn(task, cluster, engines, costs, shares, drawn)
+            del engines[drawn]
+            costs = np.delete(costs, drawn)
+        return None
+
+    def _costs(self, task: Task, engines: list[Engine]) -> Costs:
+        """As `_cost` has them, in one pass: prompts and prefixes taken for as long on all engines as on one."""
+        held: dict[int, int] = {}  # engine id -> cached tokens
+        levels = levels_of(task)
+        for depth, holders in enumerate(levels):
+            some = next(iter(holders))
+            cached = sum(level[some].tokens for level in levels[depth:])
+            for engine_id in holders:
+                held.setdefault(engine_id, cached)
+        weight, get = self._weight, held.get
+        loads = [
+            weight * (engine.prefill_tokens - get(engine.id, 0)) + engine.prompt_tokens
+            for engine in engines
+        ]  # fmt: skip
+        prompt = Cluster.prompt_tokens(task, engines[0]) if engines else 0
+        return (np.array(loads, dtype=np.float64) + (weight + 1.0) * prompt) / self._block
+
+    def _drawn(self, task: Task, cluster: Cluster, engines: list[Engine], costs: Costs, shares: Costs, drawn: int) -> Placement:
+        """The placement, with the cheapest engines beside the drawn one while the cluster explains."""
+        places = [drawn]
         if cluster.explaining:
-            candidates = [Candidate(engines[drawn], terms, True)]
-            for place in np.argsort(costs, kind="stable")[:MOST_CANDIDATES].tolist():
-                if place != drawn and len(candidates) < MOST_CANDIDATES:
-                    other = self._terms(task, engines[place], cached[place], float(costs[place]))
-                    other["probability"] = float(shares[place])
-                    candidates.append(Candidate(engines[place], other, True))
-            candidates.sort(key=lambda candidate: (candidate.terms["cost"], candidate.engine.id))
-        return Placement(task, engines[drawn], terms, candidates)
+            cheapest = np.argsort(costs, kind="stable")[:MOST_CANDIDATES].tolist()
+            places = sorted({*cheapest[: MOST_CANDIDATES - 1], drawn}, key=lambda place: (costs[place], engines[place].id))
+        candidates = []
+        for place in places:
+            engine = engines[place]
+            terms = self._terms(task, engine, cluster.cached_tokens(task, engine), float(costs[place]))
+            terms["probability"] = float(shares[place])
+            candidates.append(Candidate(engine, terms, True))
+        chosen = candidates[places.index(drawn)]
+        return Placement(task, chosen.engine, chosen.terms, candidates if cluster.explaining else None)
 
 
-def odds(costs: np.ndarray[Any, np.dtype[np.float64]], temperature: float) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _with_room(task: Task, cluster: Cluster) -> list[Engine]:
+    """Engines that have room for the task, some of which may still refuse it."""
+    index, count = cluster.with_room(task)
+    found = [engine for engine in islice(index, count) if engine.state == "live"]
+    holders = task.path[0].contexts if task.path else None
+    if holders:  # there it may need less
+        found += [engine for engine in islice(index, count, None) if engine.id in holders and cluster.fits(task, engine)]
+    return found
+
+
+def odds(costs: Costs, temperature: float) -> Costs:
     """The probabilities with which engines of these costs are drawn."""
     least, spread = float(costs.min()), float(np.ptp(costs))
     if not spread:

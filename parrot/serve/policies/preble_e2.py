@@ -27,7 +27,7 @@ no order that an index could keep, so engines are looked at by load until no oth
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -212,35 +212,39 @@ class PrebleE2(InOrder):
         index = self._follow(task.call.lane)
         found = self._exploit(task, index, cluster)
         if found is None:
-            ranked = open_first(task, cluster, lambda ids: self._explored(task, index, ids))
-            found = best_of(task, ranked, cluster, None, "explore")
+            found = self._best(task, cluster, "explore", lambda ids: self._explored(task, index, ids))
         if found is None:
             return ()
         self._count(task, found.engine)
         return (found,)
 
     def _exploit(self, task: Task, index: EngineIndex, cluster: Cluster) -> Placement | None:
-        def exploited(ids: list[int] | None) -> Iterator[tuple[Engine, Terms]]:
-            return self._exploited(task, index, ids)
-
-        def lightest_first(ids: list[int] | None) -> Iterator[tuple[Engine, Terms]]:
-            return ((engine, self._terms(task, engine)) for engine in (index if ids is None else index.among(ids)))
-
-        found = best_of(task, open_first(task, cluster, exploited), cluster, None, "exploit")
+        found = self._best(task, cluster, "exploit", lambda ids: self._exploited(task, index, ids))
         lightest = index.first()
         if found is None or lightest is None or len(self._window) < self._requests:
             return found
         if self._window.load(found.engine) <= self._ratio * self._window.load(lightest):
             return found
-        return best_of(task, open_first(task, cluster, lightest_first), cluster, None, "rebalance")
+        return self._best(task, cluster, "rebalance", lambda ids: iter(index) if ids is None else index.among(ids))
 
-    def _exploited(self, task: Task, index: EngineIndex, ids: list[int] | None) -> Iterator[tuple[Engine, Terms]]:
+    def _best(
+        self, task: Task, cluster: Cluster, rule: str, rank: Callable[[list[int] | None], Iterator[Engine]]
+    ) -> Placement | None:
+        def with_terms(ids: list[int] | None) -> Iterator[tuple[Engine, Terms]]:
+            return ((engine, self._terms(task, engine) if cluster.explaining else {}) for engine in rank(ids))
+
+        found = best_of(task, open_first(task, cluster, with_terms), cluster, None, rule)
+        if found is not None and not found.terms:
+            found.terms = self._terms(task, found.engine)
+        return found
+
+    def _exploited(self, task: Task, index: EngineIndex, ids: list[int] | None) -> Iterator[Engine]:
         for engine, cached in by_match(task, index, ids):
             if cached <= Cluster.prompt_tokens(task, engine) - cached:
                 return
-            yield engine, self._terms(task, engine)
+            yield engine
 
-    def _explored(self, task: Task, index: EngineIndex, ids: list[int] | None) -> Iterator[tuple[Engine, Terms]]:
+    def _explored(self, task: Task, index: EngineIndex, ids: list[int] | None) -> Iterator[Engine]:
         window = self._window
 
         def score(engine: Engine, new: int) -> int:
@@ -249,8 +253,7 @@ class PrebleE2(InOrder):
         def floor(engine: Engine, new: int) -> int:
             return window.load(engine) + self._recompute(task, engine, new)
 
-        for engine, _, _ in by_score(task, index, score, floor, ids):
-            yield engine, self._terms(task, engine)
+        return (engine for engine, _, _ in by_score(task, index, score, floor, ids))
 
     def _terms(self, task: Task, engine: Engine) -> Terms:
         cached = Cluster.cached_tokens(task, engine)
