@@ -11,8 +11,8 @@ where it is 0.
 Defaults are Dynamo's (weight 1, temperature 0) and vLLM's block size 16, on which only the unit of the terms depends. Chosen
 here: blocks are not rounded, since the store counts tokens; a prefix that several tasks on an engine share counts once a
 task, where Dynamo counts its blocks once; as by its default, tokens that a task has generated are not counted. Only engines
-that have room take part in a draw; without a draw, one that is full is passed for the next least cost. Decode blocks grow
-with every task, so a hot prefix spreads.
+that have room take part in a draw, where prompts and cached prefixes count as long on all as on one; without a draw, one that
+is full is passed for the next least cost. Decode blocks grow with every task, so a hot prefix spreads.
 
 A placement costs O(log E + 16) at temperature 0 and O(E) above it.
 """

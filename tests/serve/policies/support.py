@@ -21,11 +21,14 @@ def hot(d: Driver, session: int, number: int, prefix: int = 100, own: int = 10) 
 
 
 def engines_of(d: Driver) -> list[int]:
+    """Where the tasks in flight are; the policy has not failed meanwhile, so that it is its choice."""
+    assert d.faults == []
     return [dispatch.engine_id for dispatch in d.dispatches]
 
 
 def reasons(d: Driver, most: int = 1 << 20) -> list[PlacementReport]:
-    """Of all placements, the first one first."""
+    """Of all placements, the first one first; the policy has made them all."""
+    assert d.faults == []
     assert d.core.scheduler.explanations is not None
     return d.core.scheduler.explanations.last(most)[::-1]
 

@@ -92,7 +92,7 @@ def test_session_hash_keeps_a_session_on_its_engine_and_moves_only_the_sessions_
 
     def visit(session: int, turn: int) -> int:
         ask(d, session, text(f"s{session}t{turn}"))
-        engine_id = d.dispatches[-1].engine_id
+        engine_id = engines_of(d)[-1]
         d.finish(d.dispatches[-1])
         return engine_id
 

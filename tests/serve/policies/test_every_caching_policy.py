@@ -27,6 +27,7 @@ def test_a_hot_prefix_does_not_pile_all_work_on_one_engine(policy: str) -> None:
     for number in range(200):
         hot(d, d.open(tenant="t"), number, prefix=500)
     counts = Counter(dispatch.engine_id for dispatch in d.dispatches)
+    assert d.faults == []
     assert set(counts) == {1, 2, 3, 4}
     assert sum(counts.values()) == 200
 
@@ -41,6 +42,7 @@ def test_the_work_of_a_lost_engine_is_placed_again_at_once(policy: str) -> None:
     gone = d.dispatches[0].engine_id
     lost = [dispatch.task for dispatch in d.dispatches if dispatch.engine_id == gone]
     d.lose(gone)
+    assert d.faults == []
     assert len(d.dispatches) == 60
     assert {dispatch.task for dispatch in d.dispatches if dispatch.attempt == 2} == set(lost)
     assert gone not in {dispatch.engine_id for dispatch in d.dispatches}

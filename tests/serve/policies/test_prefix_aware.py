@@ -168,6 +168,13 @@ def test_kv_cost_draws_by_cost_when_the_temperature_is_above_zero() -> None:
             counts[engines_of(d)[0]] += 1
         return counts
 
+    d, session = holding("kv_cost", temperature=1.0)
+    hot(d, session, 1)
+    share = 1 / (1 + math.exp(-1))
+    assert {c.engine_id: (c.terms["cost"], c.terms["probability"]) for c in reasons(d)[-1].candidates} == {
+        1: pytest.approx(((10 + 110) / 16, share)),
+        2: pytest.approx(((110 + 110) / 16, 1 - share)),
+    }
     assert drawn(0.0, 20) == {1: 20}
     share = math.exp(-1 / 0.5) / (1 + math.exp(-1 / 0.5))  # of the dearer one of two
     deviation = math.sqrt(300 * share * (1 - share))
