@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator
-from itertools import chain, islice
+from itertools import islice
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -184,7 +184,7 @@ class EngineIndex:
         """All of them, first those with more than that load; then, from the beginning, the others."""
         place = self.up_to(load)
         entries = self._entries
-        return map(_engine_of, chain(islice(entries, place, None), islice(entries, place)))
+        return (entries[number][2] for number in range(place - len(entries), place))  # which counts from −len, then from 0
 
     def __len__(self) -> int:
         return len(self._entries)

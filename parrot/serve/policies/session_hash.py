@@ -33,6 +33,8 @@ from parrot.serve.policies.roster import Roster
 from parrot.serve.queue import TaskQueue
 
 RING = 1 << 64
+_ID_BITS = 32
+_ID_MASK = (1 << _ID_BITS) - 1
 _POINTS_A_DIGEST = 8
 
 
@@ -43,28 +45,28 @@ class Ring:
         self._each = points
         self._roster = Roster()
         self._of: dict[int, list[int]] = {}  # engine id -> its points, sorted
-        self._points: list[int] = []
-        self._owners: list[int] = []  # of the points, engine ids
+        self._places: list[int] = []  # point << _ID_BITS | engine id, sorted
 
     def follow(self, lane: Lane) -> None:
         """Takes in engines that came, and out those that went."""
         came, went = self._roster.changes(lane)
-        if not (came or went):
-            return
-        for engine in went:
-            del self._of[engine.id]
-        for engine in came:
-            self._of[engine.id] = points_of(engine.id, self._each)
-        placed = sorted((point, engine_id) for engine_id, points in self._of.items() for point in points)
-        self._points = [point for point, _ in placed]
-        self._owners = [engine_id for _, engine_id in placed]
+        if went:
+            for engine in went:
+                del self._of[engine.id]
+            self._places = [place for place in self._places if place & _ID_MASK in self._of]
+        if came:
+            for engine in came:
+                points = self._of[engine.id] = points_of(engine.id, self._each)
+                self._places.extend([point << _ID_BITS | engine.id for point in points])
+            self._places.sort()
 
     def clockwise(self, point: int) -> Iterator[int]:
         """Engine ids behind `point`, each once."""
-        start = bisect_left(self._points, point)
+        places = self._places
+        start = bisect_left(places, point << _ID_BITS)
         seen: set[int] = set()
-        for place in range(start, start + len(self._owners)):
-            engine_id = self._owners[place % len(self._owners)]
+        for number in range(start - len(places), start):  # from `start` to the end, which counts from −len, and on from 0
+            engine_id = places[number] & _ID_MASK
             if engine_id not in seen:
                 seen.add(engine_id)
                 yield engine_id
