@@ -55,6 +55,8 @@ def _explain(message: str, data: Any, kind: Any) -> str:
     if match := re.search(r" - at `\$(.*)`$", message):
         where = match[1].lstrip(".")
         message = message[: match.start()]
+    while "[...]" in where:
+        where = _with_key(where, data, kind)
     if match := re.match(r"Object contains unknown field `(.*)`", message):
         key = f"{where}.{match[1]}" if where else match[1]
         known = ", ".join(_fields_at(kind, where))
@@ -66,6 +68,20 @@ def _explain(message: str, data: Any, kind: Any) -> str:
     choices = _choices_at(kind, where)
     expected = f"expected one of: {', '.join(choices)}" if choices else f"{message[0].lower()}{message[1:]}"
     return f"key {where or '(top level)'!r} is {found!r}: {expected}"
+
+
+def _with_key(where: str, data: Any, kind: Any) -> str:
+    """`where` with the key of a mapping, which msgspec leaves out, in place of its first `[...]`."""
+    section, _, rest = where.partition("[...]")
+    outer, _, name = section.rpartition(".")
+    kinds = get_args({f.encode_name: f.type for f in _struct_fields_at(kind, outer)}.get(name))
+    entries = _value_at(data, section)
+    for key, value in entries.items() if kinds and isinstance(entries, dict) else ():
+        try:
+            msgspec.convert(value, kinds[-1])
+        except msgspec.ValidationError:
+            return f"{section}.{key}{rest}"
+    return f"{section}{rest}"
 
 
 def _choices_at(kind: Any, where: str) -> list[str]:

@@ -28,8 +28,19 @@ class GlobalSchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=T
     explain_placements: Annotated[int, Meta(ge=0)] = 1024
 
 
+class TenantConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One entry of `tenants` (docs/fairness.md). `weight`: its share beside others', for policies that ask. Limits are null for
+    none; `max_tokens_in_flight` counts whole prompts and `max_gen_length`, cached or not."""
+
+    weight: Annotated[float, Meta(gt=0, le=1e6)] = 1.0
+    max_queued_tasks: Positive | None = None
+    max_sessions: Positive | None = None
+    max_tokens_in_flight: Positive | None = None
+
+
 class ServeCoreConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The whole file. `journal_path`: the journal (docs/journal.md); null: none; left out: the launch command chooses."""
+    """The whole file. `journal_path`: the journal (docs/journal.md); null: none; left out: the launch command chooses.
+    `tenants`: by name; "*" stands for each of the others."""
 
     host: str = "localhost"
     port: Annotated[int, Meta(ge=0, le=65535)] = 9000
@@ -41,6 +52,7 @@ class ServeCoreConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     engine_stall_timeout: Seconds = 120.0
     constant_prefix_var_timeout: Seconds = 600.0
     global_scheduler: GlobalSchedulerConfig = GlobalSchedulerConfig()
+    tenants: dict[str, TenantConfig] = {}
     engine_secret: str | None = None
     journal_path: str | msgspec.UnsetType | None = msgspec.UNSET
     journal_mode: Literal["recover", "record"] = "recover"

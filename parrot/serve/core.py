@@ -26,11 +26,13 @@ from parrot.serve.events import AnyEvent, Content
 from parrot.serve.fault import Fault
 from parrot.serve.gets import PendingGet, PendingGets
 from parrot.serve.graph import Call, Task, tasks_of
+from parrot.serve.rates import DrainRate
 from parrot.serve.reports import call_answer, input_failed, session_report
 from parrot.serve.scheduler import Scheduler
 from parrot.serve.sessions import IdleSessions, Session
 from parrot.serve.states import IN_FLIGHT, SESSION, TASK, VARIABLE
 from parrot.serve.submission import bind, check_form, check_room, check_variables
+from parrot.serve.tenants import Tenant
 from parrot.serve.variables import Variable
 
 #: How many ended sessions are remembered, so that a late call is told 410 and not 404.
@@ -56,6 +58,7 @@ class ServeCore:
         self._gets = PendingGets()
         self._opened: OrderedDict[str, tuple[int, float]] = OrderedDict()  # Idempotency-Key -> (session id, until)
         self._sequence = 0
+        self._ends = DrainRate()  # of sessions
         self._deduction = Deduction(self._activated)
         self._now = 0.0
         self.due_at = math.inf  #: a time before which there is no deadline; `next_deadline` is exact, and costs more
@@ -235,7 +238,7 @@ class ServeCore:
 
     def counts(self) -> dict[str, int]:
         """Tasks of live sessions by state, queued ones, sessions and pending gets: for invariants and for operators."""
-        found: dict[str, int] = {"sessions": len(self._sessions), "gets": len(self._gets), "queue": self.scheduler.queue.size}
+        found: dict[str, int] = {"sessions": len(self._sessions), "gets": len(self._gets), "queue": self.scheduler.waiting}
         for session in self._sessions.values():
             for call in session.calls:
                 for task in call.tasks:
@@ -275,18 +278,32 @@ class ServeCore:
                 return
         if event.session_id in self._sessions:
             raise ParrotError("conflict", f"session id {event.session_id} is in use")
-        if len(self._sessions) >= self.config.max_sessions_num and not self._recalling:
-            raise ParrotError(
-                "too_many_sessions",
-                f"{len(self._sessions)} sessions are open; max_sessions_num is {self.config.max_sessions_num}",
-            )
+        tenants = self.scheduler.tenants
+        account = tenants.of(event.tenant)
+        if not self._recalling:
+            self._check_sessions(account, now)
+        tenants.join(account)
         self._sequence += 1
-        session = Session(event.session_id, event.auth, event.tenant, self._sequence, now)
+        session = Session(event.session_id, event.auth, event.tenant, account, self._sequence, now)
         self._sessions[session.id] = session
         self._idle.touch(session, now)
         if key is not None:
             self._opened[key] = (session.id, now + self.config.session_life_span)
         self._effects.append(Reply(event.request, session.id))
+
+    def _check_sessions(self, account: Tenant, now: float) -> None:
+        """Raises too_many_sessions when one more would be."""
+        count, most = len(self._sessions), self.config.max_sessions_num
+        if 2 * count >= most:  # it may come to a refusal, which says how fast sessions end
+            ended = self._sequence - count
+            self._ends.note(now, ended)
+            if count >= most:
+                raise ParrotError(
+                    "too_many_sessions",
+                    f"{count} sessions are open; max_sessions_num is {most}",
+                    retry_after_s=self._ends.wait_s(now, ended, count - most + 1),
+                )
+        account.check_session(now)
 
     def _close_session(self, event: ev.CloseSession, now: float) -> None:
         session = self._session(event.session_id, event.auth, now)
@@ -309,6 +326,7 @@ class ServeCore:
                 for task in call.tasks:
                     if not task.ended:
                         self.scheduler.cancel(task, now)
+        self.scheduler.tenants.leave(session.account, now)
         if session.contexts:
             self.scheduler.free_session(list(session.contexts))
         for call in session.calls:
@@ -448,7 +466,7 @@ class ServeCore:
             return
         outputs = check_form(event)
         if not self._recalling:  # how full it was then is not known any more
-            check_room(session, outputs, self.config, self.scheduler.queue.size)
+            check_room(session, outputs, self.config, self.scheduler, now)
         check_variables(session, event)
         call = Call(
             number=len(session.calls),
@@ -545,6 +563,7 @@ class ServeCore:
             raise ParrotError(
                 "too_many_engines",
                 f"{len(self.engines)} engines are registered; max_engines_num is {self.config.max_engines_num}",
+                retry_after_s=math.ceil(self.config.engine_heartbeat_timeout),  # by then one that is gone is known to be
             )
         if event.lengths:
             tokenizer = event.engine.tokenizer

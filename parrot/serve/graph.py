@@ -114,10 +114,10 @@ class Task:
 
     __slots__ = (
         "activated", "aim", "alone", "attempt", "begin", "cached_tokens", "call", "contexts", "counted_latency", "criteria",
-        "decode_s", "depth", "dispatched_s", "end", "engine", "engine_name", "finished_s", "first_token_s", "group", "id",
-        "lends", "level", "links", "max_gap_s", "missing", "order", "output", "output_tokens", "path", "pinned",
-        "placed_tokens", "prompt_tokens", "rank", "ready_s", "refusals", "reserved", "sampling", "sequence", "sources", "stage",
-        "started_s", "state", "tokens", "touched", "tries",
+        "decode_s", "depth", "dispatched_s", "end", "engine", "engine_name", "finished_s", "first_token_s", "granted",
+        "group", "held", "id", "lends", "level", "links", "max_gap_s", "missing", "order", "output", "output_tokens", "path",
+        "pinned", "placed_tokens", "prompt_tokens", "rank", "ready_s", "refusals", "reserved", "sampling", "sequence",
+        "sources", "stage", "started_s", "state", "tokens", "touched", "tries",
     )  # fmt: skip
 
     def __init__(self, id: TaskId, call: Call, begin: int, end: int, output: Variable, sampling: SamplingConfig) -> None:
@@ -152,6 +152,8 @@ class Task:
         self.path: list[PrefixNode] | None = None
         self.tokens: dict[str, int] | None = None  # prompt length by tokenizer
         self.refusals: dict[int, int] | None = None  # engine id -> its capacity version then; -1: never again
+        self.granted = 0  # tokens that count against its tenant's max_tokens_in_flight
+        self.held = False  # for want of those: it waits beside the queue
         # while it is in flight
         self.engine: Engine | None = None
         self.contexts: list[Context] | None = None

@@ -26,8 +26,10 @@ from parrot.serve.policies import build_policy
 from parrot.serve.policies.base import Cluster, Placement, length_of, prompt_tokens, too_large
 from parrot.serve.policies.least_loaded import LeastLoaded
 from parrot.serve.queue import LAST, TaskQueue
+from parrot.serve.rates import DrainRate
 from parrot.serve.sessions import Session
 from parrot.serve.states import IN_FLIGHT, TASK
+from parrot.serve.tenants import Tenant, Tenants
 
 
 class Scheduler:
@@ -50,7 +52,8 @@ class Scheduler:
         self.prefixes = PrefixStore(config.constant_prefix_var_timeout)
         self.policy = build_policy(config.global_scheduler)
         self.queue = TaskQueue(self._order, self.policy.uses_prefix_groups, self.policy.share_by)
-        self.cluster = Cluster(self.engines)
+        self.tenants = Tenants(config.tenants)
+        self.cluster = Cluster(self.engines, self.tenants)
         kept = self._config.explain_placements
         self.explanations = Explanations(kept, self._config.policy) if kept else None
         self.cluster.explaining = kept > 0
@@ -62,6 +65,7 @@ class Scheduler:
         self._sequence = 0
         self._stranded: OrderedDict[Task, float] = OrderedDict()  # no engine of their lane is live -> deadline
         self._pauses = Pauses(self.engines.live)
+        self._drain = DrainRate()
         self.freed: dict[int, list[int]] = {}  # engine id -> contexts to be freed with this instant
 
     # ------------------------------------------------------------------------------------------- tasks in and out
@@ -82,7 +86,10 @@ class Scheduler:
             task.sequence = self._sequence
             task.ready_s = now
             task.state = TASK[task.state, "enqueue"]
-        self.queue.add(task)
+        if self.tenants.limiting:
+            self._line_up(task)
+        else:
+            self.queue.add(task)
         self.changed = True
         if not call.lane.engines:
             self._stranded[task] = now + self._config.engine_wait_timeout
@@ -92,7 +99,7 @@ class Scheduler:
     def cancel(self, task: Task, now: float) -> None:
         """Nobody wants the task's result any more."""
         if task.state == "queued":
-            self._leave_queue(task)
+            self._leave_queue(task, now)
             self.changed = True  # it may have held others back
         elif task.state in IN_FLIGHT:
             assert task.engine is not None
@@ -104,7 +111,13 @@ class Scheduler:
 
     def reorder(self, task: Task) -> None:
         """The task's depth has changed while it waits in the queue."""
-        self.queue.reorder(task)
+        if not task.held:
+            self.queue.reorder(task)
+        elif (order := self._order(task)) != task.order:
+            self.tenants.drop(task)
+            task.order = order
+            self.tenants.hold(task)
+            self._let_in(task.call.session.account)
 
     def hurry(self, task: Task) -> None:
         """A task in flight may have become latency-sensitive: its engine counts it from now on, and to its end."""
@@ -114,20 +127,62 @@ class Scheduler:
             engine.latency_tasks += 1
             self.engines.load_changed(engine)
 
-    def _leave_queue(self, task: Task) -> None:
-        self.queue.remove(task)
+    def _line_up(self, task: Task) -> None:
+        """To the queue, or beside it when its tenant has too many tokens in flight. Nobody overtakes who is held already but
+        by the policy's order."""
+        account = task.call.session.account
+        account.queued += 1
+        if task.granted or (not account.held and account.grant(task)):
+            self.queue.add(task)
+            return
+        task.order = self._order(task)
+        self.tenants.hold(task)
+        self._let_in(account)
+
+    def _let_in(self, account: Tenant) -> None:
+        """Held tasks for which there is room now go to the queue."""
+        while (task := self.tenants.next_of(account)) is not None:
+            self.queue.add(task)
+            self.changed = True
+
+    def _leave_queue(self, task: Task, now: float) -> None:
+        if task.held:
+            self.tenants.drop(task)
+        else:
+            self.queue.remove(task)
+        if self.tenants.limiting:
+            task.call.session.account.left_queue(now)
         if self._stranded:
             self._stranded.pop(task, None)
+
+    @property
+    def waiting(self) -> int:
+        """How many tasks wait for an engine, those that are held for their tenant's limit included."""
+        return self.queue.size + self.tenants.held
+
+    def room_after_s(self, now: float, wanted: int) -> int:
+        """After how many seconds, by the rate of late, `wanted` tasks fewer will wait."""
+        left = self._sequence - self.waiting
+        self._drain.note(now, left)
+        return self._drain.wait_s(now, left, wanted)
+
+    def _all_in(self, lane: Lane) -> list[Task]:
+        """All queued tasks of the lane, as they stand now."""
+        return [*self.queue.in_order(lane), *self.tenants.held_in(lane)]
 
     def _forget(self, task: Task) -> None:
         """Drops what only a task that may still run needs."""
         if task.path:
             self.prefixes.leave(task.path)
+        if task.granted:
+            self.tenants.give_back(task)
+        if self.tenants.held:
+            self._let_in(task.call.session.account)
         task.path = task.links = task.tokens = task.refusals = task.contexts = task.engine = None
 
     def _fail(self, task: Task, error: ErrorInfo, now: float) -> None:
         if task.state == "queued":
-            self._leave_queue(task)
+            self._leave_queue(task, now)
             self.changed = True  # it may have held others back
         self._end_failed(task, error, now)
 
@@ -156,14 +211,16 @@ class Scheduler:
                 placement = next(placements)
                 self._check(placement)
             except StopIteration:
-                return
+                break
             except Exception as error:  # a third party's policy may raise anything
                 self._policy_failed(error)
                 placements = None
                 if not self._place_in_its_stead(placement, now):
-                    return
+                    break
             else:
                 self._dispatch(placement, now)
+        if self.queue.size:
+            self._drain.note(now, self._sequence - self.waiting)
 
     def _place_in_its_stead(self, failed: Placement | None, now: float) -> bool:
         """Places the task of a refused placement, or the first one that has room. False when there is none."""
@@ -198,8 +255,8 @@ class Scheduler:
         if not isinstance(placement, Placement):
             raise TypeError(f"yielded a {type(placement).__name__} where a Placement is wanted")
         task, engine = placement.task, placement.engine
-        if task.state != "queued":
-            raise ValueError(f"placed task {task.id}, which is {task.state}")
+        if task.state != "queued" or task.held:
+            raise ValueError(f"placed task {task.id}, which is {'held' if task.held else task.state}")
         if engine.state != "live" or engine.id not in task.call.lane.engines:
             where = f"engine {engine.id}, which is {engine.state}, for {task.call.lane.describe()}"
             raise ValueError(f"placed task {task.id} on {where}; only live engines of its lane take it")
@@ -210,7 +267,7 @@ class Scheduler:
         task, engine = placement.task, placement.engine
         if self.explanations is not None:
             self.explanations.add(placement, task.attempt + 1, now, self.queue.size, fallback)
-        self._leave_queue(task)
+        self._leave_queue(task, now)
         task.state = TASK[task.state, "place"]
         task.attempt += 1
         task.tries += 1
@@ -295,7 +352,7 @@ class Scheduler:
         engine = self.engines.register(description)
         for lane in self.engines.lanes.values():
             if engine.id in lane.engines and len(lane.engines) == 1:
-                for task in self.queue.in_order(lane):
+                for task in self._all_in(lane):
                     self._stranded.pop(task, None)
                     self._refuse_if_too_large(task, now)
         self.changed = True
@@ -328,7 +385,7 @@ class Scheduler:
 
     def _without(self, lane: Lane, now: float) -> None:
         """A lane has lost an engine: tasks that only it could take fail, or begin to wait for another."""
-        for task in self.queue.in_order(lane):
+        for task in self._all_in(lane):
             if lane.engines:
                 self._refuse_if_too_large(task, now)
             elif task not in self._stranded:
@@ -394,7 +451,7 @@ class Scheduler:
 
     def recall(self, task: Task, event: TaskFinished, now: float) -> None:
         """A queued task that finished in an earlier life, on an engine that nobody knows any more."""
-        self._leave_queue(task)
+        self._leave_queue(task, now)
         task.state = TASK[task.state, "recall"]
         self._end_finished(task, event, now)
 

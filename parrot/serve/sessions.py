@@ -9,25 +9,28 @@ from parrot.protocol.engine import TaskId
 from parrot.protocol.errors import ParrotError
 from parrot.serve.contexts import Context
 from parrot.serve.graph import Call, Group, Task
+from parrot.serve.tenants import Tenant
 from parrot.serve.variables import Variable
 
 
 class Session:
-    """One session. `sequence`: the order of arrival. `domain`: whom it shares contexts with.
+    """One session. `account`: what its tenant may have. `sequence`: the order of arrival. `domain`: whom it shares contexts
+    with.
 
     `unfinished` counts its tasks that have not ended, `waiting_gets` its pending gets: while `active` work or a get is
     there, it is not idle.
     """
 
     __slots__ = (
-        "active", "answers", "auth", "calls", "contexts", "domain", "id", "last_access_s", "opened_s", "sequence",
+        "account", "active", "answers", "auth", "calls", "contexts", "domain", "id", "last_access_s", "opened_s", "sequence",
         "stages", "state", "tenant", "top_rank", "unfinished", "variables", "waiting_gets", "watched",
     )  # fmt: skip
 
-    def __init__(self, id: int, auth: str, tenant: str, sequence: int, now: float) -> None:
+    def __init__(self, id: int, auth: str, tenant: str, account: Tenant, sequence: int, now: float) -> None:
         self.id = id
         self.auth = auth
         self.tenant = tenant
+        self.account = account
         self.sequence = sequence
         self.opened_s = now
         self.last_access_s = now

@@ -5,6 +5,8 @@ It decides nothing about when the call runs. The template's own rules are checke
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from parrot.protocol.errors import ParrotError
 from parrot.serve import events as ev
 from parrot.serve.config import ServeCoreConfig
@@ -12,6 +14,15 @@ from parrot.serve.graph import depends_on
 from parrot.serve.sessions import Session
 from parrot.serve.states import VARIABLE
 from parrot.serve.variables import Variable
+
+
+class Room(Protocol):
+    """What the scheduler says of the queue."""
+
+    @property
+    def waiting(self) -> int: ...
+
+    def room_after_s(self, now: float, wanted: int) -> int: ...
 
 
 def check_form(event: ev.SubmitCall) -> int:
@@ -27,18 +38,25 @@ def check_form(event: ev.SubmitCall) -> int:
     return outputs
 
 
-def check_room(session: Session, outputs: int, config: ServeCoreConfig, queued: int) -> None:
-    """Raises queue_full for a session that would begin anew, too_many_tasks for one that has too many. `queued`: tasks that
-    wait for an engine now."""
+def check_room(session: Session, outputs: int, config: ServeCoreConfig, room: Room, now: float) -> None:
+    """Raises queue_full for a session that would begin anew, too_many_tasks for one that has too many."""
     most = config.max_tasks_per_session
     if outputs > most:
         raise ParrotError("bad_template", f"the call has {outputs} outputs; max_tasks_per_session allows {most}")
-    limit = config.global_scheduler.max_queue_size
-    if session.unfinished == 0 and queued >= limit:
-        raise ParrotError("queue_full", f"{queued} tasks wait for an engine; max_queue_size is {limit}")
-    if session.unfinished + outputs > most:
+    if session.unfinished == 0:
+        queued, limit = room.waiting, config.global_scheduler.max_queue_size
+        if queued >= limit:
+            raise ParrotError(
+                "queue_full",
+                f"{queued} tasks wait for an engine; max_queue_size is {limit}",
+                retry_after_s=room.room_after_s(now, queued - limit + 1),
+            )
+        session.account.check_queue(now)
+    elif session.unfinished + outputs > most:
         raise ParrotError(
-            "too_many_tasks", f"session {session.id} has {session.unfinished} unfinished tasks; max_tasks_per_session is {most}"
+            "too_many_tasks",
+            f"session {session.id} has {session.unfinished} unfinished tasks; max_tasks_per_session is {most}",
+            retry_after_s=room.room_after_s(now, session.unfinished + outputs - most),
         )
 
 

@@ -115,7 +115,7 @@ class CoreWatch:
         opened = {task: attempt for task, (attempt, _) in self._open.items()}
         self._expect("conservation", flying == opened, f"in flight by the core's books {flying}, by what it said {opened}")
         queued = sum(task.state == "queued" for task in tasks)
-        self._expect("conservation", len(core.scheduler.queue) == queued, f"{queued} tasks are queued, the queue has others")
+        self._expect("conservation", core.scheduler.waiting == queued, f"{queued} tasks are queued, the queue has others")
         for session in core._sessions.values():
             own = [task for call in session.calls for task in call.tasks]
             unfinished = sum(not task.ended for task in own)

@@ -77,6 +77,29 @@ class ServeCoreMachine(ServeCorePlay):
                     assert [e.id for e in index] == [engine_id for _, engine_id in loads]
 
     @invariant()
+    def tenants_keep_to_their_limits(self) -> None:
+        """By the core's own count; and the count is the sum of what each has. Who is held has something to wait for."""
+        if not hasattr(self, "core") or not self.config.tenants:
+            return
+        tasks = self.tasks()
+        tenants = self.core.scheduler.tenants
+        assert tenants.held == sum(t.held for t in tasks)
+        for account in tenants._present.values():
+            own = [t for t in tasks if t.call.session.account is account]
+            assert account.sessions == sum(s.account is account for s in self.core._sessions.values())
+            assert account.sessions <= (account.limits.max_sessions or account.sessions)
+            assert account.queued == sum(t.state == "queued" for t in own)
+            assert [t for _, _, t in account.held] == sorted((t for t in own if t.held), key=lambda t: (t.order, t.sequence))
+            assert account.tokens == sum(t.granted for t in own)
+            granted = [t for t in own if t.granted]
+            assert all(t.state in {"queued", *states.IN_FLIGHT} and not t.held for t in granted)
+            most = account.limits.max_tokens_in_flight
+            if most is not None:
+                assert all(t.granted or t.held for t in own if t.state in {"queued", *states.IN_FLIGHT})
+                assert account.tokens <= most or len(granted) == 1
+                assert granted or not account.held
+
+    @invariant()
     def contexts_agree(self) -> None:
         """The engines hold what the core believes them to hold; a context is live while a task uses it; isolation."""
         for engine in self.core.engines.values() if hasattr(self, "core") else ():
@@ -121,7 +144,7 @@ class ServeCoreMachine(ServeCorePlay):
     def liveness(self) -> None:
         """Invariant 7: with nothing in flight and no deadline ahead, no task is queued."""
         if hasattr(self, "core") and not self.flying and self.core.scheduler.next_deadline() is None:
-            assert len(self.core.scheduler.queue) == 0
+            assert self.core.scheduler.waiting == 0
 
     @invariant()
     def work_conservation(self) -> None:
@@ -188,6 +211,7 @@ class ServeCoreMachine(ServeCorePlay):
             assert not engine.contexts
             assert (engine.prompt_tokens, engine.prefill_tokens, engine.cached_tokens) == (0, 0, 0)
         assert not self.core.scheduler.prefixes._roots, "prefixes that nobody needs are pruned"
+        assert not self.core.scheduler.tenants._present
         assert not self.core.scheduler.policy_errors
 
 

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from parrot.protocol.api import Criteria
 from parrot.serve import events as ev
 from parrot.serve import states
-from parrot.serve.config import GlobalSchedulerConfig, ServeCoreConfig
+from parrot.serve.config import GlobalSchedulerConfig, ServeCoreConfig, TenantConfig
 from parrot.serve.core import ServeCore
 from parrot.serve.effects import Abort, Dispatch, FreeContexts, Reply, SessionEnded
 from parrot.serve.policies import POLICIES as REGISTRY
@@ -25,6 +25,12 @@ SHIPPED = (*sorted(REGISTRY), "parrot:all", "parrot:app_fifo+ctx_aware", "parrot
 
 #: Idempotency-Keys, few of them, so that requests are repeated.
 KEYS = st.sampled_from([None, None, None, "k1", "k2"])
+
+#: What tenants may have: the one that is named, and each other.
+LIMITS = {
+    "a": TenantConfig(max_tokens_in_flight=70, max_queued_tasks=4),
+    "*": TenantConfig(max_tokens_in_flight=200, max_sessions=3),
+}
 
 #: What a core may answer to a request of a client that knows its sessions and variables.
 REFUSALS = {"conflict", "cyclic_dependency", "queue_full", "too_many_tasks"}
@@ -58,8 +64,9 @@ class ServeCorePlay(RuleBasedStateMachine):
         attempts=st.integers(1, 4),
         queue=st.integers(2, 20),
         tenants=st.booleans(),
+        limits=st.sampled_from([{}, {}, LIMITS]),
     )
-    def begin(self, policy: str, attempts: int, queue: int, tenants: bool) -> None:
+    def begin(self, policy: str, attempts: int, queue: int, tenants: bool, limits: dict[str, TenantConfig]) -> None:
         section = GlobalSchedulerConfig(max_attempts=attempts, max_queue_size=queue, engine_wait_timeout=20.0)
         self.tenants = tenants
         self.config = ServeCoreConfig(
@@ -69,6 +76,7 @@ class ServeCorePlay(RuleBasedStateMachine):
             constant_prefix_var_timeout=15.0,
             max_tasks_per_session=12,
             global_scheduler=parse_policy(policy, section),
+            tenants=limits,
         )
         self.core = ServeCore(self.config)
 

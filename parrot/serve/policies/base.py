@@ -20,6 +20,7 @@ from parrot.serve.engines import Engine, EngineIndex, Engines, Lane, by_room
 from parrot.serve.graph import Task
 from parrot.serve.policies.parameters import Parameter
 from parrot.serve.queue import TaskQueue
+from parrot.serve.tenants import Tenants
 
 Terms = dict[str, float]  #: what a score was made of, by name; a larger `score` need not be better: the policy's file says
 
@@ -63,10 +64,15 @@ class Placement:
 class Cluster:
     """The read-only view of live engines and of what they hold."""
 
-    def __init__(self, engines: Engines) -> None:
+    def __init__(self, engines: Engines, tenants: Tenants) -> None:
         self._engines = engines
+        self._tenants = tenants
         self.explaining = False  #: whether placements shall carry their candidates
         self._fitting: tuple[Task, Engine] | None = None  # the last pair that was found to fit
+
+    def weight_of(self, tenant: str) -> float:
+        """The tenant's configured share beside others', above 0; 1.0 unless it has one."""
+        return self._tenants.weight_of(tenant)
 
     def engines(self, lane: Lane) -> list[Engine]:
         """The lane's live engines in the order of their registration."""
