@@ -13,7 +13,8 @@ Seconds = Annotated[float, Meta(gt=0)]
 
 class GlobalSchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Section `global_scheduler`. The four switches are parameters of the policy `parrot`. `explain_placements`: how many of
-    the last placements keep their reasons (GET /v1/debug/placements); 0: none, which costs nothing."""
+    the last placements keep their reasons (GET /v1/debug/placements); 0: none, which costs nothing. `patience`: how
+    long the first task of a lane waits before an engine is kept free for it (docs/fairness.md); null: for ever."""
 
     app_fifo: bool = False
     graph_group: bool = False
@@ -22,6 +23,7 @@ class GlobalSchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=T
     max_queue_size: Positive = 1024
     engine_wait_timeout: Seconds = 120.0
     max_attempts: Positive = 8
+    patience: Seconds | None = 30.0
     policy: str = "parrot"
     params: dict[str, Any] = {}
     random_seed: int = 0

@@ -124,6 +124,8 @@ class ServeCore:
                 scheduler.faults.append(Fault("the core failed at placing", error))
                 self._place_again_at = now + FAULT_PAUSE_S
                 self.due_at = min(self.due_at, self._place_again_at)
+            if scheduler.claims is not None and scheduler.claims.due_s < self.due_at:
+                self.due_at = scheduler.claims.due_s
         if scheduler.freed:
             scheduler.flush_freed()
         # Nothing that came up in this instant is due before the shortest span there is (gets and pauses see to themselves).

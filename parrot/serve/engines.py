@@ -47,10 +47,11 @@ class Engine:
     `latency_tasks`: how many of its tasks were latency-sensitive when they were placed, or have become so since.
     `reports_evictions`: whether it tells which contexts it gave up. If it does, the core's belief of what it holds is exact
     (but for what is on the way); if not, an estimate: that it keeps all it was given until the core lets go of it.
+    `claimed`: the task that it is kept free for (`parrot.serve.claims`).
     """
 
     __slots__ = (
-        "cached_tokens", "contexts", "description", "failures", "id", "lanes", "latency_tasks", "next_context_id",
+        "cached_tokens", "claimed", "contexts", "description", "failures", "id", "lanes", "latency_tasks", "next_context_id",
         "prefill_tokens", "prompt_tokens", "reports_evictions", "reserved", "state", "suspected_s", "tasks", "version",
     )  # fmt: skip
 
@@ -70,6 +71,7 @@ class Engine:
         self.next_context_id = 0
         self.failures = 0
         self.suspected_s = -1.0
+        self.claimed: Task | None = None
         self.lanes: tuple[Lane, ...] = ()  # those that it serves
 
     @property

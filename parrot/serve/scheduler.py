@@ -7,12 +7,14 @@ goes into the list of effects.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from parrot.protocol.engine import EngineDescription
 from parrot.protocol.errors import ErrorInfo
+from parrot.serve.claims import Claims
 from parrot.serve.config import ServeCoreConfig
 from parrot.serve.contexts import Context, PrefixStore
 from parrot.serve.effects import Abort, AnyEffect, ChainLink, Dispatch, FreeContexts, TaskEnded
@@ -23,7 +25,7 @@ from parrot.serve.fault import Fault
 from parrot.serve.graph import Task, chain_of
 from parrot.serve.pauses import Pauses
 from parrot.serve.policies import build_policy
-from parrot.serve.policies.base import Cluster, Placement, length_of, prompt_tokens, too_large
+from parrot.serve.policies.base import Cluster, Placement, admits, length_of, prompt_tokens, too_large
 from parrot.serve.policies.least_loaded import LeastLoaded
 from parrot.serve.queue import LAST, TaskQueue
 from parrot.serve.rates import DrainRate
@@ -66,6 +68,9 @@ class Scheduler:
         self._stranded: OrderedDict[Task, float] = OrderedDict()  # no engine of their lane is live -> deadline
         self._pauses = Pauses(self.engines.live)
         self._drain = DrainRate()
+        patience = self._config.patience
+        in_order = getattr(self.policy, "in_order", False)
+        self.claims = None if patience is None else Claims(self.engines, patience, self._first_of, in_order)
         self.freed: dict[int, list[int]] = {}  # engine id -> contexts to be freed with this instant
 
     # ------------------------------------------------------------------------------------------- tasks in and out
@@ -146,6 +151,8 @@ class Scheduler:
             self.changed = True
 
     def _leave_queue(self, task: Task, now: float) -> None:
+        if self.claims is not None and self.claims.by_lane:
+            self.claims.settle(task)
         if task.held:
             self.tenants.drop(task)
         else:
@@ -199,8 +206,42 @@ class Scheduler:
         """Asks the policy; to be called when `changed`. A policy that raises or answers nonsense is contained: the task that
         it failed on is placed by `least_loaded`, and it is asked again for the others."""
         self.changed = False
+        claims = self.claims
+        if claims is not None:
+            claims.due_s = math.inf
+            claims.reopened = False
         if not self.queue.size or not self.engines.live:
             return
+        self._ask_policy(now)
+        while claims is not None and self.queue.size and self._serve_claims(claims, now):
+            self._ask_policy(now)
+        if self.queue.size:
+            self._drain.note(now, self._sequence - self.waiting)
+
+    def _serve_claims(self, claims: Claims, now: float) -> bool:
+        """Keeps engines free for who has waited for too long, and places whom the policy did not, now that there is room.
+        Whether the policy has anything new to act on."""
+        claims.review(self.queue.lanes(), now)
+        for task, engine in list(claims.by_lane.values()):
+            if admits(engine, task):
+                self._dispatch(Placement(task, engine, rule="patience"), now)
+        reopened, claims.reopened = claims.reopened, False
+        return reopened
+
+    def _first_of(self, lane: Lane) -> Task | None:
+        """The task of the lane that the policy would place next."""
+        first = getattr(self.policy, "first", None)
+        if first is None:
+            return self.queue.head(lane)
+        try:
+            task = first(self.queue, lane)
+        except Exception as error:  # a third party's policy may raise anything
+            self._policy_failed(error)
+            return self.queue.head(lane)
+        known = isinstance(task, Task) and task.state == "queued" and not task.held and task.call.lane is lane
+        return task if known else None
+
+    def _ask_policy(self, now: float) -> None:
         self.cluster.forget()
         placements: Iterator[Placement] | None = None
         while True:
@@ -219,8 +260,6 @@ class Scheduler:
                     break
             else:
                 self._dispatch(placement, now)
-        if self.queue.size:
-            self._drain.note(now, self._sequence - self.waiting)
 
     def _place_in_its_stead(self, failed: Placement | None, now: float) -> bool:
         """Places the task of a refused placement, or the first one that has room. False when there is none."""
@@ -369,6 +408,8 @@ class Scheduler:
         lanes = dict.fromkeys(lane for engine in engines for lane in self.engines.lose(engine))
         lost: list[tuple[Task, Engine]] = []
         for engine in engines:
+            if self.claims is not None:
+                self.claims.without(engine)
             self._pauses.forget(engine.id)
             self.freed.pop(engine.id, None)
             for task in list(engine.tasks):
@@ -482,6 +523,8 @@ class Scheduler:
         elif event.retryable:
             assert task.dispatched_s is not None
             self._pauses.suspect(engine, task.dispatched_s, now)
+            if self.claims is not None and engine.state != "live":
+                self.claims.without(engine)
             self._again(task, event.code, event.message, now)
             return
         self._fail(task, ErrorInfo(event.code, event.message, {"engine": engine.name}), now)
@@ -586,6 +629,8 @@ class Scheduler:
             stranded = next(iter(self._stranded.values()))
             if first is None or stranded < first:
                 first = stranded
+        if self.claims is not None and self.claims.due_s < math.inf and (first is None or self.claims.due_s < first):
+            first = self.claims.due_s
         return first
 
     def tick(self, now: float) -> None:
@@ -593,6 +638,8 @@ class Scheduler:
         self.contain("freeing contexts whose lifetime is over", self._free_expired, now)
         self.contain("giving up tasks that no engine came for", self._fail_stranded, now)
         self.contain("asking engines again", self._ask_again, now)
+        if self.claims is not None and self.claims.due_s <= now:
+            self.changed = True
 
     def contain(self, what: str, step: Callable[..., None], *arguments: Any) -> None:
         """Carries out a step whose failure, a bug of ours, must cost nothing else."""

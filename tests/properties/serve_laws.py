@@ -100,6 +100,22 @@ class ServeCoreMachine(ServeCorePlay):
                 assert granted or not account.held
 
     @invariant()
+    def claims_are_for_who_waits(self) -> None:
+        """An engine is kept free for one queued task at most, which has waited and does not fit there yet; so is a lane's."""
+        if not hasattr(self, "core") or self.core.scheduler.claims is None:
+            return
+        by_lane = self.core.scheduler.claims.by_lane
+        kept = {engine.claimed: engine for engine in self.core.engines.values() if engine.claimed is not None}
+        assert kept == dict(by_lane.values())
+        for lane, (task, engine) in by_lane.items():
+            assert task.state == "queued"
+            assert task.call.lane is lane
+            assert engine.id in lane.engines
+            assert engine.state == "live"
+            assert self.now - task.ready_s >= self.config.global_scheduler.patience
+            assert not admits(engine, task)
+
+    @invariant()
     def contexts_agree(self) -> None:
         """The engines hold what the core believes them to hold; a context is live while a task uses it; isolation."""
         for engine in self.core.engines.values() if hasattr(self, "core") else ():

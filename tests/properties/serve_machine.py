@@ -65,9 +65,20 @@ class ServeCorePlay(RuleBasedStateMachine):
         queue=st.integers(2, 20),
         tenants=st.booleans(),
         limits=st.sampled_from([{}, {}, LIMITS]),
+        patience=st.sampled_from([None, 0.5, 5.0]),
     )
-    def begin(self, policy: str, attempts: int, queue: int, tenants: bool, limits: dict[str, TenantConfig]) -> None:
-        section = GlobalSchedulerConfig(max_attempts=attempts, max_queue_size=queue, engine_wait_timeout=20.0)
+    def begin(
+        self,
+        policy: str,
+        attempts: int,
+        queue: int,
+        tenants: bool,
+        limits: dict[str, TenantConfig],
+        patience: float | None,
+    ) -> None:
+        section = GlobalSchedulerConfig(
+            max_attempts=attempts, max_queue_size=queue, engine_wait_timeout=20.0, patience=patience
+        )
         self.tenants = tenants
         self.config = ServeCoreConfig(
             max_sessions_num=6,

@@ -223,6 +223,8 @@ def too_large(task: Task, engine: Engine) -> bool:
 def admits(engine: Engine, task: Task, bound: int | None = None) -> bool:
     if engine.state != "live":
         return False  # a suspect engine gets nothing, so that no policy need know of it
+    if engine.claimed is not None and engine.claimed is not task:
+        return False  # kept free for one that has waited for too long
     if task.refusals is not None:
         refused = task.refusals.get(engine.id)
         if refused is not None and (refused == -1 or refused == engine.version):
@@ -250,10 +252,15 @@ class Policy(Protocol):
     (`TaskQueue.owners`), "" for none. `clairvoyant`: it reads output lengths, which only a simulation knows
     (`SamplingConfig.output_length`): a server refuses to run it.
 
+    It may also have a method `first(queue, lane)`: the task that it would place next in that lane, whether or not it fits
+    now; the head in `order` where there is none. Once that task has waited for `global_scheduler.patience`, an engine is kept
+    free for it (`parrot.serve.claims`), and the core places it there if the policy does not. `in_order`: it promises that
+    nothing else of its lane goes before that task.
+
     `work_conserving`: it claims that after each instant no lane with queued tasks has a live engine that admits the first of
-    them in `order` (`Cluster.fits` without a bound; a suspect engine admits nothing, and one that has rejected a task is full
-    until its capacity changes). What stands behind a first task that no engine admits may wait, and so may tasks that a
-    bound of the policy's own parameters holds back."""
+    them in `order` (`Cluster.fits` without a bound; a suspect engine admits nothing, one that is kept free only whom it is
+    kept for, and one that has rejected a task is full until its capacity changes). What stands behind a first task that
+    no engine admits may wait, and so may tasks that a bound of the policy's own parameters holds back."""
 
     name: ClassVar[str]
     work_conserving: ClassVar[bool]
@@ -277,6 +284,7 @@ class InOrder:
     that none starves. A subclass says where one task (or the tasks that go with it) shall run."""
 
     work_conserving: ClassVar[bool] = True
+    in_order: ClassVar[bool] = True
     clairvoyant: ClassVar[bool] = False
     share_by: ClassVar[str] = ""
     uses_prefix_groups: bool = False
