@@ -17,6 +17,7 @@ from parrot.protocol.errors import ParrotError
 PLACEHOLDER_NAME = r"[a-zA-Z_][a-zA-Z0-9_]*"
 #: A get that may take longer leaves its timeout out; "inf" in a query is no number of seconds.
 MAX_TIMEOUT_S = 1e9
+Wait = Annotated[float, Meta(ge=0.0, le=MAX_TIMEOUT_S)]  #: seconds
 
 
 class Criteria(enum.StrEnum):
@@ -114,7 +115,7 @@ class ParameterSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
 
 
 class SemanticCallRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """POST /v1/semantic_call"""
+    """POST /v1/semantic_call. `deadline`: seconds from now after which its outputs are worthless."""
 
     session_id: int
     template: str
@@ -127,6 +128,7 @@ class SemanticCallRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
     cache_prefix: bool = True
     output_criteria: str | None = None
     fuse_fill: bool = False
+    deadline: Wait | None = None
 
 
 class ParamInfo(msgspec.Struct, frozen=True):
@@ -164,14 +166,16 @@ class SetVariableRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 
 
 class GetVariableRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """GET /v1/semantic_var/{var_id}: body or query. `timeout` in seconds; `stream_from` in characters already had."""
+    """GET /v1/semantic_var/{var_id}: body or query. `timeout` (cancels nothing) and `deadline` (after which the value is
+    worthless) in seconds from now; `stream_from` in characters already had."""
 
     session_id: int
     session_auth: str | None = None
     criteria: str | None = None
-    timeout: Annotated[float, Meta(ge=0.0, le=MAX_TIMEOUT_S)] | None = None
+    timeout: Wait | None = None
     stream: bool = False
     stream_from: Annotated[int, Meta(ge=0)] = 0
+    deadline: Wait | None = None
 
 
 class VariableInfo(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -198,6 +202,7 @@ class TaskReport(msgspec.Struct, frozen=True, omit_defaults=True):
     engine: str | None = None
     criteria: str | None = None
     depth: int = 0
+    deadline_s: float | None = None
     ready_s: float | None = None
     dispatched_s: float | None = None
     started_s: float | None = None

@@ -46,6 +46,7 @@ ERRORS: dict[str, ErrorKind] = {
     "generation_failed": ErrorKind(500, False),  # the engine says that another attempt would not help
     "engine_rejected": ErrorKind(503, True),  # the engine has no room now; the core tries elsewhere or later
     "context_missing": ErrorKind(409, True),  # the parent context is not (or no longer) on this engine
+    "deadline_exceeded": ErrorKind(504, False),  # it was not ready when nobody could use it any more
     "input_failed": ErrorKind(424, False),  # an input variable's producer failed
     "cancelled": ErrorKind(409, False),  # its session was closed
     # the server

@@ -161,6 +161,7 @@ class ApiRoutes:
             criteria,
             body.fuse_fill,
             key,
+            body.deadline,
         )
         return answer(await self._ask_with_texts(event, pieces))
 
@@ -209,7 +210,9 @@ class ApiRoutes:
         args = arguments(query, await body_of(request), GetVariableRequest)
         criteria = parse_criteria(args.criteria)
         number = self._shell.number()
-        event = GetVariable(number, args.session_id, hashed(args.session_auth), tail, criteria, args.timeout, args.stream)
+        event = GetVariable(
+            number, args.session_id, hashed(args.session_auth), tail, criteria, args.timeout, args.stream, args.deadline
+        )
         answered: list[Reply] = []
         future = self._shell.ask(event, answered.append)
         try:

@@ -19,6 +19,7 @@ from parrot.protocol.engine import RegisterAnswer
 from parrot.protocol.errors import ErrorInfo, ParrotError
 from parrot.serve import events as ev
 from parrot.serve.config import ServeCoreConfig
+from parrot.serve.deadlines import Deadlines
 from parrot.serve.deduction import Deduction, tighter
 from parrot.serve.effects import AnyEffect, Reply, SessionEnded
 from parrot.serve.engines import Engine
@@ -60,13 +61,14 @@ class ServeCore:
         self._sequence = 0
         self._ends = DrainRate()  # of sessions
         self._deduction = Deduction(self._activated)
+        self._deadlines = Deadlines(self._activated)
         self._now = 0.0
         self.due_at = math.inf  #: a time before which there is no deadline; `next_deadline` is exact, and costs more
         self._quiet_until = 0.0  # no deadline before, after a fault
         self._place_again_at = math.inf  # placing failed
         self._recalling = False  # what is taken in was accepted in an earlier life
         self._recalled_gets = 0
-        self._least_span_s = min(  # no deadline is set closer than this, but for a get's and the end of a pause
+        self._least_span_s = min(  # no deadline is set closer than this, but for those that say so themselves
             config.session_life_span, config.constant_prefix_var_timeout, config.global_scheduler.engine_wait_timeout
         )
         self.scheduler = Scheduler(config, epoch, self._effects, self._task_finished, self._task_failed)
@@ -128,7 +130,8 @@ class ServeCore:
                 self.due_at = scheduler.claims.due_s
         if scheduler.freed:
             scheduler.flush_freed()
-        # Nothing that came up in this instant is due before the shortest span there is (gets and pauses see to themselves).
+        # Nothing that came up in this instant is due before the shortest span there is (gets, deadlines, claims and pauses
+        # see to themselves).
         due_at = now + self._least_span_s
         if due_at < self.due_at:
             self.due_at = due_at
@@ -194,7 +197,12 @@ class ServeCore:
     def next_deadline(self) -> float | None:
         """When `Tick` is wanted at the latest, in seconds of the same clock; None: not before the next event."""
         first = math.inf
-        for deadline in (self._gets.next_deadline(), self._idle.next_deadline(), self.scheduler.next_deadline()):
+        for deadline in (
+            self._gets.next_deadline(),
+            self._idle.next_deadline(),
+            self._deadlines.next_deadline(),
+            self.scheduler.next_deadline(),
+        ):
             if deadline is not None and deadline < first:
                 first = deadline
         first = min(max(first, self._quiet_until), self._place_again_at)
@@ -436,11 +444,17 @@ class ServeCore:
         if variable.state == "failed":
             self._effects.append(Reply(event.request, None, variable.error))
             return
-        deadline = None if event.timeout is None else now + event.timeout
-        self._gets.add(event.request, session, variable, deadline)
+        deadline, late = event.timeout, False
+        if event.deadline is not None and (deadline is None or event.deadline <= deadline):
+            deadline, late = event.deadline, True
         if deadline is not None:
+            deadline += now
             self.due_at = min(self.due_at, deadline)
+        self._gets.add(event.request, session, variable, deadline, late)
         self._idle.touch(session, now)
+        if event.deadline is not None or session.deadlines is not None:
+            self._deadlines.fetched(session, variable, math.inf if event.deadline is None else now + event.deadline)
+            self._watch_deadlines()
         self._want(variable, event.criteria or Criteria.THROUGHPUT)
 
     def _want(self, variable: Variable, criteria: Criteria) -> None:
@@ -450,6 +464,10 @@ class ServeCore:
             variable.criteria = wanted
             if variable.producer is not None:
                 self._deduction.fetch(variable.producer)
+
+    def _watch_deadlines(self) -> None:
+        """Deadlines may have come up that are shorter than all that `handle` reckons with."""
+        self.due_at = min(self.due_at, self._deadlines.next_deadline() or math.inf)
 
     def _cancel_get(self, event: ev.CancelGet, now: float) -> None:
         self._drop_get(event.request, now)
@@ -480,7 +498,10 @@ class ServeCore:
             cache_prefix=event.cache_prefix,
             fuse_fill=event.fuse_fill,
             submitted_s=now,
+            until_s=math.inf if event.deadline is None else now + event.deadline,
         )
+        if event.deadline is not None and session.deadlines is None:
+            session.deadlines = {}
         call.variables = bind(session, event)
         session.calls.append(call)
         tasks = tasks_of(call)
@@ -489,6 +510,10 @@ class ServeCore:
         self._answer(session, event, call_answer(call))
         for task in tasks:
             self._connect(task, now)
+        if session.deadlines is not None:
+            if event.output_criteria is not None:
+                self._deadlines.want(tasks[-1], math.inf, math.inf)
+            self._watch_deadlines()
         if event.output_criteria is not None and not tasks[-1].ended:
             self._want(tasks[-1].output, event.output_criteria)
 
@@ -517,6 +542,8 @@ class ServeCore:
             task.finished_s = now
             self._task_failed(task, input_failed(failed, failed.error), now)
             return
+        if task.call.session.deadlines is not None:
+            self._deadlines.connect(task)
         self._deduction.add(task)
 
     def _activated(self, task: Task) -> None:
@@ -620,6 +647,8 @@ class ServeCore:
         failure in one of them costs no other, and what is left of it is not tried again at once."""
         scheduler = self.scheduler
         faults = len(scheduler.faults)
+        for task in self._deadlines.over(now):
+            scheduler.contain(f"ending task {task.id}, whose deadline has passed", self._expire, task, now)
         for request in self._gets.due(now):
             scheduler.contain(f"ending get {request}", self._time_out, request, now)
         deadline = self._idle.next_deadline()
@@ -635,11 +664,17 @@ class ServeCore:
         deadline = self.next_deadline()
         self.due_at = math.inf if deadline is None else deadline
 
+    def _expire(self, task: Task, now: float) -> None:
+        if not task.ended:
+            what = f"output {task.output.id!r} of call {task.call.number} was not ready by its deadline"
+            self.scheduler.expire(task, ErrorInfo("deadline_exceeded", what), now)
+
     def _time_out(self, request: int, now: float) -> None:
         pending = self._drop_get(request, now)
         if pending is not None:
-            message = f"variable {pending.variable.id!r} was not ready in time"
-            self._effects.append(Reply(request, None, ErrorInfo("timeout", message)))
+            code, by = ("deadline_exceeded", "by its deadline") if pending.late else ("timeout", "in time")
+            message = f"variable {pending.variable.id!r} was not ready {by}"
+            self._effects.append(Reply(request, None, ErrorInfo(code, message)))
 
     def _restarted(self, event: ev.Restarted, now: float) -> None:
         self._gets.clear()

@@ -102,6 +102,7 @@ class SubmitCall(Event, frozen=True, gc=False):
     """A call whose template and parameters were found to fit together.
 
     `models` (): any. An input's name occurs in as many segments as its placeholder does; its value is given in each.
+    `deadline`: after so many seconds its outputs are worthless, and those that are not ready fail.
     """
 
     request: int
@@ -115,6 +116,7 @@ class SubmitCall(Event, frozen=True, gc=False):
     output_criteria: Criteria | None = None
     fuse_fill: bool = False
     idempotency_key: str | None = None
+    deadline: float | None = None
 
 
 class CreateVariable(Event, frozen=True, gc=False):
@@ -135,7 +137,8 @@ class SetVariable(Event, frozen=True, gc=False):
 
 
 class GetVariable(Event, frozen=True, gc=False):
-    """Answered when the variable is ready or failed, or after `timeout` seconds (which cancels nothing).
+    """Answered when the variable is ready or failed, or after `timeout` seconds (which cancels nothing), or after `deadline`
+    seconds, when the value is worthless to this client: what nobody else wants then is given up.
 
     `criteria` None: THROUGHPUT, and it never tightens what an earlier get said.
     """
@@ -147,6 +150,7 @@ class GetVariable(Event, frozen=True, gc=False):
     criteria: Criteria | None = None
     timeout: float | None = None
     stream: bool = False
+    deadline: float | None = None
 
 
 class CancelGet(Event, frozen=True, gc=False):

@@ -9,14 +9,14 @@ from parrot.serve.variables import Variable
 
 
 class PendingGet:
-    """A get that waits: for which variable of which session, until when (None: without end)."""
+    """A get that waits: for which variable of which session, and whether it is then too late for it (else it times out)."""
 
-    __slots__ = ("deadline", "session", "variable")
+    __slots__ = ("late", "session", "variable")
 
-    def __init__(self, session: Session, variable: Variable, deadline: float | None) -> None:
+    def __init__(self, session: Session, variable: Variable, late: bool) -> None:
         self.session = session
         self.variable = variable
-        self.deadline = deadline
+        self.late = late
 
 
 class PendingGets:
@@ -29,8 +29,9 @@ class PendingGets:
     def __len__(self) -> int:
         return len(self._gets)
 
-    def add(self, request: int, session: Session, variable: Variable, deadline: float | None) -> None:
-        self._gets[request] = PendingGet(session, variable, deadline)
+    def add(self, request: int, session: Session, variable: Variable, deadline: float | None, late: bool) -> None:
+        """`deadline`: until when it waits (None: without end)."""
+        self._gets[request] = PendingGet(session, variable, late)
         if deadline is not None:
             heapq.heappush(self._timeouts, (deadline, request))
             if len(self._timeouts) > 64 + 2 * len(self._gets):

@@ -7,6 +7,7 @@ is deduced in `deduction.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +30,12 @@ def latency_bound(criteria: Criteria | None) -> bool:
 
 
 class Call:
-    """A submitted semantic call. `variables`: one for each segment, None for constants."""
+    """A submitted semantic call. `variables`: one for each segment, None for constants. `until_s`: its outputs are worthless
+    after that; inf: never."""
 
     __slots__ = (
-        "cache_prefix", "func_name", "fuse_fill", "lane", "number", "segments", "session", "submitted_s", "tasks", "variables",
+        "cache_prefix", "func_name", "fuse_fill", "lane", "number", "segments", "session", "submitted_s", "tasks",
+        "until_s", "variables",
     )  # fmt: skip
 
     def __init__(
@@ -46,6 +49,7 @@ class Call:
         cache_prefix: bool,
         fuse_fill: bool,
         submitted_s: float,
+        until_s: float = math.inf,
     ) -> None:
         self.number = number
         self.session = session
@@ -56,6 +60,7 @@ class Call:
         self.cache_prefix = cache_prefix
         self.fuse_fill = fuse_fill
         self.submitted_s = submitted_s
+        self.until_s = until_s
         self.tasks: list[Task] = []
 
     @property
@@ -109,15 +114,17 @@ class Task:
     `begin`, `end`: its own segments are call.segments[begin:end], the last of them its output; its chain starts at 0.
     `criteria`: its performance objective. `depth`: the longest way to a fetched output, in tasks: how many come after it, one
     behind the other, until somebody has what they asked for. `group`: its task group, None when nothing runs in parallel with
-    it. Times are seconds of the core's clock, None while they have not come.
+    it. `deadline_s`: the tightest deadline of what it serves, None without; `wanted_until_s`: nobody wants its output after
+    that, None when nobody has set an end (`deadlines.py`). Times are seconds of the core's clock, None while they have not
+    come.
     """
 
     __slots__ = (
         "activated", "aim", "alone", "attempt", "begin", "cached_tokens", "call", "contexts", "counted_latency", "criteria",
-        "decode_s", "depth", "dispatched_s", "end", "engine", "engine_name", "finished_s", "first_token_s", "granted",
-        "group", "held", "id", "lends", "level", "links", "max_gap_s", "missing", "order", "output", "output_tokens", "path",
-        "pinned", "placed_tokens", "prompt_tokens", "rank", "ready_s", "refusals", "reserved", "sampling", "sequence",
-        "sources", "stage", "started_s", "state", "tokens", "touched", "tries",
+        "deadline_s", "decode_s", "depth", "dispatched_s", "end", "engine", "engine_name", "finished_s", "first_token_s",
+        "granted", "group", "held", "id", "lends", "level", "links", "max_gap_s", "missing", "order", "output",
+        "output_tokens", "path", "pinned", "placed_tokens", "prompt_tokens", "rank", "ready_s", "refusals", "reserved",
+        "sampling", "sequence", "sources", "stage", "started_s", "state", "tokens", "touched", "tries", "wanted_until_s",
     )  # fmt: skip
 
     def __init__(self, id: TaskId, call: Call, begin: int, end: int, output: Variable, sampling: SamplingConfig) -> None:
@@ -135,6 +142,8 @@ class Task:
         self.criteria: Criteria | None = None
         self.depth = 0
         self.group: Group | None = None
+        self.deadline_s: float | None = None
+        self.wanted_until_s: float | None = None
         # for deduction alone
         self.rank = 0  # greater than that of any task that it waits for
         self.sources: list[Task] | None = None  # who makes its inputs and had not ended when both were known

@@ -31,9 +31,9 @@ LAST = _Last()
 class TaskQueue:
     """The queue of activated, undispatched tasks; also the read-only view of it that policies get.
 
-    `order(task)` is asked once when a task is queued, and again only when its depth changes. With `by_prefix`, tasks
-    are indexed by every prefix of their prompts. With `share_by` ("program", "tenant") each of those has a line of its own
-    beside the lane's, in the same order.
+    `order(task)` is asked once when a task is queued, and again only when its depth or deadline changes. With `by_prefix`,
+    tasks are indexed by every prefix of their prompts. With `share_by` ("program", "tenant") each of those has a line of its
+    own beside the lane's, in the same order.
     """
 
     def __init__(self, order: Callable[[Task], Any], by_prefix: bool, share_by: str = "") -> None:

@@ -55,6 +55,7 @@ def call_report(call: Call) -> CallReport:
             engine=task.engine_name,
             criteria=task.criteria.value if task.criteria is not None else None,
             depth=task.depth,
+            deadline_s=task.deadline_s,
             ready_s=task.ready_s,
             dispatched_s=task.dispatched_s,
             started_s=task.started_s,

@@ -106,16 +106,26 @@ class Scheduler:
         if task.state == "queued":
             self._leave_queue(task, now)
             self.changed = True  # it may have held others back
-        elif task.state in IN_FLIGHT:
-            assert task.engine is not None
-            self._effects.append(Abort(task.engine.id, self.epoch, task.id, task.attempt))
-            self._release(task, now)
+        else:
+            self._abort(task, now)
         task.state = TASK[task.state, "cancel"]
         task.finished_s = now
         self._forget(task)
 
+    def expire(self, task: Task, error: ErrorInfo, now: float) -> None:
+        """Nobody can use the task's result any more."""
+        self._abort(task, now)
+        self._fail(task, error, now)
+
+    def _abort(self, task: Task, now: float) -> None:
+        """Gives up the attempt, if one is in flight."""
+        if task.state in IN_FLIGHT:
+            assert task.engine is not None
+            self._effects.append(Abort(task.engine.id, self.epoch, task.id, task.attempt))
+            self._release(task, now)
+
     def reorder(self, task: Task) -> None:
-        """The task's depth has changed while it waits in the queue."""
+        """The task's depth or deadline has changed while it waits in the queue."""
         if not task.held:
             self.queue.reorder(task)
         elif (order := self._order(task)) != task.order:

@@ -8,6 +8,7 @@ from typing import Any
 from parrot.protocol.engine import TaskId
 from parrot.protocol.errors import ParrotError
 from parrot.serve.contexts import Context
+from parrot.serve.deadlines import Want
 from parrot.serve.graph import Call, Group, Task
 from parrot.serve.tenants import Tenant
 from parrot.serve.variables import Variable
@@ -22,8 +23,8 @@ class Session:
     """
 
     __slots__ = (
-        "account", "active", "answers", "auth", "calls", "contexts", "domain", "id", "last_access_s", "opened_s", "sequence",
-        "stages", "state", "tenant", "top_rank", "unfinished", "variables", "waiting_gets", "watched",
+        "account", "active", "answers", "auth", "calls", "contexts", "deadlines", "domain", "id", "last_access_s", "opened_s",
+        "sequence", "stages", "state", "tenant", "top_rank", "unfinished", "variables", "waiting_gets", "watched",
     )  # fmt: skip
 
     def __init__(self, id: int, auth: str, tenant: str, account: Tenant, sequence: int, now: float) -> None:
@@ -44,6 +45,7 @@ class Session:
         self.contexts: dict[Context, None] | None = None  # those that only this session can share
         self.stages: dict[tuple[Task, int], Task | Group] | None = None  # a stage's group, or its only task
         self.top_rank = 0  # the highest of its tasks' ranks
+        self.deadlines: dict[Variable, Want] | None = None  # of fetched variables, once anybody has named one
         self.watched = False  # whether IdleSessions has it
         self.domain = f"tenant:{tenant}" if tenant else f"session:{id}"
 
@@ -86,7 +88,7 @@ class Session:
         for stage in self.stages.values() if self.stages is not None else ():
             if isinstance(stage, Group):
                 stage.members.clear()
-        self.stages = self.contexts = self.answers = None
+        self.stages = self.contexts = self.answers = self.deadlines = None
 
 
 class IdleSessions:

@@ -33,7 +33,10 @@ class MemoryJournal:
         self._now = 0.0
 
     def begin(self, epoch: int, now: float) -> None:
-        """A new life."""
+        """A new life. What the last one left and no row names is thrown away, as every opening does."""
+        if self.mode == "recover":
+            for key in self.unnamed_texts():
+                del self.texts[key]
         self.lives.append(Life(epoch, self._next_instant, now))
         self._now = max(self._now, now)
 

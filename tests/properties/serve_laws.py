@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from hypothesis.stateful import invariant
 
 from parrot.serve import events as ev
 from parrot.serve import states
+from parrot.serve.deadlines import _end_of, _tightest
 from parrot.serve.engines import Engine
 from parrot.serve.policies.base import admits
 from tests.properties.deduction_reference import Known, deduce
@@ -114,6 +116,30 @@ class ServeCoreMachine(ServeCorePlay):
             assert engine.state == "live"
             assert self.now - task.ready_s >= self.config.global_scheduler.patience
             assert not admits(engine, task)
+
+    @invariant()
+    def deadlines_go_backward(self) -> None:
+        """Nothing is left that nobody can use in time. What a task waits for is no less urgent, and no less long of use."""
+        if not hasattr(self, "core"):
+            return
+        known = self.core._deadlines
+        first = known.next_deadline()
+        for task in self.tasks():
+            if task.ended:
+                continue
+            end_s = _end_of(task)
+            assert end_s >= self.now
+            assert end_s == math.inf or (first is not None and first <= end_s)
+            assert task.deadline_s is None or task.deadline_s <= end_s
+            for producer in task.producers() if task.activated else ():
+                assert _tightest(producer) <= _tightest(task)
+                assert _end_of(producer) >= end_s or producer.call.until_s < end_s
+        for request, event in self.asked.items():
+            if request in self.too_late:
+                until_s = self.too_late[request]
+                assert until_s >= self.now
+                task = self.core._sessions[event.session_id].variables[event.var_id].producer
+                assert task is None or (_tightest(task) <= until_s and _end_of(task) >= min(until_s, task.call.until_s))
 
     @invariant()
     def contexts_agree(self) -> None:

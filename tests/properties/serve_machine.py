@@ -51,6 +51,7 @@ class ServeCorePlay(RuleBasedStateMachine):
         self.history: list[tuple[list[ev.AnyEvent], float]] = []
         self.effects: list[Any] = []
         self.asked: dict[int, Any] = {}  # request -> the event that asked, until it is answered
+        self.too_late: dict[int, float] = {}  # request of a get -> when its value is worthless
         self.answers: dict[tuple[type, int, str], Any] = {}  # (kind, session, Idempotency-Key) -> the first answer
         self.wanted: dict[int, set[str]] = {}  # session -> variables that a get or a call asked for
         self.sessions: dict[int, list[str]] = {}  # id -> variable ids
@@ -127,6 +128,8 @@ class ServeCorePlay(RuleBasedStateMachine):
 
     def answered(self, event: Any, reply: Reply) -> None:
         """What a client learns."""
+        if reply.error is None and isinstance(event, ev.GetVariable):
+            assert self.now <= self.too_late.get(event.request, self.now), "a value that came too late"
         if isinstance(event, ev.GetVariable) and (reply.error is None or reply.error.code not in {"not_found", "forbidden"}):
             self.wanted.setdefault(event.session_id, set()).add(event.var_id)
         if reply.error is not None:
@@ -251,6 +254,7 @@ class ServeCorePlay(RuleBasedStateMachine):
             fuse_fill=data.draw(st.booleans()),
             cache_prefix=data.draw(st.booleans()),
             idempotency_key=data.draw(KEYS),
+            deadline=data.draw(st.sampled_from([None, None, None, None, 7.0])),
         )
 
     @precondition(lambda self: self.sessions)
@@ -264,8 +268,12 @@ class ServeCorePlay(RuleBasedStateMachine):
         session, var = self.variable(data, newest=4)  # the newest variables are what applications fetch
         criteria = data.draw(st.sampled_from([None, *Criteria]))
         timeout = data.draw(st.sampled_from([None, 0.0, 3.0, 50.0]))
+        deadline = data.draw(st.sampled_from([None, None, None, 0.0, 4.0, 30.0]))
         self.wanted.setdefault(session, set()).add(var)
-        return self.request_for(ev.GetVariable, session, f"auth{session}", var, criteria, timeout)
+        event = self.request_for(ev.GetVariable, session, f"auth{session}", var, criteria, timeout, deadline=deadline)
+        if deadline is not None:
+            self.too_late[event.request] = self.now + deadline
+        return event
 
     @precondition(lambda self: any(self.sessions.values()))
     @rule(data=st.data())

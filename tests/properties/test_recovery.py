@@ -64,7 +64,7 @@ def calls(core: ServeCore) -> Any:
             return t.id, t.output.id, t.state
         state = "queued" if t.state in states.IN_FLIGHT else t.state
         group = t.group and (t.group.root, t.group.depth)
-        return t.id, t.output.id, state, t.activated, t.criteria, t.depth, group
+        return t.id, t.output.id, state, t.activated, t.criteria, t.depth, group, t.deadline_s, t.wanted_until_s
 
     return [
         (c.number, c.func_name, c.segments, c.lane.models, c.fuse_fill, c.cache_prefix, [task(t) for t in c.tasks])
