@@ -82,17 +82,18 @@ class Submit(msgspec.Struct, frozen=True, gc=False):
 
 
 class Fetch(msgspec.Struct, frozen=True, gc=False):
-    """Wait for a variable's content. Answer: its Value."""
+    """Wait for a variable's content. `deadline_s`: seconds from now. Answer: its Value."""
 
     get: int
     var_id: str
     criteria: Criteria
+    deadline_s: float | None = None
 
 
 class Complete(msgspec.Struct, frozen=True, gc=False):
     """One request of the baseline: open a session, submit, get, close; one round trip in all. Answer: the Value.
 
-    `output`: which output of call number `call` it is."""
+    `output`: which output of call number `call` it is. `deadline_s`: seconds from now."""
 
     call: int
     output: int
@@ -100,6 +101,7 @@ class Complete(msgspec.Struct, frozen=True, gc=False):
     tenant: str
     pieces: tuple[Piece, ...]
     criteria: Criteria
+    deadline_s: float | None = None
 
 
 class Close(msgspec.Struct, frozen=True, gc=False):

@@ -37,6 +37,8 @@ from sim.actions import (
 )
 from sim.workloads.program import Call, Get, Program, Read, Set, Text, Write
 
+_ROUNDING_S = 1e-9  #: an answer at the deadline itself is in time, however its moment was added up
+
 
 class Mode(enum.StrEnum):
     SEMANTIC = "semantic"
@@ -170,6 +172,32 @@ class Player:
                 at_once.append(node)
         self._unblock(sorted(at_once), now, out)
 
+    def _left_s(self, number: int, now: float) -> float | None:
+        """Seconds to the deadline of get `number`, below 0 after it; None while it has none, or none that runs yet."""
+        get = self.program.gets[number]
+        if get.deadline_s is None:
+            return None
+        begun_s = self.started_s
+        for edge in get.after:
+            returned_s = self.started_s if edge.get is None else self.returned.get(self._number_of(edge.get))
+            if returned_s is None:
+                return None
+            begun_s = max(begun_s, returned_s + edge.delay_s)
+        return begun_s + get.deadline_s - now
+
+    def _number_of(self, get_id: str) -> int:
+        return next(number for number, get in enumerate(self.program.gets) if get.id == get_id)
+
+    def _is_late(self, number: int, now: float) -> bool:
+        """Whether get `number`, answered now, is answered too late; then the program has failed."""
+        left_s = self._left_s(number, now)
+        if left_s is None or left_s >= -_ROUNDING_S:
+            return False
+        get = self.program.gets[number]
+        self.error = ErrorInfo("deadline_exceeded", f"get {get.id!r} was answered {-left_s:.3f} s after its deadline")
+        self.ended_s = now
+        return True
+
     def _into(self, write: Write, var_id: str | None = None) -> Into:
         most = write.max_gen_length or max(self._max_gen_length, write.tokens)
         key = write.key if write.key is not None else f"{self.serial}/{self.program.id}/{write.var}"
@@ -228,6 +256,9 @@ class SemanticPlayer(Player):
 
     def _advance(self, action: Action, answer: Any, now: float, out: list[Action]) -> None:
         if type(action) is Fetch:
+            if self._is_late(action.get, now):
+                out.append(Close())
+                return
             self._left -= 1
             self._get_returned(action.get, now, out)
         elif type(action) is Submit:
@@ -258,7 +289,8 @@ class SemanticPlayer(Player):
         if type(step) is Get:
             number = node - self._first_get
             self.issued[number] = now
-            out.append(Fetch(number, self._ids[step.var], step.criteria))
+            deadline_s = None if step.deadline_s is None else max(self._left_s(number, now) or 0.0, 0.0)
+            out.append(Fetch(number, self._ids[step.var], step.criteria, deadline_s))
         elif type(step) is Call:
             out.append(Submit(node - self._first_call, step, tuple(self._pieces(step))))
         else:
@@ -338,7 +370,7 @@ class RequestPlayer(Player):
         var = _writes(action.spec)[action.output].var
         self._values[var] = answer
         if action.output + 1 < self._wanted[action.call]:
-            out.append(self._request(action.call, action.output + 1))
+            out.append(self._request(action.call, action.output + 1, now))
         self._unblock(self._on_value.get(var, ()), now, out)
 
     def _release(self, node: int, now: float, out: list[Action]) -> None:
@@ -346,6 +378,9 @@ class RequestPlayer(Player):
         if type(step) is Get:
             number = node - self._first_get
             self.issued[number] = now
+            if self._is_late(number, now):
+                self.ended = True
+                return
             self._gets_left -= 1
             if self._gets_left == 0:
                 self.ended_s = now
@@ -354,13 +389,13 @@ class RequestPlayer(Player):
         elif type(step) is Call:
             number = node - self._first_call
             if self._wanted[number]:
-                out.append(self._request(number, 0))
+                out.append(self._request(number, 0, now))
         else:
             assert type(step) is Set
             self._values[step.var] = Value(step.key, step.tokens)
             self._unblock(self._on_value.get(step.var, ()), now, out)
 
-    def _request(self, number: int, output: int) -> Complete:
+    def _request(self, number: int, output: int, now: float) -> Complete:
         call = self.program.calls[number]
         write = _writes(call)[output]
         pieces: list[Piece] = []
@@ -374,7 +409,18 @@ class RequestPlayer(Player):
             elif not isinstance(segment, Text):
                 pieces.append(Given(f"{segment.var}_{place}", self._values[segment.var]))
         criteria = self._criteria.get(write.var, Criteria.LATENCY)
-        return Complete(number, output, call, self._tenant, tuple(pieces), criteria)
+        return Complete(number, output, call, self._tenant, tuple(pieces), criteria, self._deadline_s(write.var, now))
+
+    def _deadline_s(self, var: str, now: float) -> float | None:
+        """Seconds until nobody can use the variable any more: to the latest deadline of its gets, if all have one."""
+        latest: float | None = None
+        for number, get in enumerate(self.program.gets):
+            if get.var == var:
+                left_s = self._left_s(number, now)
+                if left_s is None:
+                    return None
+                latest = max(latest or 0.0, left_s)
+        return latest
 
     def _leave(self, failed: Action) -> list[Action]:
         self.ended = True

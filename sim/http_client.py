@@ -144,8 +144,11 @@ class HttpSession:
         self._outputs |= {var_id: (call, output + place) for place, var_id in enumerate(var_ids)}
         return var_ids
 
-    async def fetch(self, var_id: str, criteria: str) -> Value:
-        answer = await self._api.call("GET", f"/v1/semantic_var/{var_id}", query={**self._who, "criteria": criteria})
+    async def fetch(self, var_id: str, criteria: str, deadline_s: float | None) -> Value:
+        query = {**self._who, "criteria": criteria}
+        if deadline_s is not None:
+            query["deadline"] = deadline_s
+        answer = await self._api.call("GET", f"/v1/semantic_var/{var_id}", query=query)
         content = json.loads(answer)["content"]
         return Value("", 0, content)
 
@@ -239,7 +242,7 @@ class HttpClient:
     def _request(self, action: Action) -> Coroutine[Any, Any, Any]:
         session = self._session
         if type(action) is Fetch:
-            return session.fetch(action.var_id, action.criteria.value)
+            return session.fetch(action.var_id, action.criteria.value, action.deadline_s)
         if type(action) is Submit:
             return session.submit(action.call, 0, action)
         if type(action) is Open:
@@ -259,7 +262,7 @@ class HttpClient:
         await session.open(action.tenant)
         try:
             (var_id,) = await session.submit(action.call, action.output, action)
-            return await session.fetch(var_id, action.criteria.value)
+            return await session.fetch(var_id, action.criteria.value, action.deadline_s)
         finally:
             await session.close()
 

@@ -201,7 +201,10 @@ class Conversation:
         request = cluster.expect(self._replied, action, half_s)
         event: events.AnyEvent
         if kind is Fetch:
-            event = events.GetVariable(request, session_id, AUTH, action.var_id, action.criteria)  # type: ignore[union-attr]
+            assert type(action) is Fetch
+            event = events.GetVariable(
+                request, session_id, AUTH, action.var_id, action.criteria, None, False, action.deadline_s
+            )
         elif kind is Submit:
             event = self.submit_call(request, session_id, action.spec, action.pieces)  # type: ignore[union-attr]
         elif kind is Open:
@@ -337,7 +340,8 @@ class Exchange:
         action, cluster = self._action, self._conversation.population.cluster
         (var_id,) = self._conversation.submitted(self._session_id, action.call, action.output, action.pieces, answer)
         request = cluster.expect(self._fetched)
-        cluster.post(events.GetVariable(request, self._session_id, AUTH, var_id, action.criteria))
+        deadline_s = action.deadline_s
+        cluster.post(events.GetVariable(request, self._session_id, AUTH, var_id, action.criteria, None, False, deadline_s))
 
     def _fetched(self, key: str | None, error: ErrorInfo | None) -> None:
         if self._over:

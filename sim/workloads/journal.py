@@ -49,6 +49,7 @@ class _Get:
     var: str
     criteria: Criteria
     after: tuple[After, ...]
+    deadline_s: float | None = None
     answered: bool = False
 
 
@@ -169,7 +170,7 @@ class _Reader:
             get = again.pop(0)
         else:
             criteria = event.criteria or Criteria.THROUGHPUT
-            get = _Get(f"get{len(session.gets)}", event.var_id, criteria, session.step(now))
+            get = _Get(f"get{len(session.gets)}", event.var_id, criteria, session.step(now), event.deadline)
             session.gets.append(get)
         session.pending += 1
         self._asked[event.request] = (event, get)
@@ -256,7 +257,9 @@ class _Reader:
             if event.output_criteria is not None:  # it activates the call's last output, as a get at submission would
                 last = [p.var_id for p in call.answer.param_info if p.is_output][-1]
                 gets.append(Get(f"activate{index}", last, event.output_criteria, call.after))
-        gets += [Get(g.id, g.var, g.criteria, _answered_only(g.after, session.gets)) for g in session.gets if g.answered]
+        for g in session.gets:
+            if g.answered:
+                gets.append(Get(g.id, g.var, g.criteria, _answered_only(g.after, session.gets), g.deadline_s))
         return Program(
             id=f"session-{session_id}",
             arrival_s=arrival_s,

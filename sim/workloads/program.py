@@ -76,12 +76,14 @@ class Call(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
 
 
 class Get(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A fetch, by its own name `id`."""
+    """A fetch, by its own name `id`. `deadline_s`: the value is worthless, and the program has failed, when it is not at the
+    client so long after `after` let it be fetched."""
 
     id: str
     var: str
     criteria: Criteria = Criteria.LATENCY
     after: tuple[After, ...] = ()
+    deadline_s: Seconds | None = None
 
 
 class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
