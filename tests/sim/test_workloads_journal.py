@@ -91,9 +91,11 @@ class Cluster:
         assert isinstance(answer, CallAnswer), self.replies[number]
         return [info.var_id for info in answer.param_info]
 
-    def get(self, now: float, session: int, var: str, criteria: Criteria | None = Criteria.LATENCY) -> int:
+    def get(
+        self, now: float, session: int, var: str, criteria: Criteria | None = Criteria.LATENCY, deadline: float | None = None
+    ) -> int:
         number = self.next()
-        self.at(now, ev.GetVariable(number, session, "hash", var, criteria))
+        self.at(now, ev.GetVariable(number, session, "hash", var, criteria, deadline=deadline))
         return number
 
     def finish(self, now: float, tokens: int) -> None:
@@ -134,7 +136,7 @@ def test_a_chat_keeps_its_lengths_and_the_time_that_its_user_took(cluster: Clust
         15.5, 7, text("system", 30), ev.Input("a", var_id=first), text("more", 5), ev.Output("b", SAMPLING), cache_prefix=False
     )
     assert known == first
-    cluster.get(15.75, 7, second, None)
+    cluster.get(15.75, 7, second, None, deadline=8.0)
     cluster.finish(17.0, 9)
     (program,) = cluster.programs()
     assert (program.arrival_s, program.tenant, program.application) == (0.0, "t", "turn")
@@ -145,7 +147,7 @@ def test_a_chat_keeps_its_lengths_and_the_time_that_its_user_took(cluster: Clust
     assert not program.calls[1].cache_prefix
     assert program.gets == (
         Get("get0", first, Criteria.LATENCY),
-        Get("get1", second, Criteria.THROUGHPUT, (After("get0", 3.75),)),
+        Get("get1", second, Criteria.THROUGHPUT, (After("get0", 3.75),), 8.0),
     )
 
 
