@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from parrot.protocol.api import Criteria
-from parrot.protocol.engine import TaskId
 from parrot.protocol.errors import ERRORS
 from parrot.serve import events as ev
 from parrot.serve.deadlines import Deadlines
@@ -280,14 +279,9 @@ def test_a_wide_and_deep_graph_is_walked_once() -> None:
     for depth in range(12):
         layer = [d.call(session, f"{depth}.{width}", *layer) for width in range(6)]
     last = d.call(session, "last", *layer)
-    walked: list[TaskId] = []
-
-    class Counted(Deadlines):
-        def _watch(self, task: Task) -> None:
-            walked.append(task.id)
-
-    Counted(lambda task: None).want(d.task(session, last), 5.0, 5.0)
-    assert len(walked) == len(set(walked)) == 12 * 6 + 2
+    deadlines = Deadlines(lambda task: None)
+    deadlines.want(d.task(session, last), 5.0, 5.0)
+    assert deadlines._pushed == len(deadlines.over(5.0)) == 12 * 6 + 2
 
 
 def test_entries_that_no_longer_hold_are_thrown_out() -> None:
