@@ -29,9 +29,7 @@ from sim.spec import Run, core_config_of, engine_configs_of, engine_models_of, o
 from sim.workloads.program import Program
 
 
-def run_on_cluster(
-    run: Run, rows: bool, expect: Callable[[int], None], ended: Callable[[], None]
-) -> tuple[Recorder, int]:
+def run_on_cluster(run: Run, rows: bool, expect: Callable[[int], None], ended: Callable[[], None]) -> tuple[Recorder, int]:
     """Carries out a run in real time; returns what it measured and the number of engines (0: of a cluster not ours).
 
     rows: whether the recorder keeps them. expect: told the number of programs. ended: called as each ends. Raises

@@ -309,8 +309,7 @@ class ServeCore:
                 for task in call.tasks:
                     if not task.ended:
                         self.scheduler.cancel(task, now)
-        if session.contexts:
-            self.scheduler.free_session(list(session.contexts))
+        self.scheduler.free_session(session)
         for call in session.calls:
             self.scheduler.engines.leave(call.lane)
         session.forget()

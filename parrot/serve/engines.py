@@ -30,6 +30,7 @@ KEPT_OPENED = 32
 _load_of: Callable[[tuple[Load, int, Engine]], Load] = itemgetter(0)
 _engine_of: Callable[[tuple[Load, int, Engine]], Engine] = itemgetter(2)
 _TASK_BITS, _TOKEN_BITS = 24, 48  #: of a number of tasks on an engine, and of tokens reserved there
+HARM_BITS = (_TASK_BITS, _TOKEN_BITS)  #: below the latency-bound tasks in `by_harm`
 
 
 class Engine:
@@ -89,6 +90,11 @@ class Engine:
 def by_load(engine: Engine) -> Load:
     """Fewest reserved tokens, then fewest tasks."""
     return engine.reserved << _TASK_BITS | len(engine.tasks)
+
+
+def by_room(engine: Engine) -> Load:
+    """Most tokens of capacity left."""
+    return engine.reserved - engine.description.tokens_capacity
 
 
 def by_harm(engine: Engine) -> Load:

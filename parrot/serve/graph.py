@@ -115,7 +115,7 @@ class Task:
     __slots__ = (
         "activated", "aim", "alone", "attempt", "begin", "cached_tokens", "call", "contexts", "counted_latency", "criteria",
         "decode_s", "depth", "dispatched_s", "end", "engine", "engine_name", "finished_s", "first_token_s", "group", "id",
-        "lends", "level", "links", "max_gap_s", "missing", "order", "output", "output_tokens", "path", "pinned",
+        "lends", "level", "links", "max_gap_s", "missing", "order", "output", "output_tokens", "path", "path_s", "pinned",
         "placed_tokens", "prompt_tokens", "rank", "ready_s", "refusals", "reserved", "sampling", "sequence", "sources", "stage",
         "started_s", "state", "tokens", "touched", "tries",
     )  # fmt: skip
@@ -170,6 +170,7 @@ class Task:
         self.output_tokens = 0
         self.decode_s = 0.0
         self.max_gap_s = 0.0
+        self.path_s = 0.0  # service along the longest path up to its end (kept only for policies that ask)
 
     @property
     def ended(self) -> bool:

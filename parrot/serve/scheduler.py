@@ -26,6 +26,7 @@ from parrot.serve.policies import build_policy
 from parrot.serve.policies.base import Cluster, Placement, length_of, prompt_tokens, too_large
 from parrot.serve.policies.least_loaded import LeastLoaded
 from parrot.serve.queue import LAST, TaskQueue
+from parrot.serve.service import Service
 from parrot.serve.sessions import Session
 from parrot.serve.states import IN_FLIGHT, TASK
 
@@ -50,7 +51,10 @@ class Scheduler:
         self.prefixes = PrefixStore(config.constant_prefix_var_timeout)
         self.policy = build_policy(config.global_scheduler)
         self.queue = TaskQueue(self._order, self.policy.uses_prefix_groups, self.policy.share_by)
-        self.cluster = Cluster(self.engines)
+        self.service = Service() if getattr(self.policy, "uses_service", False) else None
+        self.cluster = Cluster(self.engines, self.service)
+        if self.service is not None:
+            self.policy.attach(self.cluster)  # type: ignore[attr-defined]  # only those that use it need have it
         kept = self._config.explain_placements
         self.explanations = Explanations(kept, self._config.policy) if kept else None
         self.cluster.explaining = kept > 0
@@ -97,6 +101,8 @@ class Scheduler:
         elif task.state in IN_FLIGHT:
             assert task.engine is not None
             self._effects.append(Abort(task.engine.id, self.epoch, task.id, task.attempt))
+            if self.service is not None:
+                self.service.cancelled(task)
             self._release(task, now)
         task.state = TASK[task.state, "cancel"]
         task.finished_s = now
@@ -231,6 +237,8 @@ class Scheduler:
         engine.cached_tokens += new_tokens
         task.counted_latency = task.latency_sensitive
         engine.latency_tasks += task.counted_latency
+        if self.service is not None:
+            self.service.placed(task, engine, new_tokens, now)
         self.engines.load_changed(engine)
         self._effects.append(
             Dispatch(
@@ -317,6 +325,8 @@ class Scheduler:
             for task in list(engine.tasks):
                 self._release(task, now)
                 lost.append((task, engine))
+            if self.service is not None:
+                self.service.lost(engine)
             for context in list(engine.contexts.values()):
                 if context.state != "gone":
                     self.prefixes.drop(context)
@@ -367,6 +377,8 @@ class Scheduler:
             assert engine is not None
             engine.prefill_tokens -= task.reserved - task.sampling.max_gen_length
             self.engines.load_changed(engine)
+            if self.service is not None:
+                self.service.filled(task)
             for context in task.contexts or ():
                 context.filled = True
 
@@ -387,6 +399,8 @@ class Scheduler:
             generated, path[-1] if path else None, event.content.key, task.call.session.domain
         ):
             self._free(generated)
+        if self.service is not None:
+            self.service.finished(task, event.output_tokens, now)
         self._release(task, now)
         task.state = TASK[task.state, "finish"]
         self.changed = self.changed or self.queue.size > 0
@@ -482,6 +496,8 @@ class Scheduler:
         if task.first_token_s is None:
             engine.prefill_tokens -= task.reserved - task.sampling.max_gen_length
         engine.latency_tasks -= task.counted_latency
+        if self.service is not None:
+            self.service.left(task)
         if self.queue.size:
             self.changed = True
         release = self.prefixes.release
@@ -498,9 +514,12 @@ class Scheduler:
         for gone in self.prefixes.drop(context):
             self.freed.setdefault(gone.engine.id, []).append(gone.id)
 
-    def free_session(self, contexts: list[Context]) -> None:
-        """The session that owned these has ended."""
-        self._free_retained(contexts)
+    def free_session(self, session: Session) -> None:
+        """The session has ended, and its tasks with it: drops its contexts and its account."""
+        if session.contexts:
+            self._free_retained(list(session.contexts))
+        if self.service is not None:
+            self.service.ended(session)
 
     def _free_retained(self, contexts: list[Context]) -> None:
         engines: dict[Engine, None] = {}

@@ -20,6 +20,7 @@ from parrot.serve.engines import Engine, EngineIndex, Engines, Lane, by_room
 from parrot.serve.graph import Task
 from parrot.serve.policies.parameters import Parameter
 from parrot.serve.queue import TaskQueue
+from parrot.serve.service import Service
 
 Terms = dict[str, float]  #: what a score was made of, by name; a larger `score` need not be better: the policy's file says
 
@@ -63,14 +64,27 @@ class Placement:
 class Cluster:
     """The read-only view of live engines and of what they hold."""
 
-    def __init__(self, engines: Engines) -> None:
+    def __init__(self, engines: Engines, service: Service | None = None) -> None:
         self._engines = engines
+        self._service = service
         self.explaining = False  #: whether placements shall carry their candidates
         self._fitting: tuple[Task, Engine] | None = None  # the last pair that was found to fit
 
     def engines(self, lane: Lane) -> list[Engine]:
         """The lane's live engines in the order of their registration."""
         return list(lane.engines.values())
+
+    @property
+    def service(self) -> Service:
+        """What programs and tenants were served, engines' work, expected lengths: for policies with `uses_service`."""
+        if self._service is None:
+            raise RuntimeError("no accounts of service are kept: the policy's class must say uses_service = True")
+        return self._service
+
+    @staticmethod
+    def weight_of(tenant: str) -> float:
+        """The tenant's share beside others'."""
+        return 1.0
 
     @staticmethod
     def prompt_tokens(task: Task, engine: Engine) -> int:
@@ -240,9 +254,10 @@ class Policy(Protocol):
     """What the core asks of a policy. `name`: as in the configuration. `parameters`: by name, checked before it is built.
 
     What it needs of the views, which costs something to keep: `uses_prefix_groups`: the queue indexes tasks by prefix
-    (`TaskQueue.sharing`); `share_by`: "program" or "tenant": the queue keeps a line for each of them
-    (`TaskQueue.owners`), "" for none. `clairvoyant`: it reads output lengths, which only a simulation knows
-    (`SamplingConfig.output_length`): a server refuses to run it.
+    (`TaskQueue.sharing`); `share_by`: "program" or "tenant": the queue keeps a line for each of them (`TaskQueue.owners`), ""
+    for none; `uses_service` (False where a class does not say): accounts of what was served are kept (`Cluster.service`), and
+    `attach` is called with the cluster before anything is queued. `clairvoyant`: it reads output lengths, which only a
+    simulation knows (`SamplingConfig.output_length`): a server refuses to run it.
 
     `work_conserving`: it claims that after each instant no lane with queued tasks has a live engine that admits the first of
     them in `order` (`Cluster.fits` without a bound; a suspect engine admits nothing, and one that has rejected a task is full
@@ -274,11 +289,15 @@ class InOrder:
     clairvoyant: ClassVar[bool] = False
     share_by: ClassVar[str] = ""
     uses_prefix_groups: bool = False
+    uses_service: bool = False
     parameters: ClassVar[dict[str, Parameter]] = {}
 
     def __init__(self, parameters: dict[str, Any], generator: np.random.Generator) -> None:
         # The head of a lane that found no engine: asking again is of no use, but for engines that have more room since.
         self._stalled: dict[Lane, tuple[Task, int]] = {}
+
+    def attach(self, cluster: Cluster) -> None:
+        """Told the view before anything is queued, when it `uses_service`."""
 
     def order(self, task: Task) -> Any:
         return task.sequence
