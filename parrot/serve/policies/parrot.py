@@ -4,7 +4,7 @@
 - `graph_group`: the queued members of a task group go to an engine as a whole, since their completion as a whole is what
   counts; over as few as can hold them, when none can hold all. Where an engine's latency profile says that their batch costs
   about the sum of its tasks, the group is spread over as many engines as the knee of its speed-up (`expected.knee`), unless
-  `spread_groups` is off.
+  `spread_groups` is off. How long outputs will be is learnt from those of the same function.
 - `ctx_group`: queued tasks that share a prefix with the first one go with it.
 - `ctx_aware`: prefer an engine that holds the prefix. As with `ctx_group`, a prefix is followed while its tokens, times
   `ctx_weight`, outweigh the harm beyond the least harmed engine's: a hot prefix must not pile all work on one engine. (The
@@ -82,6 +82,7 @@ class Parrot(InOrder):
         self._latency_capacity: int | None = parameters["latency_capacity"]
         self._spread_groups = bool(parameters["spread_groups"])
         self.uses_prefix_groups = self._ctx_group
+        self.uses_service = self._graph_group and self._spread_groups  # for how long outputs are likely to be
         self._times = ExpectedTimes()
         self._latency_key: Callable[[Engine], Load] = by_harm
         if self._latency_capacity is not None:
@@ -135,7 +136,7 @@ class Parrot(InOrder):
         if engine is None or not self._spread_groups or engine.description.latency_profile is None:
             return len(members)
         prompt = sum([cluster.prompt_tokens(member, engine) for member in members]) / len(members)
-        outputs = max([member.max_gen_length for member in members])
+        outputs = max([cluster.service.expected_output(member) for member in members])
         return -(-len(members) // knee(self._times.model(engine), len(members), prompt, outputs, len(lane.engines)))
 
     def _whole(self, part: list[Task], cluster: Cluster) -> Placement | None:
