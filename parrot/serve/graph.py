@@ -170,7 +170,7 @@ class Task:
         self.output_tokens = 0
         self.decode_s = 0.0
         self.max_gap_s = 0.0
-        self.path_s = 0.0  # service along the longest path up to its end (kept only for policies that ask)
+        self.path_s = 0.0  # service along the longest path that led to it, its own included once it ends (`Service`)
 
     @property
     def ended(self) -> bool:

@@ -86,6 +86,8 @@ class Scheduler:
             task.sequence = self._sequence
             task.ready_s = now
             task.state = TASK[task.state, "enqueue"]
+            if self.service is not None:
+                self.service.queued(task)
         self.queue.add(task)
         self.changed = True
         if not call.lane.engines:

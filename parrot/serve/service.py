@@ -108,22 +108,22 @@ class Service:
         limit = task.sampling.max_gen_length
         return min(mean.value, limit) if mean.count else limit
 
-    def path_s(self, task: Task) -> float:
-        """Seconds of service along the longest path of tasks that led to this one. A task that no other of its program leads
-        to may have been asked for because of what came before: then the longest path of its program so far."""
-        longest, known = 0.0, False
-        for variable in task.inputs():
-            if variable.producer is not None:
-                known = True
-                longest = max(longest, variable.producer.path_s)
-        return longest if known else self.program(task).longest_s
-
     def lowered_since(self, lowerings: int) -> Collection[str] | None:
         """Tenants whose accounts have gone down since `lowerings` had that value; None when it is too long ago to say."""
         times = self.lowerings - lowerings
         return None if times > len(self._lowered) else dict.fromkeys(islice(reversed(self._lowered), times))
 
     # ---------------------------------------------------------------------------------------- for the scheduler alone
+
+    def queued(self, task: Task) -> None:
+        """The task is ready: `path_s` is, until it ends, the service along the longest path of tasks that led to it. One that
+        no other of its program led to may be asked for because of what came before: then the longest path of its program."""
+        longest, known = 0.0, False
+        for variable in task.inputs():
+            if variable.producer is not None:
+                known = True
+                longest = max(longest, variable.producer.path_s)
+        task.path_s = longest if known else self.program(task).longest_s
 
     def placed(self, task: Task, engine: Engine, prompt: int, now: float) -> None:
         """An attempt begins. prompt: tokens that no context holds yet."""
@@ -165,7 +165,7 @@ class Service:
         for account in self._settle(task, flight, output_tokens):
             account.output_tokens += output_tokens
             account.seconds += seconds
-        task.path_s = self.path_s(task) + seconds
+        task.path_s += seconds
         program = self.program(task)
         program.longest_s = max(program.longest_s, task.path_s)
         mean = self._functions.pop(task.call.func_name, None) or Mean()

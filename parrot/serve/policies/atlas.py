@@ -20,4 +20,4 @@ class Atlas(LeastAttained):
     name: ClassVar[str] = "atlas"
 
     def attained(self, task: Task) -> float:
-        return self._service.path_s(task)
+        return task.path_s

@@ -160,6 +160,11 @@ def fault_of(found: Any) -> str | None:
     return None
 
 
+def is_clairvoyant(config: GlobalSchedulerConfig) -> bool:
+    """Whether the policy reads the true lengths of outputs, which no real engine knows. Raises `bad_request`."""
+    return bool(getattr(find_policy(config.policy), "clairvoyant", False))
+
+
 def check_policy(config: GlobalSchedulerConfig) -> dict[str, Any]:
     """The policy's parameters, defaults filled in. Raises `bad_request` for an unknown policy or parameter."""
     policy = find_policy(config.policy)
