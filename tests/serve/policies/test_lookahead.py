@@ -21,19 +21,19 @@ def test_the_task_on_the_critical_path_goes_first() -> None:
         d.engine(tasks_capacity=1, latency_profile=UNIT)
         session = d.open()
         ask(d, d.open(), "runs")
-        # Three branches join: two are one call, the third, submitted last, is a chain of three.
+        # Three branches join: a chain of three, and two of one call, which deduction makes ready first.
         output = out("x", max_gen_length=5)
-        short = [d.outputs(d.submit(session, text(f"short{i}"), output))[0] for i in range(2)]
         link = d.outputs(d.submit(session, text("long0"), output))[0]
         for i in (1, 2):
             (link,) = d.outputs(d.submit(session, text(f"long{i}"), read("x", link), output))
+        short = [d.outputs(d.submit(session, text(f"short{i}"), output))[0] for i in range(2)]
         inputs = [read(f"i{n}", variable) for n, variable in enumerate([*short, link])]
         (joined,) = d.outputs(d.submit(session, text("join"), *inputs, output))
         d.get(session, joined)
         return run_out(d)[1:]
 
     assert order("lookahead")[:2] == ["long0", "long1"]
-    assert order("least_loaded")[:2] == ["short0", "short1"]
+    assert order("least_loaded")[:2] == ["short1", "short0"]
 
 
 @pytest.mark.parametrize(("programs", "first"), [("shortest", "short"), ("together", "long")])
