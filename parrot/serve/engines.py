@@ -92,11 +92,6 @@ def by_load(engine: Engine) -> Load:
     return engine.reserved << _TASK_BITS | len(engine.tasks)
 
 
-def by_room(engine: Engine) -> Load:
-    """Most tokens of capacity left."""
-    return engine.reserved - engine.description.tokens_capacity
-
-
 def by_harm(engine: Engine) -> Load:
     """Fewest latency-bound tasks, then fewest reserved tokens."""
     return (engine.latency_tasks << _TOKEN_BITS | engine.reserved) << _TASK_BITS | len(engine.tasks)

@@ -327,8 +327,6 @@ class Scheduler:
             for task in list(engine.tasks):
                 self._release(task, now)
                 lost.append((task, engine))
-            if self.service is not None:
-                self.service.lost(engine)
             for context in list(engine.contexts.values()):
                 if context.state != "gone":
                     self.prefixes.drop(context)
@@ -379,8 +377,6 @@ class Scheduler:
             assert engine is not None
             engine.prefill_tokens -= task.reserved - task.sampling.max_gen_length
             self.engines.load_changed(engine)
-            if self.service is not None:
-                self.service.filled(task)
             for context in task.contexts or ():
                 context.filled = True
 

@@ -1,4 +1,4 @@
-"""What programs and tenants have been served, what engines have still to do, and how long outputs are likely to be.
+"""What programs and tenants have been served, and how long outputs are likely to be.
 
 Kept only for a policy that asks (`uses_service`); every change and every query is O(1). It is kept by the scheduler and is
 read-only to policies. Of an earlier life of the core nothing is known.
@@ -38,29 +38,15 @@ class Account:
         self.longest_s = 0.0
 
 
-class Work:
-    """What is in flight on an engine. `filling`: prompt tokens of tasks that have no first token yet; `tokens`: prompts and
-    expected outputs of all of them, so about the KV tokens that its iterations read; `tasks`: how many they are."""
-
-    __slots__ = ("filling", "tasks", "tokens")
-
-    def __init__(self) -> None:
-        self.filling = 0
-        self.tokens = 0.0
-        self.tasks = 0
-
-
 class Flight:
-    """What an attempt in flight was charged."""
+    """What an attempt in flight was charged, and where it is."""
 
-    __slots__ = ("expected", "filling", "prompt", "tokens", "work")
+    __slots__ = ("engine_id", "expected", "prompt")
 
-    def __init__(self, prompt: int, expected: float, tokens: float, work: Work) -> None:
+    def __init__(self, engine_id: int, prompt: int, expected: float) -> None:
+        self.engine_id = engine_id
         self.prompt = prompt
-        self.filling = prompt
         self.expected = expected
-        self.tokens = tokens
-        self.work = work
 
 
 class Mean:
@@ -78,12 +64,12 @@ class Mean:
 
 
 class Service:
-    """The accounts, by program (its session's sequence number) and by tenant, the engines' work, and the lengths seen."""
+    """The accounts, by program (its session's sequence number) and by tenant, and the lengths of outputs that were seen."""
 
     def __init__(self) -> None:
         self._programs: dict[int, Account] = {}
         self._tenants: dict[str, Account] = {}
-        self._work: dict[int, Work] = {}
+        self._outputs: dict[int, float] = {}  # engine id -> tokens
         self._flights: dict[Task, Flight] = {}
         self._functions: OrderedDict[str, Mean] = OrderedDict()
         self._overall = Mean()
@@ -99,8 +85,9 @@ class Service:
     def tenant(self, name: str) -> Account:
         return self._tenants.get(name, NOTHING)
 
-    def work(self, engine: Engine) -> Work:
-        return self._work.get(engine.id, IDLE)
+    def expected_on(self, engine: Engine) -> float:
+        """Tokens that the tasks in flight there are expected to generate."""
+        return self._outputs.get(engine.id, 0.0)
 
     def expected_output(self, task: Task) -> float:
         """Tokens: the mean of the outputs of its function, else of all, else its limit, which none of them exceeds."""
@@ -128,14 +115,8 @@ class Service:
     def placed(self, task: Task, engine: Engine, prompt: int, now: float) -> None:
         """An attempt begins. prompt: tokens that no context holds yet."""
         expected = self.expected_output(task)
-        work = self._work.get(engine.id)
-        if work is None:
-            work = self._work[engine.id] = Work()
-        contexts = task.contexts or ()
-        flight = self._flights[task] = Flight(prompt, expected, sum([c.tokens for c in contexts]) + expected, work)
-        work.tasks += 1
-        work.filling += prompt
-        work.tokens += flight.tokens
+        self._flights[task] = Flight(engine.id, prompt, expected)
+        self._outputs[engine.id] = self._outputs.get(engine.id, 0.0) + expected
         session = task.call.session
         program = self._programs.get(session.sequence)
         if program is None:
@@ -148,13 +129,6 @@ class Service:
             account.expected_tokens += expected
         if task.attempt == 1 and task.ready_s is not None:
             program.waited_s += now - task.ready_s
-
-    def filled(self, task: Task) -> None:
-        """Its prompt is computed."""
-        flight = self._flights.get(task)
-        if flight is not None:
-            flight.work.filling -= flight.filling
-            flight.filling = 0
 
     def finished(self, task: Task, output_tokens: int, now: float) -> None:
         flight = self._flights.pop(task, None)
@@ -190,11 +164,10 @@ class Service:
                 account.prompt_tokens -= flight.prompt
 
     def _settle(self, task: Task, flight: Flight, output_tokens: float) -> list[Account]:
-        """Takes an attempt off its engine's work and its owners' expectations."""
-        work = flight.work
-        work.tasks -= 1
-        work.filling -= flight.filling
-        work.tokens = work.tokens - flight.tokens if work.tasks else 0.0
+        """Takes an attempt off what is expected of its engine and for its owners."""
+        left = self._outputs.pop(flight.engine_id, flight.expected) - flight.expected
+        if left > 0.01:  # expectations are no whole numbers
+            self._outputs[flight.engine_id] = left
         session = task.call.session
         if output_tokens < flight.expected:
             self.lowerings += 1
@@ -208,10 +181,5 @@ class Service:
         """The session is over, and none of its tasks is in flight."""
         self._programs.pop(session.sequence, None)
 
-    def lost(self, engine: Engine) -> None:
-        """The engine is gone, and nothing is in flight there."""
-        self._work.pop(engine.id, None)
-
 
 NOTHING = Account()
-IDLE = Work()

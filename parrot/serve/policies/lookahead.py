@@ -13,7 +13,8 @@ HEFT (Topcuoglu et al., IEEE TPDS 2002) with the latency models of the engines; 
 - Engine: earliest finish time. The prompts that are still to be computed there, then what the engine does not hold of this
   one, then the output, an iteration a token, in a batch with all that is in flight there.
 - Looked at are, of each latency profile, the `candidates` least loaded engines, and those that hold the longest prefix (of
-  many, the least loaded): at equal profile, what is more loaded ends later. So O(log E), times the number of profiles.
+  many, the least loaded): at equal profile, what is more loaded ends later. Where few engines have room, just these. So
+  O(log E), times the number of profiles.
 
 An engine without a profile is taken for one like `expected.ASSUMED`. A task that finds no room holds back those behind it.
 """
@@ -28,7 +29,7 @@ import numpy as np
 from parrot.serve.engines import Engine, Lane, Load, by_load
 from parrot.serve.events import Constant
 from parrot.serve.graph import Task
-from parrot.serve.policies.base import MOST_CANDIDATES, Cluster, Placement, Terms, best_of, length_of
+from parrot.serve.policies.base import FEW_OPEN, MOST_CANDIDATES, Cluster, Placement, Terms, best_of, length_of
 from parrot.serve.policies.expected import ExpectedTimes, decode_s, fill_s
 from parrot.serve.policies.parameters import Parameter
 from parrot.serve.policies.share import ByShare
@@ -140,7 +141,10 @@ class Lookahead(ByShare):
     def _ranked(self, task: Task, cluster: Cluster) -> Iterator[tuple[Engine, Terms]]:
         """The engines that are compared, the earliest end first; then all others, by load."""
         lane = task.call.lane
-        if len(lane.engines) <= max(MOST_CANDIDATES, self._candidates):
+        few = None if len(lane.engines) <= FEW_OPEN else cluster.open_to(task)
+        if few is not None:
+            looked_at = {engine_id: lane.engines[engine_id] for engine_id in few}
+        elif len(lane.engines) <= max(MOST_CANDIDATES, self._candidates):
             looked_at = dict(lane.engines)
         else:
             looked_at = {engine.id: engine for engine in self._least_loaded(lane)}
@@ -150,7 +154,7 @@ class Lookahead(ByShare):
         ranked.sort(key=_finish_and_id)
         for terms, engine_id in ranked:
             yield looked_at[engine_id], terms
-        if len(looked_at) < len(lane.engines):
+        if few is None and len(looked_at) < len(lane.engines):
             for engine in lane.ordered(by_load):
                 if engine.id not in looked_at:
                     yield engine, self._finish(task, engine, outputs, cluster)
@@ -158,13 +162,12 @@ class Lookahead(ByShare):
     def _finish(self, task: Task, engine: Engine, outputs: float, cluster: Cluster) -> Terms:
         """When the task would end there, in seconds from now, and what that is made of."""
         model = self._times.model(engine)
-        work = self._service.work(engine)
         cached = cluster.cached_tokens(task, engine)
         prompt = cluster.prompt_tokens(task, engine)
-        kv_tokens = round(work.tokens)
-        waits = model.tokens_s(work.filling) if work.filling else 0.0
-        fills = fill_s(model, max(prompt - cached, 0), cached, work.tasks, kv_tokens)
-        decodes = decode_s(model, outputs, work.tasks + 1, round(kv_tokens + prompt + outputs / 2))
+        rows, kv_tokens = engine.running, round(engine.prompt_tokens + self._service.expected_on(engine))
+        waits = model.tokens_s(engine.prefill_tokens) if engine.prefill_tokens else 0.0
+        fills = fill_s(model, max(prompt - cached, 0), cached, rows, kv_tokens)
+        decodes = decode_s(model, outputs, rows + 1, round(kv_tokens + prompt + outputs / 2))
         return {
             "finish_s": waits + fills + decodes, "wait_s": waits, "fill_s": fills, "decode_s": decodes, "cached_tokens": cached
         }  # fmt: skip
@@ -176,14 +179,12 @@ class Lookahead(ByShare):
     def _least_loaded(self, lane: Lane) -> Iterator[Engine]:
         index = lane.ordered(self._by_kind)
         position = 0
-        while (first := index.at(position)) is not None:
-            kind = self._times.kind(first)
-            for place in range(position, position + self._candidates):
-                engine = index.at(place)
-                if engine is None or self._times.kind(engine) != kind:
-                    break
-                yield engine
-            position = index.position((kind + 1) << _KIND_BITS)
+        while position < len(index):
+            kind = self._times.kind(index.at(position))
+            end = index.up_to(((kind + 1) << _KIND_BITS) - 1)
+            for place in range(position, min(end, position + self._candidates)):
+                yield index.at(place)
+            position = end
 
     def _holders(self, task: Task) -> dict[int, Engine]:
         """Engines with the longest prefix of the task that any has."""

@@ -143,11 +143,12 @@ class Parrot(InOrder):
     def _whole(self, part: list[Task], cluster: Cluster) -> Placement | None:
         """The first of `part` on the best engine that has room for all of it, a prefix that they share counted once a member
         (so that the answer errs to the safe side); None when no engine has."""
-        roomiest = part[0].call.lane.ordered(by_room).first()
+        index = part[0].call.lane.ordered(by_room)
+        roomiest = index.first()
         if roomiest is None:
             return None
         tokens = sum([cluster.prompt_tokens(member, roomiest) + member.max_gen_length for member in part])
-        if not self._ctx_aware and tokens > roomiest.description.tokens_capacity - roomiest.reserved:
+        if not self._ctx_aware and not index.up_to(-tokens):
             return None
         for engine, terms in self._ranked(part[0], cluster, None):
             if self._has_room(part, tokens, engine, cluster) and cluster.fits(part[0], engine, self._bound(part[0], engine)):
@@ -220,28 +221,35 @@ class Parrot(InOrder):
         if least is None:
             return
         tokens = cluster.prompt_tokens(task, least) + task.max_gen_length
+        few = None if cluster.fits(task, least, self._bound(task, least)) else cluster.open_to(task)
         holders: list[tuple[float, int, Engine, int, int]] = []  # cost, id, engine, harm, cached tokens
-        if self._ctx_aware:
+        if few is not None:
+            candidates = [lane.engines[engine_id] for engine_id in few]
+        elif self._ctx_aware:
             candidates = self._holders(task, index)
         else:
             candidates = [leader] if leader is not None and leader.state == "live" else []
         for engine in candidates:
-            cached = cluster.cached_tokens(task, engine)
-            if cached:
+            cached = cluster.cached_tokens(task, engine) if self._ctx_aware or engine is leader else 0
+            if cached or few is not None:
                 harm = self._harm(engine, tokens, urgent)
                 holders.append((harm - self._ctx_weight * cached, engine.id, engine, harm, cached))
         holders.sort(key=_cost_and_id)
+        if few is not None:  # the others are full
+            for cost, _, engine, harm, cached in holders:
+                yield engine, _terms(engine, harm, cached, cost)
+            return
         shown = {engine.id for _, _, engine, _, _ in holders}
         waiting = 0
         for harm, engine in self._by_harm(index, tokens, urgent):
             while waiting < len(holders) and holders[waiting][0] <= harm:
                 cost, _, holder, its_harm, cached = holders[waiting]
                 waiting += 1
-                yield holder, _terms(holder, its_harm) | {"cached_tokens": cached, "cost": cost}
+                yield holder, _terms(holder, its_harm, cached, cost)
             if engine.id not in shown:
                 yield engine, _terms(engine, harm)
         for cost, _, holder, its_harm, cached in holders[waiting:]:
-            yield holder, _terms(holder, its_harm) | {"cached_tokens": cached, "cost": cost}
+            yield holder, _terms(holder, its_harm, cached, cost)
 
     def _harm(self, engine: Engine, tokens: int, urgent: bool) -> int:
         harm = engine.reserved + engine.latency_tasks * tokens
@@ -254,17 +262,17 @@ class Parrot(InOrder):
         each such number that is left is the best of it."""
         heads: list[tuple[int, int]] = []  # harm of the first that is left, its position
         position = 0
-        while (engine := index.at(position)) is not None:
+        while position < len(index):
+            engine = index.at(position)
             heads.append((self._harm(engine, tokens, urgent), position))
-            position = index.position((engine.latency_tasks + 1) << sum(HARM_BITS))
+            position = index.up_to(((engine.latency_tasks + 1) << sum(HARM_BITS)) - 1)
         heapify(heads)
         while heads:
             harm, position = heads[0]
             engine = index.at(position)
-            assert engine is not None
             yield harm, engine
-            after = index.at(position + 1)
-            if after is None or after.latency_tasks != engine.latency_tasks:
+            after = index.at(position + 1) if position + 1 < len(index) else engine
+            if after is engine or after.latency_tasks != engine.latency_tasks:
                 heappop(heads)
             else:
                 heapreplace(heads, (self._harm(after, tokens, urgent), position + 1))
@@ -297,5 +305,8 @@ def _cost_and_id(holder: tuple[float, int, Engine, int, int]) -> tuple[float, in
     return holder[0], holder[1]
 
 
-def _terms(engine: Engine, harm: int) -> Terms:
-    return {"harm": harm, "reserved_tokens": engine.reserved, "latency_tasks": engine.latency_tasks}
+def _terms(engine: Engine, harm: int, cached: int = 0, cost: float = 0.0) -> Terms:
+    terms: Terms = {"harm": harm, "reserved_tokens": engine.reserved, "latency_tasks": engine.latency_tasks}
+    if cached:
+        terms["cached_tokens"], terms["cost"] = cached, cost
+    return terms

@@ -13,7 +13,8 @@ behind it, so that a large one can starve, as it could there.
 
 There is no `ctx_group`. Where the artifact refuses an engine because a prompt is too long for what its count has left, the
 core's own count decides (a cached prefix takes no room, and one task alone always fits): nothing waits for ever.
-An engine is found in O(log E), past the engines that are full; with `ctx_aware`, in the number of those that hold the prefix.
+An engine is found in O(log E); with `ctx_aware`, in the number of those that hold the prefix. While an engine has places and no
+waiting task fits there, each of them is asked: O(Q).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 
 from parrot.serve.engines import Engine, Lane, Load
 from parrot.serve.graph import Task
-from parrot.serve.policies.base import Cluster, InOrder, Placement, Terms, best_of
+from parrot.serve.policies.base import Cluster, InOrder, Placement, Terms, best_of, open_first
 from parrot.serve.policies.parameters import Parameter
 from parrot.serve.queue import TaskQueue
 
@@ -61,40 +62,52 @@ class ParrotArtifact(InOrder):
         self._ctx_aware = bool(parameters["ctx_aware"])
         self._key = fewest_places if parameters["graph_group"] else most_places
         self._latency_tasks: int | None = parameters["latency_tasks"] if parameters["graph_group"] else None
-        # A lane's tasks up to that sequence number have found no engine at that version: only engines with more room since
-        # need look at them again.
-        self._tried: dict[Lane, tuple[int, int]] = {}
+        # Tasks that were queued since the last look, and the version that a lane had then: others have found no room, and
+        # only engines with more room since need look at them again.
+        self._fresh: dict[Lane, dict[Task, None]] = {}
+        self._seen: dict[Lane, int] = {}
 
     def order(self, task: Task) -> Any:
-        if task.attempt:
-            self._tried.pop(task.call.lane, None)  # it is back
+        self._fresh.setdefault(task.call.lane, {})[task] = None
         led_to = any(variable.producer is not None for variable in task.inputs()) if self._app_fifo else False
         return not led_to, task.sequence
 
     def place(self, queue: TaskQueue, cluster: Cluster, now: float) -> Iterator[Placement]:
-        for lane in [lane for lane in self._tried if not queue.waiting(lane)]:
-            del self._tried[lane]
+        for lane in [lane for lane in self._seen if not queue.waiting(lane)]:
+            del self._seen[lane]
         for lane in queue.lanes():
-            tried, version = self._tried.get(lane, (-1, 0))
-            opened = lane.opened_since(version) if tried >= 0 else ()
-            newest = tried
-            for task in queue.in_order(lane):
-                newest = max(newest, task.sequence)
-                if task.sequence <= tried and not self._may_fit(task, opened, cluster):
+            fresh = self._fresh.pop(lane, {})
+            opened = _with_places(lane.opened_since(self._seen.get(lane, 0)))
+            for task in queue.in_order(lane) if opened else ():
+                if task in fresh:
+                    del fresh[task]
+                elif not any(cluster.fits(task, engine) for engine in opened):
                     continue
-                yield from self.choose(task, queue, cluster)
-            self._tried[lane] = (newest, lane.version)
+                yield from self._if_any(task, queue, cluster)
+                opened = _with_places(opened)
+                if not opened:
+                    break
+            for task in sorted(fresh, key=_order_of):
+                if task.state == "queued":
+                    yield from self._if_any(task, queue, cluster)
+            self._seen[lane] = lane.version
+        self._fresh.clear()
 
-    def _may_fit(self, task: Task, engines: Collection[Engine], cluster: Cluster) -> bool:
-        return any(cluster.fits(task, engine) for engine in engines)
+    def _if_any(self, task: Task, queue: TaskQueue, cluster: Cluster) -> Iterable[Placement]:
+        return self.choose(task, queue, cluster) if cluster.anywhere(task) else ()
 
     def choose(self, task: Task, queue: TaskQueue, cluster: Cluster) -> Iterable[Placement]:
         if self._ctx_aware and (found := best_of(task, self._holders(task), cluster, rule="prefix")) is not None:
             return (found,)
-        engines = task.call.lane.ordered(self._key)
+        index = task.call.lane.ordered(self._key)
         rule = "fewest_places" if self._key is fewest_places else "most_places"
-        ranked = ((engine, _places(engine)) for engine in engines if self._allows(task, engine))
-        found = best_of(task, ranked, cluster, rule=rule)
+
+        def rank(ids: list[int] | None) -> Iterator[tuple[Engine, Terms]]:
+            for engine in index if ids is None else index.among(ids):
+                if self._allows(task, engine):
+                    yield engine, _places(engine)
+
+        found = best_of(task, open_first(task, cluster, rank), cluster, rule=rule)
         return () if found is None else (found,)
 
     def _holders(self, task: Task) -> Iterator[tuple[Engine, Terms]]:
@@ -110,6 +123,14 @@ class ParrotArtifact(InOrder):
         if self._latency_tasks is None or not (engine.latency_tasks or task.latency_sensitive):
             return True
         return not engine.tasks or len(engine.tasks) < self._latency_tasks
+
+
+def _with_places(engines: Collection[Engine]) -> list[Engine]:
+    return [engine for engine in engines if len(engine.tasks) < engine.description.tasks_capacity]
+
+
+def _order_of(task: Task) -> tuple[Any, int]:
+    return task.order, task.sequence
 
 
 def _places(engine: Engine) -> Terms:

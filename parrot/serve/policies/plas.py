@@ -26,6 +26,7 @@ import numpy as np
 from parrot.serve.engines import Engine, Lane, by_load
 from parrot.serve.graph import Task
 from parrot.serve.policies.base import Cluster, InOrder, Placement, Terms, best_of, load_terms
+from parrot.serve.policies.loaded import least_loaded_first
 from parrot.serve.policies.parameters import Parameter
 from parrot.serve.queue import TaskQueue
 
@@ -87,7 +88,8 @@ class LeastAttained(InOrder):
             stalled, version = self._stalled.pop(lane, (None, 0))
             while (task := self._first(lane, queue)) is not None:
                 found: Placement | None = None
-                if task is not stalled or any(cluster.fits(task, engine) for engine in lane.opened_since(version)):
+                again = task is not stalled or any(cluster.fits(task, engine) for engine in lane.opened_since(version))
+                if again and cluster.anywhere(task):
                     found = self._engine_for(task, cluster)
                 if found is None:
                     self._stalled[lane] = (task, lane.version)
@@ -128,7 +130,7 @@ class LeastAttained(InOrder):
         long = cluster.prompt_tokens(task, least) > self._long_tokens
         home = lane.engines.get(self._homes.get(program, -1)) if long else None
         rule = "short_balanced" if not long else "home" if home is not None else "first_home"
-        found = best_of(task, self._ranked(task, home, lane), cluster, rule=rule)
+        found = best_of(task, self._ranked(task, home, cluster), cluster, rule=rule)
         if found is not None and home is not None and found.engine is not home:
             found.rule = "home_full"
         if found is not None and long:
@@ -138,13 +140,13 @@ class LeastAttained(InOrder):
                 self._homes.popitem(last=False)
         return found
 
-    def _ranked(self, task: Task, home: Engine | None, lane: Lane) -> Iterator[tuple[Engine, Terms]]:
+    def _ranked(self, task: Task, home: Engine | None, cluster: Cluster) -> Iterator[tuple[Engine, Terms]]:
         attained = self.attained(task)
         if home is not None:
             yield home, {**load_terms(home), "attained_s": attained, "home": 1}
-        for engine in lane.ordered(by_load):
+        for engine, terms in least_loaded_first(task, cluster, lambda engine: {**load_terms(engine), "attained_s": attained}):
             if engine is not home:
-                yield engine, {**load_terms(engine), "attained_s": attained}
+                yield engine, terms
 
 
 class Plas(LeastAttained):

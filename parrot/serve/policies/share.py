@@ -74,7 +74,8 @@ class ByShare(InOrder):
             stalled, version = self._stalled.pop(lane, (None, 0))
             while (task := self._first(line, queue)) is not None:
                 found: Placement | None = None
-                if task is not stalled or any(cluster.fits(task, engine) for engine in lane.opened_since(version)):
+                again = task is not stalled or any(cluster.fits(task, engine) for engine in lane.opened_since(version))
+                if again and cluster.anywhere(task):
                     found = next(iter(self.choose(task, queue, cluster)), None)
                 if found is None:
                     self._stalled[lane] = (task, lane.version)

@@ -20,9 +20,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from parrot.serve.engines import Engine, by_load
 from parrot.serve.graph import Task
-from parrot.serve.policies.base import Cluster, Placement, Terms, best_of, first_fit, load_terms
+from parrot.serve.policies.base import Cluster, Placement, best_of, load_terms
+from parrot.serve.policies.loaded import least_loaded_first
 from parrot.serve.policies.parameters import Parameter
 from parrot.serve.policies.share import ByShare
 from parrot.serve.queue import Owner, TaskQueue
@@ -74,14 +74,7 @@ class Vtc(ByShare):
         self._last_left = owner
 
     def choose(self, task: Task, queue: TaskQueue, cluster: Cluster) -> Iterable[Placement]:
-        engines = task.call.lane.ordered(by_load)
-        if not cluster.explaining:
-            found = first_fit(task, engines, cluster, rule="least_served")
-        else:
-            counter = self.counter(task.tenant, task)
-            found = best_of(task, ((engine, _terms(engine, counter)) for engine in engines), cluster, rule="least_served")
+        counter = self.counter(task.tenant, task)
+        ranked = least_loaded_first(task, cluster, lambda engine: {**load_terms(engine), "counter": counter})
+        found = best_of(task, ranked, cluster, rule="least_served")
         return () if found is None else (found,)
-
-
-def _terms(engine: Engine, counter: float) -> Terms:
-    return {**load_terms(engine), "counter": counter}
