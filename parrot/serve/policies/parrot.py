@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from heapq import heapify, heappop, heapreplace
+from itertools import islice
 from typing import Any, ClassVar
 
 import numpy as np
@@ -42,6 +43,7 @@ from parrot.serve.queue import TaskQueue
 
 MOST_HOLDERS = 32  #: engines holding a prefix that are all looked at; of more, the first FEW_HOLDERS in order of harm
 FEW_HOLDERS = 4
+MOST_PROBED = 64  #: engines, the least harmed, that are asked for room for a whole group
 
 
 def harm_with(latency_capacity: int, engine: Engine) -> Load:
@@ -150,7 +152,7 @@ class Parrot(InOrder):
         tokens = sum([cluster.prompt_tokens(member, roomiest) + member.max_gen_length for member in part])
         if not self._ctx_aware and not index.up_to(-tokens):
             return None
-        for engine, terms in self._ranked(part[0], cluster, None):
+        for engine, terms in islice(self._ranked(part[0], cluster, None), MOST_PROBED):
             if self._has_room(part, tokens, engine, cluster) and cluster.fits(part[0], engine, self._bound(part[0], engine)):
                 terms["group"] = len(part)
                 return Placement(part[0], engine, terms, None, "task_group")
