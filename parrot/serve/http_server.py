@@ -65,7 +65,11 @@ def _configuration(flags: argparse.Namespace) -> ServeCoreConfig:
             raise ConfigurationError(f"--port {flags.port} is no port; expected 0 to 65535")
         config = msgspec.structs.replace(config, port=flags.port)
     policy = config.global_scheduler.policy
-    if is_clairvoyant(config.global_scheduler) and not flags.lengths_are_told:
+    try:
+        clairvoyant = is_clairvoyant(config.global_scheduler)
+    except ParrotError as error:
+        raise ConfigurationError(f"{flags.config_path}: {error}") from error
+    if clairvoyant and not flags.lengths_are_told:
         raise ConfigurationError(
             f"{flags.config_path}: global_scheduler.policy {policy!r} reads the true lengths of outputs, which only a "
             "simulation knows; choose another ('lookahead' expects them), or --lengths_are_told where clients send them"
