@@ -47,6 +47,7 @@ class ParrotArtifact(InOrder):
 
     name: ClassVar[str] = "parrot_artifact"
     work_conserving: ClassVar[bool] = False  # a prefix that another task has brought meanwhile may let in what found no room
+    in_order: ClassVar[bool] = False
     parameters: ClassVar[dict[str, Parameter]] = {
         "app_fifo": Parameter(bool, False, "what another task led to goes before what begins a program"),
         "graph_group": Parameter(bool, False, "the engine with the fewest free places, not the most"),

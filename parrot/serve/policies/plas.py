@@ -86,7 +86,7 @@ class LeastAttained(InOrder):
         for lane in queue.lanes():
             self._promote(lane, now, queue.waiting(lane))
             stalled, version = self._stalled.pop(lane, (None, 0))
-            while (task := self._first(lane, queue)) is not None:
+            while (task := self.first(queue, lane)) is not None:
                 found: Placement | None = None
                 again = task is not stalled or any(cluster.fits(task, engine) for engine in lane.opened_since(version))
                 if again and cluster.anywhere(task):
@@ -107,8 +107,8 @@ class LeastAttained(InOrder):
             if task.state == "queued":
                 heappush(self._starving.setdefault(lane, []), (sequence, task))
 
-    def _first(self, lane: Lane, queue: TaskQueue) -> Task | None:
-        """The first of the starving and of level 0, in order of readiness; else the first of the lowest level."""
+    def first(self, queue: TaskQueue, lane: Lane) -> Task | None:
+        """The task that goes next: the first of the starving and of level 0, by readiness; else of the lowest level."""
         starving = self._starving.get(lane)
         while starving and starving[0][1].state != "queued":
             heappop(starving)

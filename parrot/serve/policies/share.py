@@ -68,11 +68,9 @@ class ByShare(InOrder):
 
     def place(self, queue: TaskQueue, cluster: Cluster, now: float) -> Iterator[Placement]:
         self._forget(queue)
-        self._enter(queue)
         for lane in queue.lanes():
-            line = self._lines[lane]
             stalled, version = self._stalled.pop(lane, (None, 0))
-            while (task := self._first(line, queue)) is not None:
+            while (task := self.first(queue, lane)) is not None:
                 found: Placement | None = None
                 again = task is not stalled or any(cluster.fits(task, engine) for engine in lane.opened_since(version))
                 if again and cluster.anywhere(task):
@@ -82,7 +80,13 @@ class ByShare(InOrder):
                     break
                 stalled = None
                 yield found
-                self._lower(queue)
+
+    def first(self, queue: TaskQueue, lane: Lane) -> Task | None:
+        """The task that goes next: the first of the owner with the least counter."""
+        self._enter(queue)
+        line = self._lines.get(lane)
+        owner = self._least(line, queue) if line is not None else None
+        return None if owner is None else queue.head_of(lane, owner)
 
     def _forget(self, queue: TaskQueue) -> None:
         """Lanes in which nobody waits."""
@@ -146,7 +150,3 @@ class ByShare(InOrder):
             else:
                 return owner
         return None
-
-    def _first(self, line: _Line, queue: TaskQueue) -> Task | None:
-        owner = self._least(line, queue)
-        return None if owner is None else queue.head_of(line.lane, owner)
