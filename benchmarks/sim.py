@@ -169,9 +169,9 @@ def mooncake(options: argparse.Namespace, folder: Path) -> None:
     flags = ("--set", f"global_scheduler.max_queue_size={count}", "--set", f"max_sessions_num={count}")
     runs = {
         "parrot, parrot:ctx_aware": lambda: ours(workload, "parrot:ctx_aware", 8, *flags, folder=out)[0],
-        "parrot, parrot:ctx_aware, no tables": lambda: ours(
-            workload, "parrot:ctx_aware", 8, *flags, "--no-tables", folder=out
-        )[0],
+        "parrot, parrot:ctx_aware, no tables": lambda: ours(workload, "parrot:ctx_aware", 8, *flags, "--no-tables", folder=out)[
+            0
+        ],
     }
     if options.peers:
         limits = (512, KV_TOKENS, MAX_BATCH_SIZE, MAX_BATCHED_TOKENS)

@@ -18,6 +18,7 @@ import msgspec
 from parrot.configuration import ConfigurationError
 from parrot.engine.config import description_of
 from parrot.latency import LatencyProfile
+from parrot.serve.policies import is_clairvoyant
 from sim.clients import new_player
 from sim.fit import check_programs
 from sim.http_client import MODEL, TOLD, Api, HttpClient, Refusal, Style
@@ -29,9 +30,7 @@ from sim.spec import Run, core_config_of, engine_configs_of, engine_models_of, o
 from sim.workloads.program import Program
 
 
-def run_on_cluster(
-    run: Run, rows: bool, expect: Callable[[int], None], ended: Callable[[], None]
-) -> tuple[Recorder, int]:
+def run_on_cluster(run: Run, rows: bool, expect: Callable[[int], None], ended: Callable[[], None]) -> tuple[Recorder, int]:
     """Carries out a run in real time; returns what it measured and the number of engines (0: of a cluster not ours).
 
     rows: whether the recorder keeps them. expect: told the number of programs. ended: called as each ends. Raises
@@ -60,9 +59,17 @@ def run_on_cluster(
             pass
     if run.backend == "emulated" or all(description_of(c).accepts_output_length for c in configs):
         style = TOLD
+    core_config = core_config_of(run)
+    if style is not TOLD and is_clairvoyant(core_config.global_scheduler):
+        raise ConfigurationError(
+            f"policy {run.policy!r} reads the true lengths of outputs, which engines with real weights are not told; "
+            "--backend sim and emulated know them"
+        )
+
+    engines = list(zip(configs, profiles, strict=True))
 
     async def whole() -> None:
-        async with local_cluster(core_config_of(run), list(zip(configs, profiles, strict=True))) as (url, processes):
+        async with local_cluster(core_config, engines, lengths_are_told=style is TOLD) as (url, processes):
             if run.program is not None:
                 work = play_programs(run, url, recorder, expect, ended)
             else:

@@ -135,9 +135,12 @@ def lasting_ports(count: int) -> list[int]:
 
 @contextlib.asynccontextmanager
 async def local_cluster(
-    config: ServeCoreConfig, engines: Sequence[tuple[EngineConfig, LatencyProfile | None]]
+    config: ServeCoreConfig,
+    engines: Sequence[tuple[EngineConfig, LatencyProfile | None]],
+    lengths_are_told: bool = False,
 ) -> AsyncIterator[tuple[str, Processes]]:
-    """Starts a core and engines on free ports and yields the core's address; an engine with a profile is emulated."""
+    """Starts a core and engines on free ports and yields the core's address; an engine with a profile is emulated.
+    lengths_are_told: clients send the lengths of outputs, so that a policy may read them."""
     with tempfile.TemporaryDirectory(prefix="parrot-") as folder:
         processes = Processes(Path(folder))
         core_port, *ports = free_ports(len(engines) + 1)
@@ -148,7 +151,8 @@ async def local_cluster(
             journal = str(Path(folder) / "journal.sqlite") if config.journal_path else None
             config = msgspec.structs.replace(config, journal_path=journal)
             core_file.write_bytes(msgspec.json.encode(msgspec.structs.replace(config, host=HOST, port=core_port)))
-            processes.start("core", "parrot.serve.http_server", ["--config_path", str(core_file)])
+            told = ["--lengths_are_told"] if lengths_are_told else []
+            processes.start("core", "parrot.serve.http_server", ["--config_path", str(core_file), *told])
             await _until_ready(url, 0, processes)
             for number, ((engine, profile), port) in enumerate(zip(engines, ports, strict=True)):
                 address = msgspec.structs.replace(engine.serve_core, host=HOST, port=core_port)

@@ -143,9 +143,7 @@ def carry_out(run: Run, folder: str | None, progress: Progress, watch: Callable[
         return Failure(run, str(error))
 
 
-def run_one(
-    run: Run, folder: str | None, progress: Progress | None = None, watch: Callable[[], None] = lambda: None
-) -> Result:
+def run_one(run: Run, folder: str | None, progress: Progress | None = None, watch: Callable[[], None] = lambda: None) -> Result:
     """Carries out one run and writes its files. Raises RunError.
 
     progress: where programs are counted. watch: called as each ends.

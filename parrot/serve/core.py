@@ -337,8 +337,7 @@ class ServeCore:
                     if not task.ended:
                         self.scheduler.cancel(task, now)
         self.scheduler.tenants.leave(session.account, now)
-        if session.contexts:
-            self.scheduler.free_session(list(session.contexts))
+        self.scheduler.free_session(session)
         for call in session.calls:
             self.scheduler.engines.leave(call.lane)
         session.forget()

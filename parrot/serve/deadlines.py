@@ -86,7 +86,7 @@ class Deadlines:
                 task.deadline_s = tightest
             if wanted != before:
                 self._watch(task)
-            for producer in task.producers():
+            for producer in task.awaited():
                 stack.append((producer, tightest, _end_of(task)))
             if tighter and task.state == "queued":
                 self._tightened(task)

@@ -30,6 +30,7 @@ KEPT_OPENED = 32
 _load_of: Callable[[tuple[Load, int, Engine]], Load] = itemgetter(0)
 _engine_of: Callable[[tuple[Load, int, Engine]], Engine] = itemgetter(2)
 _TASK_BITS, _TOKEN_BITS = 24, 48  #: of a number of tasks on an engine, and of tokens reserved there
+HARM_BITS = (_TASK_BITS, _TOKEN_BITS)  #: below the latency-bound tasks in `by_harm`
 
 
 class Engine:

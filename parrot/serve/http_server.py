@@ -20,6 +20,7 @@ import msgspec
 from parrot.configuration import ConfigurationError, load
 from parrot.protocol.errors import ParrotError
 from parrot.serve.config import ServeCoreConfig
+from parrot.serve.policies import is_clairvoyant
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,6 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, help="port to listen on; 0 for any free one (default: the file's, 9000)")
     parser.add_argument("--log_dir", help="directory for the log file, made when missing (default: log to stderr)")
     parser.add_argument("--log_filename", default="core.log", help="name of the log file in --log_dir (default: %(default)s)")
+    parser.add_argument(
+        "--lengths_are_told",
+        action="store_true",
+        help="clients tell the lengths of outputs (emulated engines, dummy weights): a policy that reads them may run",
+    )
     parser.add_argument("--release_mode", action="store_true", help="log warnings and errors only")
     return parser
 
@@ -58,6 +64,16 @@ def _configuration(flags: argparse.Namespace) -> ServeCoreConfig:
         if not 0 <= flags.port <= 65535:
             raise ConfigurationError(f"--port {flags.port} is no port; expected 0 to 65535")
         config = msgspec.structs.replace(config, port=flags.port)
+    policy = config.global_scheduler.policy
+    try:
+        clairvoyant = is_clairvoyant(config.global_scheduler)
+    except ParrotError as error:
+        raise ConfigurationError(f"{flags.config_path}: {error}") from error
+    if clairvoyant and not flags.lengths_are_told:
+        raise ConfigurationError(
+            f"{flags.config_path}: global_scheduler.policy {policy!r} reads the true lengths of outputs, which only a "
+            "simulation knows; choose another ('lookahead' expects them), or --lengths_are_told where clients send them"
+        )
     if config.journal_path is msgspec.UNSET:
         config = msgspec.structs.replace(config, journal_path=_default_journal(config, flags.log_dir))
     secret = config.engine_secret

@@ -29,6 +29,7 @@ from parrot.serve.policies.base import Cluster, Placement, admits, length_of, pr
 from parrot.serve.policies.least_loaded import LeastLoaded
 from parrot.serve.queue import LAST, TaskQueue
 from parrot.serve.rates import DrainRate
+from parrot.serve.service import Service
 from parrot.serve.sessions import Session
 from parrot.serve.states import IN_FLIGHT, TASK
 from parrot.serve.tenants import Tenant, Tenants
@@ -54,8 +55,11 @@ class Scheduler:
         self.prefixes = PrefixStore(config.constant_prefix_var_timeout)
         self.policy = build_policy(config.global_scheduler)
         self.queue = TaskQueue(self._order, self.policy.uses_prefix_groups, self.policy.share_by)
+        self.service = Service() if getattr(self.policy, "uses_service", False) else None
         self.tenants = Tenants(config.tenants)
-        self.cluster = Cluster(self.engines, self.tenants)
+        self.cluster = Cluster(self.engines, self.tenants, self.service)
+        if self.service is not None:
+            self.policy.attach(self.cluster)  # type: ignore[attr-defined]  # only those that use it need have it
         kept = self._config.explain_placements
         self.explanations = Explanations(kept, self._config.policy) if kept else None
         self.cluster.explaining = kept > 0
@@ -91,6 +95,8 @@ class Scheduler:
             task.sequence = self._sequence
             task.ready_s = now
             task.state = TASK[task.state, "enqueue"]
+            if self.service is not None:
+                self.service.queued(task)
         if self.tenants.limiting:
             self._line_up(task)
         else:
@@ -122,6 +128,8 @@ class Scheduler:
         if task.state in IN_FLIGHT:
             assert task.engine is not None
             self._effects.append(Abort(task.engine.id, self.epoch, task.id, task.attempt))
+            if self.service is not None:
+                self.service.cancelled(task)
             self._release(task, now)
 
     def reorder(self, task: Task) -> None:
@@ -275,7 +283,7 @@ class Scheduler:
         """Places the task of a refused placement, or the first one that has room. False when there is none."""
         tasks = [self.queue.head(lane) for lane in self.queue.lanes()]
         wrong = failed.task if isinstance(failed, Placement) else None
-        if isinstance(wrong, Task) and wrong.state == "queued":
+        if isinstance(wrong, Task) and wrong.state == "queued" and not wrong.held:
             tasks.insert(0, wrong)
         self.cluster.forget()
         for task in tasks:
@@ -337,6 +345,8 @@ class Scheduler:
         engine.cached_tokens += new_tokens
         task.counted_latency = task.latency_sensitive
         engine.latency_tasks += task.counted_latency
+        if self.service is not None:
+            self.service.placed(task, engine, new_tokens, now)
         self.engines.load_changed(engine)
         self._effects.append(
             Dispatch(
@@ -495,6 +505,8 @@ class Scheduler:
             generated, path[-1] if path else None, event.content.key, task.call.session.domain
         ):
             self._free(generated)
+        if self.service is not None:
+            self.service.finished(task, event.output_tokens, now)
         self._release(task, now)
         task.state = TASK[task.state, "finish"]
         self.changed = self.changed or self.queue.size > 0
@@ -592,6 +604,8 @@ class Scheduler:
         if task.first_token_s is None:
             engine.prefill_tokens -= task.reserved - task.sampling.max_gen_length
         engine.latency_tasks -= task.counted_latency
+        if self.service is not None:
+            self.service.left(task)
         if self.queue.size:
             self.changed = True
         release = self.prefixes.release
@@ -608,9 +622,12 @@ class Scheduler:
         for gone in self.prefixes.drop(context):
             self.freed.setdefault(gone.engine.id, []).append(gone.id)
 
-    def free_session(self, contexts: list[Context]) -> None:
-        """The session that owned these has ended."""
-        self._free_retained(contexts)
+    def free_session(self, session: Session) -> None:
+        """The session has ended, and its tasks with it: drops its contexts and its account."""
+        if session.contexts:
+            self._free_retained(list(session.contexts))
+        if self.service is not None:
+            self.service.ended(session)
 
     def _free_retained(self, contexts: list[Context]) -> None:
         engines: dict[Engine, None] = {}

@@ -65,5 +65,3 @@ def folds(runs: Sequence[Run]) -> list[list[list[Iteration]]]:
     whole = list(itertools.chain.from_iterable(run.iterations for run in runs))
     bounds = [len(whole) * k // BLOCKS for k in range(BLOCKS + 1)]
     return [[whole[a:b]] for a, b in itertools.pairwise(bounds) if b > a]
-
-

@@ -98,9 +98,7 @@ def _show(document: Comparison, page: Path, console: Console) -> None:
     for warning in document.warnings:
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
     for unmatched in document.unmatched:
-        console.print(
-            f"not compared: {unmatched.cell}: only {unmatched.side}", markup=False, highlight=False, soft_wrap=True
-        )
+        console.print(f"not compared: {unmatched.cell}: only {unmatched.side}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"page: {page}", markup=False, highlight=False, soft_wrap=True)
 
 

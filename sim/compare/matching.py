@@ -382,4 +382,3 @@ def _what_differs(groups: Sequence[dict[Key, Any]], described: dict[Key, Fields]
         if not set(values[0]) & set(values[1]):
             told.append(f"{name} is {' and '.join(values[0])} in the one, {' and '.join(values[1])} in the other")
     return "; ".join(told) or "no combination of their values occurs in both"
-

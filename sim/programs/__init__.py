@@ -33,9 +33,7 @@ def check_program(run: Run) -> None:
         raise ConfigurationError(f"--outputs {run.outputs}: the engines of backend {run.backend} say what they say")
 
 
-def simulate_programs(
-    run: Run, rows: bool, expect: Callable[[int], None], ended: Callable[[], None]
-) -> tuple[Recorder, int]:
+def simulate_programs(run: Run, rows: bool, expect: Callable[[int], None], ended: Callable[[], None]) -> tuple[Recorder, int]:
     """Carries out the run in virtual time; returns what it measured and the number of engines.
 
     rows: whether the recorder keeps them. expect: told the number of instances. ended: called as each ends. Raises

@@ -52,9 +52,7 @@ def open_workload(
     if colon and kind == "mix":
         if options:
             raise WorkloadError(f"workload {spec!r} takes no parameters, but {', '.join(options)} is given")
-        programs, sources = open_mix(
-            path, rate=rate, seed=seed, count=count, max_gen_length=max_gen_length, arrivals=arrivals
-        )
+        programs, sources = open_mix(path, rate=rate, seed=seed, count=count, max_gen_length=max_gen_length, arrivals=arrivals)
     else:
         source = open_source(spec, options or {}, Setting(rate, seed, count, max_gen_length))
         programs = settle(source, rate=rate, arrivals=process, seed=seed, count=count)

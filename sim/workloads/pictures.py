@@ -174,8 +174,6 @@ def _clean(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-
-
 def _legend(axes: Axes) -> None:
     """In a corner, readable over the lines behind it."""
     axes.legend(fontsize=9, loc="upper right", ncols=2, facecolor="white", edgecolor="none", framealpha=0.9)

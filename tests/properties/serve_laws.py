@@ -131,7 +131,7 @@ class ServeCoreMachine(ServeCorePlay):
             assert end_s >= self.now
             assert end_s == math.inf or (first is not None and first <= end_s)
             assert task.deadline_s is None or task.deadline_s <= end_s
-            for producer in task.producers() if task.activated else ():
+            for producer in task.awaited() if task.activated else ():
                 assert _tightest(producer) <= _tightest(task)
                 assert _end_of(producer) >= end_s or producer.call.until_s < end_s
         for request, event in self.asked.items():
@@ -237,7 +237,7 @@ class ServeCoreMachine(ServeCorePlay):
                 if task.group is None or found.group is not None:
                     assert task.latency_sensitive == (found.sensitive or task.pinned)
                 queued = [] if task.group is None else list(task.group.queued)
-                assert set(queued) == {member for member in members if member.state == "queued"}
+                assert set(queued) == {member for member in members if member.state == "queued" and not member.held}
 
     def close_everything(self) -> None:
         """Nothing is left behind when all sessions are closed and all lifetimes are over."""

@@ -187,7 +187,7 @@ def test_throughput_work_avoids_engines_with_latency_bound_tasks() -> None:
     fetched(d, session, text("chat", 10), out("x"), criteria=Criteria.LATENCY)
     for i in range(3):
         fetched(d, session, text(f"bulk{i}", 500), out("x"), criteria=Criteria.THROUGHPUT)
-    assert engines_of(d) == [1, 2, 2, 2]
+    assert engines_of(d) == [1, 2, 2, 1], "kept away from the chat, but not for good"
 
 
 def test_nothing_overtakes_a_task_that_waits_for_room() -> None:

@@ -170,3 +170,17 @@ def test_a_core_that_is_not_there_is_named(flags: list[str], tmp_path: Path, cap
     captured = capsys.readouterr()
     assert captured.out == ""
     assert url in captured.err
+
+
+def test_a_clairvoyant_policy_is_refused_where_engines_are_not_told_lengths(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = Path(__file__).parents[2] / "sample_configs"
+    flags = ["--core", str(samples / "core" / "localhost_serve_core.json"), "--workload", "chain", "--count", "1"]
+    flags += ["--engines", str(samples / "engine" / "smollm2-135m-cpu.json"), "--policy", "clairvoyant"]
+    assert main([*flags, "--backend", "real", "--out", str(tmp_path / "out")]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert "policy 'clairvoyant' reads the true lengths of outputs" in line
+    assert processes_with(f"{tmp_path}/parrot-") == []

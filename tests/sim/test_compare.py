@@ -334,9 +334,7 @@ def test_the_command_prints_a_document_and_writes_a_page(
         assert policy in page
 
 
-def test_the_same_folders_give_the_same_bytes(
-    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_same_folders_give_the_same_bytes(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--policy", "round_robin", "--rate", "12", "--no-tables"]
     ours = workshop.simulate("bytes", *flags)
     written = []

@@ -239,7 +239,7 @@ def conversation(*messages: tuple[str, str], **fields: Any) -> dict[str, Any]:
 
 QUESTION = ("human", "one two three")
 CHAT = conversation(("system", "be brief"), QUESTION, ("gpt", "four five"), ("human", "six"), ("gpt", "seven"))
-OTHER = conversation(QUESTION, ("gpt", ""), model="m {[\"\\\" }]")
+OTHER = conversation(QUESTION, ("gpt", ""), model='m {["\\" }]')
 
 as_list = json.dumps
 as_indented_list: Callable[[Any], str] = lambda values: json.dumps(values, indent=2)  # noqa: E731
@@ -327,8 +327,6 @@ def test_an_element_that_never_ends_is_refused_before_it_fills_the_memory(
     path = write(tmp_path / "talk.json", '[{"a": "' + "x" * (3 << 20))
     with pytest.raises(WorkloadError, match=r"talk\.json:1: an element of more than 1 MiB"):
         list(open_workload(f"sharegpt:{path}"))
-
-
 
 
 # ------------------------------------------------------------------------------------------------------------ memory

@@ -20,6 +20,7 @@ from parrot.serve.engines import Engine, EngineIndex, Engines, Lane, by_room
 from parrot.serve.graph import Task
 from parrot.serve.policies.parameters import Parameter
 from parrot.serve.queue import TaskQueue
+from parrot.serve.service import Service
 from parrot.serve.tenants import Tenants
 
 Terms = dict[str, float]  #: what a score was made of, by name; a larger `score` need not be better: the policy's file says
@@ -64,9 +65,10 @@ class Placement:
 class Cluster:
     """The read-only view of live engines and of what they hold."""
 
-    def __init__(self, engines: Engines, tenants: Tenants) -> None:
+    def __init__(self, engines: Engines, tenants: Tenants, service: Service | None = None) -> None:
         self._engines = engines
         self._tenants = tenants
+        self._service = service
         self.explaining = False  #: whether placements shall carry their candidates
         self._fitting: tuple[Task, Engine] | None = None  # the last pair that was found to fit
 
@@ -77,6 +79,13 @@ class Cluster:
     def engines(self, lane: Lane) -> list[Engine]:
         """The lane's live engines in the order of their registration."""
         return list(lane.engines.values())
+
+    @property
+    def service(self) -> Service:
+        """What programs and tenants were served, engines' work, expected lengths: for policies with `uses_service`."""
+        if self._service is None:
+            raise RuntimeError("no accounts of service are kept: the policy's class must say uses_service = True")
+        return self._service
 
     @staticmethod
     def prompt_tokens(task: Task, engine: Engine) -> int:
@@ -248,9 +257,10 @@ class Policy(Protocol):
     """What the core asks of a policy. `name`: as in the configuration. `parameters`: by name, checked before it is built.
 
     What it needs of the views, which costs something to keep: `uses_prefix_groups`: the queue indexes tasks by prefix
-    (`TaskQueue.sharing`); `share_by`: "program" or "tenant": the queue keeps a line for each of them
-    (`TaskQueue.owners`), "" for none. `clairvoyant`: it reads output lengths, which only a simulation knows
-    (`SamplingConfig.output_length`): a server refuses to run it.
+    (`TaskQueue.sharing`); `share_by`: "program" or "tenant": the queue keeps a line for each of them (`TaskQueue.owners`), ""
+    for none; `uses_service` (False where a class does not say): accounts of what was served are kept (`Cluster.service`), and
+    `attach` is called with the cluster before anything is queued. `clairvoyant`: it reads output lengths, which only a
+    simulation knows (`SamplingConfig.output_length`): a server refuses to run it.
 
     It may also have a method `first(queue, lane)`: the task that it would place next in that lane, whether or not it fits
     now; the head in `order` where there is none. Once that task has waited for `global_scheduler.patience`, an engine is kept
@@ -288,11 +298,15 @@ class InOrder:
     clairvoyant: ClassVar[bool] = False
     share_by: ClassVar[str] = ""
     uses_prefix_groups: bool = False
+    uses_service: bool = False
     parameters: ClassVar[dict[str, Parameter]] = {}
 
     def __init__(self, parameters: dict[str, Any], generator: np.random.Generator) -> None:
         # The head of a lane that found no engine: asking again is of no use, but for engines that have more room since.
         self._stalled: dict[Lane, tuple[Task, int]] = {}
+
+    def attach(self, cluster: Cluster) -> None:
+        """Told the view before anything is queued, when it `uses_service`."""
 
     def order(self, task: Task) -> Any:
         return task.sequence

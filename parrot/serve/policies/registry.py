@@ -14,18 +14,24 @@ import numpy as np
 
 from parrot.protocol.errors import ParrotError
 from parrot.serve.config import GlobalSchedulerConfig
+from parrot.serve.policies.atlas import Atlas
 from parrot.serve.policies.base import Policy
 from parrot.serve.policies.cache_aware import CacheAware
+from parrot.serve.policies.clairvoyant import Clairvoyant
 from parrot.serve.policies.kv_cost import KVCost
 from parrot.serve.policies.least_loaded import LeastLoaded
 from parrot.serve.policies.lmetric import LMetric
+from parrot.serve.policies.lookahead import Lookahead
 from parrot.serve.policies.parameters import Parameter
 from parrot.serve.policies.parrot import Parrot
+from parrot.serve.policies.parrot_artifact import ParrotArtifact
+from parrot.serve.policies.plas import Plas
 from parrot.serve.policies.power_of_two import PowerOfTwo
 from parrot.serve.policies.preble_e2 import PrebleE2
 from parrot.serve.policies.random import Random
 from parrot.serve.policies.round_robin import RoundRobin
 from parrot.serve.policies.session_hash import SessionHash
+from parrot.serve.policies.vtc import Vtc
 from parrot.serve.policies.weighted import Weighted
 
 SHIPPED: tuple[type[Policy], ...] = (
@@ -40,6 +46,12 @@ SHIPPED: tuple[type[Policy], ...] = (
     KVCost,
     LMetric,
     PrebleE2,
+    ParrotArtifact,
+    Plas,
+    Atlas,
+    Vtc,
+    Lookahead,
+    Clairvoyant,
 )
 
 POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in SHIPPED}
@@ -146,6 +158,11 @@ def fault_of(found: Any) -> str | None:
     if getattr(found, "share_by", "") not in _SHARES:
         return f"its class attribute `share_by` must be one of {', '.join(map(repr, _SHARES))}"
     return None
+
+
+def is_clairvoyant(config: GlobalSchedulerConfig) -> bool:
+    """Whether the policy reads the true lengths of outputs, which no real engine knows. Raises `bad_request`."""
+    return bool(getattr(find_policy(config.policy), "clairvoyant", False))
 
 
 def check_policy(config: GlobalSchedulerConfig) -> dict[str, Any]:
