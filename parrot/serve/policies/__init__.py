@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
-from parrot.serve.policies.registry import POLICIES, SWITCHES, build_policy, check_policy, find_policy, parse_policy
+from parrot.serve.policies.registry import (
+    POLICIES,
+    SWITCHES,
+    build_policy,
+    check_policy,
+    find_policy,
+    parse_policy,
+    source_of_policy,
+)
 
-__all__ = ["POLICIES", "SWITCHES", "build_policy", "check_policy", "find_policy", "parse_policy"]
+__all__ = ["POLICIES", "SWITCHES", "build_policy", "check_policy", "find_policy", "parse_policy", "source_of_policy"]
