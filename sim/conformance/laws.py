@@ -33,9 +33,10 @@ def conservation(play: Play) -> None:
         own = [task for call in session.calls for task in call.tasks]
         unfinished = sum(not task.ended for task in own)
         active = sum(task.state in states.IN_FLIGHT or task.state == "queued" for task in own)
-        agree = (session.unfinished, session.active) == (unfinished, active)
-        message = f"session {session.id} has {unfinished} unfinished and {active} active tasks, its books say "
-        expect("conservation", agree, f"{message}{session.unfinished} and {session.active}")
+        gets = sum(len(variable.getters or ()) for variable in session.variables.values())
+        found, books = (unfinished, active, gets), (session.unfinished, session.active, session.waiting_gets)
+        message = f"session {session.id}: unfinished, active, gets are {found}, its books say {books}"
+        expect("conservation", found == books, message)
     expect("conservation", counts["gets"] == len(play.asked), f"{len(play.asked)} gets wait, counted {counts['gets']}")
 
 
@@ -44,6 +45,8 @@ def causality(play: Play) -> None:
     for task in tasks_of(play):
         if task.state in ("finished", "running", "dispatched"):
             times = [task.call.submitted_s, task.ready_s, task.dispatched_s, task.first_token_s, task.finished_s]
+            whole = task.state != "finished" or task.engine_name is None or None not in times  # no engine: from a journal
+            expect("causality", whole, f"task {task.id} is finished: {times}")
             known = [time for time in times if time is not None]
             expect("causality", known == sorted(known), f"task {task.id}: {times}")
 
@@ -85,6 +88,10 @@ def contexts(play: Play) -> None:
             users = used.get(context.id, 0)
             right = context.tasks == users and context.state == ("live" if users else "retained")
             expect("contexts", right, f"context {context.id} is {context.state} with {context.tasks} users, {users} are there")
+            owner = context.owner
+            if owner is not None and context.node is not None:
+                kept = context in (owner.contexts or ()) and owner.id in play.core._sessions
+                expect("contexts", kept, f"context {context.id} belongs to session {owner.id}, which does not know it")
 
 
 def liveness(play: Play) -> None:
