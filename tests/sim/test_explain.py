@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from parrot.engine.config import load_engine_config
+from parrot.serve.config import GlobalSchedulerConfig, ServeCoreConfig
 from parrot.serve.policies import find_policy
 from sim.explain import main as explain
+from sim.processes import local_cluster
 from sim.run import main
 from sim.workloads.program import write_programs
-from tests.sim.clusters import write_files
+from tests.sim.clusters import PROFILE, write_files
 from tests.sim.programs import chain, map_reduce, one_call
 
 BROKEN = """
@@ -151,3 +157,19 @@ def test_a_real_cluster_explains_too(flags: list[str], tmp_path: Path, capsys: p
     table = pd.read_parquet(out / "least_loaded_seed0" / "placements.parquet")
     assert len(table[table["chosen"]]) == 14
     assert (table["program"] >= 0).all()
+
+
+async def test_a_cluster_that_runs_explains_as_much_as_it_keeps(flags: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    config = ServeCoreConfig(global_scheduler=GlobalSchedulerConfig(policy="least_loaded", explain_placements=10))
+    engine = load_engine_config(flags[3].rpartition(":")[0], {})
+    async with local_cluster(config, [(engine, PROFILE)]) as (url, _):
+        command = [sys.executable, "-m", "sim.run", *flags[4:], "--backend", "emulated", "--core-url", url]
+        told = await asyncio.to_thread(
+            subprocess.run, [*command, "--explain", "--out", str(out)], capture_output=True, text=True, check=True
+        )
+    assert f"4 tasks have no explanation: the core at {url} keeps its last 10 placements" in told.stderr
+    table = pd.read_parquet(next(out.glob("*/placements.parquet")))
+    assert len(table) == 10
+    assert list(table["time_s"]) == sorted(table["time_s"])
+    assert json.loads(told.stdout)["policy_errors"] == {}
