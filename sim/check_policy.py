@@ -17,7 +17,9 @@ from typing import NamedTuple
 from parrot import compiled
 from parrot.protocol.errors import ParrotError
 from parrot.serve.config import GlobalSchedulerConfig
-from parrot.serve.policies import build_policy, find_policy, parse_policy
+from parrot.serve.policies import POLICIES, build_policy, find_policy, parse_policy
+from parrot.serve.policies.base import Policy
+from parrot.serve.policies.registry import offered_policies
 from sim.conformance.script import STEPS
 from sim.conformance.suite import CHECKS, Outcome, run, shortest
 
@@ -41,11 +43,12 @@ def parser() -> argparse.ArgumentParser:
         description="Try a global-scheduler policy under random programs, engines and faults, and print what it holds.",
         epilog="Example: python -m sim.check_policy examples.my_policy:Sticky --param patience_tokens=500",
     )
-    p.add_argument("policy", metavar="NAME", help="as for sim.run --policy: a name, or module:Class, with options")
+    p.add_argument("policy", metavar="NAME", nargs="?", help="as for sim.run --policy: a name, or module:Class, with options")
     p.add_argument("--param", metavar="NAME=VALUE", action="append", default=[], help="a parameter of the policy")
     p.add_argument("--examples", type=int, default=EXAMPLES, metavar="N", help="how many (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, metavar="S", help="of the first; each further one is one more (0)")
     p.add_argument("--steps", type=int, default=STEPS, metavar="K", help="at most so many an example (default: %(default)s)")
+    p.add_argument("--list", action="store_true", help="print the policies there are, or the parameters of NAME, and end")
     p.add_argument("--digests", action="store_true", help=argparse.SUPPRESS)  # for the other process
     return p
 
@@ -55,8 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     if arguments.examples < 1 or arguments.seed < 0 or arguments.steps < 1:
         parser().error("--examples and --steps are 1 or more, --seed is 0 or more")
-    name = _with_parameters(arguments.policy, arguments.param)
+    if arguments.policy is None and not arguments.list:
+        parser().error("NAME is needed (or --list)")
     try:
+        if arguments.list:
+            _list(arguments.policy)
+            return 0
+        name = _with_parameters(arguments.policy, arguments.param)
         section = parse_policy(name, GlobalSchedulerConfig())
     except ParrotError as error:
         print(f"sim.check_policy: {error}", file=sys.stderr)
@@ -74,6 +82,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = [row.check for row in rows if row.verdict.startswith("FAIL")]
     print(f"{len(failed)} of {len(rows)} checks failed: {', '.join(failed)}" if failed else f"all {len(rows)} checks passed")
     return 1 if failed else 0
+
+
+def _list(name: str | None) -> None:
+    """The policies that a name alone finds, with the first line of what they do; or a policy's parameters."""
+    if name is None:
+        for known in sorted({*POLICIES, *offered_policies()}):
+            try:
+                print(f"{known:<{WIDTH}} {_first_sentence(find_policy(known))}")
+            except ParrotError as error:  # an installed one may be none
+                print(f"{known:<{WIDTH}} {error}")
+        return
+    policy = find_policy(name)
+    print(f"{name}: {_first_sentence(policy)}")
+    for parameter in policy.parameters:
+        it = policy.parameters[parameter]
+        default = "null" if it.default is None else json.dumps(it.default)
+        print(f"  {parameter} = {default}: {it.meaning} ({it.expected()})")
+    if not policy.parameters:
+        print("  it has no parameters")
+
+
+def _first_sentence(policy: type[Policy]) -> str:
+    """What its file says in its first line (`name`: the rule), else what its class says."""
+    said = (getattr(sys.modules.get(policy.__module__), "__doc__", None) or "").split("\n\n")[0]
+    prefix = f"`{policy.name}`: "
+    rule = said.removeprefix(prefix) if said.startswith(prefix) else policy.__doc__
+    text = " ".join((rule or "it does not say what it does").split())
+    return text.split(". ")[0].rstrip(".")
 
 
 def _with_parameters(name: str, params: Sequence[str]) -> str:

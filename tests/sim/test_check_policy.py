@@ -85,6 +85,20 @@ def test_parameters_are_given_to_it_however_they_are_said(capsys: pytest.Capture
     assert "policy parrot:all+ctx_weight=3:" in checked(capsys, "parrot:all", "--param", "ctx_weight=3", "--examples", "1")[1]
 
 
+def test_it_lists_policies_and_their_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out = checked(capsys, "--list")
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines()] == sorted(POLICIES)
+    assert "round_robin        engines in turn, blind to load" in out
+    status, out = checked(capsys, "--list", "parrot")
+    assert "  app_fifo = false: programs in order of arrival" in out
+    assert "  latency_capacity = null: " in out
+    assert "it has no parameters" in checked(capsys, "--list", "round_robin")[1]
+    assert main(["--list", "nobody"]) == 1
+    with pytest.raises(SystemExit):
+        main([])
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
