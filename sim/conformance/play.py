@@ -153,8 +153,9 @@ class Play:
             return []
         return [info.var_id for info in reply.payload.param_info if info.is_output]
 
-    def get(self, session_id: int, var_id: str, criteria: Criteria | None = None, timeout: float | None = None) -> None:
-        self.ask(ev.GetVariable, session_id, _auth(session_id), var_id, criteria, timeout)
+    def get(self, session_id: int, var_id: str, criteria: Criteria | None = None, **limits: float | None) -> None:
+        """`limits`: timeout and deadline, in seconds."""
+        self.ask(ev.GetVariable, session_id, _auth(session_id), var_id, criteria, **limits)
 
     def cancel_get(self, request: int) -> None:
         del self.asked[request]

@@ -14,7 +14,7 @@ from parrot.latency import FixedCost, Hinge, LatencyProfile
 from parrot.protocol.api import Criteria, SamplingConfig
 from parrot.protocol.engine import EngineDescription
 from parrot.serve import events as ev
-from parrot.serve.config import GlobalSchedulerConfig, ServeCoreConfig
+from parrot.serve.config import GlobalSchedulerConfig, ServeCoreConfig, TenantConfig
 from parrot.serve.effects import Dispatch
 from sim.conformance.play import Play
 from sim.faults.dice import Dice
@@ -24,6 +24,11 @@ STEPS = 60  #: of an example, at most
 MODELS = {"m": "t", "n": "u"}  #: model -> its tokenizer; a text has twice as many tokens under "u"
 MOST_ENGINES = 6
 _CRITERIA = (None, Criteria.LATENCY, Criteria.LATENCY, Criteria.THROUGHPUT, Criteria.TTFT, Criteria.TPOT)
+_LIMITS = {
+    "a": TenantConfig(weight=3.0, max_tokens_in_flight=150, max_queued_tasks=8),
+    "*": TenantConfig(max_tokens_in_flight=400, max_sessions=6),
+}
+_DEADLINES = (None, None, None, None, 2.0, 20.0)
 _WANTED: tuple[tuple[str, ...], ...] = ((), (), (), ("m",), ("n",), ("m", "n"))
 
 
@@ -42,7 +47,9 @@ def draw_config(dice: Dice, section: GlobalSchedulerConfig) -> ServeCoreConfig:
             engine_wait_timeout=20.0,
             random_seed=dice.number(0, 1000),
             explain_placements=dice.pick((0, 100_000)),
+            patience=dice.pick((None, 0.5, 5.0)),
         ),
+        tenants=_LIMITS if dice.chance(0.4) else {},
     )
 
 
@@ -110,7 +117,7 @@ class Script:
         else:
             ends = self._submit(session_id, [], models, outputs=dice.number(2, 3))
         if ends:
-            play.get(session_id, ends[-1], dice.pick(_CRITERIA))
+            play.get(session_id, ends[-1], dice.pick(_CRITERIA), deadline=dice.pick(_DEADLINES))
 
     def _submit(self, session_id: int, reads: list[str], models: tuple[str, ...], outputs: int = 1) -> list[str]:
         """A call that reads those variables; its outputs' ids, [] when it is refused or its session is gone."""
@@ -149,7 +156,10 @@ class Script:
         known = self._play.sessions.get(session_id)
         if known:
             timeout = self._dice.pick((None, None, 0.0, 3.0))
-            self._play.get(session_id, self._dice.pick(known[-4:]), self._dice.pick(_CRITERIA), timeout)
+            deadline = self._dice.pick(_DEADLINES)
+            self._play.get(
+                session_id, self._dice.pick(known[-4:]), self._dice.pick(_CRITERIA), timeout=timeout, deadline=deadline
+            )
 
     def _value_comes(self) -> None:
         """A variable that the client fills itself, now or later."""

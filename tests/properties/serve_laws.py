@@ -14,6 +14,7 @@ from parrot.serve import events as ev
 from parrot.serve import states
 from parrot.serve.deadlines import _end_of, _tightest
 from parrot.serve.engines import Engine
+from parrot.serve.policies.base import admits
 from sim.conformance import laws
 from tests.properties.deduction_reference import Known, deduce
 from tests.properties.serve_machine import ServeCorePlay
