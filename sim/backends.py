@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ import msgspec
 from parrot.configuration import ConfigurationError
 from parrot.engine.config import description_of
 from parrot.latency import LatencyProfile
+from parrot.serve.explanations import PlacementsAnswer
 from parrot.serve.policies import is_clairvoyant
 from sim.clients import new_player
 from sim.fit import check_programs
@@ -26,7 +28,15 @@ from sim.metrics import Recorder
 from sim.network import open_network
 from sim.processes import local_cluster
 from sim.programs import play_programs
-from sim.spec import Run, core_config_of, engine_configs_of, engine_models_of, open_programs, profiles_of
+from sim.spec import (
+    KEPT_PLACEMENTS,
+    Run,
+    core_config_of,
+    engine_configs_of,
+    engine_models_of,
+    open_programs,
+    profiles_of,
+)
 from sim.workloads.program import Program
 
 
@@ -42,13 +52,9 @@ def run_on_cluster(run: Run, rows: bool, expect: Callable[[int], None], ended: C
         if not programs:
             raise ConfigurationError(f"workload {run.workload!r} has no programs")
         expect(len(programs))
-    recorder = Recorder(run.client, rows)
-    if run.core_url is not None and run.program is not None:
-        _run_interruptibly(play_programs(run, run.core_url, recorder, expect, ended))
-        return recorder, 0
+    recorder = Recorder(run.client, rows, names=run.explain)
     if run.core_url is not None:
-        style = MODEL if run.backend == "real" else TOLD
-        _run_interruptibly(_play_on_running(run, run.core_url, programs, recorder, style, ended))
+        _run_interruptibly(_play_on_running(run, run.core_url, programs, recorder, expect, ended))
         return recorder, 0
     configs = engine_configs_of(run)
     profiles: list[LatencyProfile | None] = [None] * len(configs)
@@ -83,6 +89,9 @@ def run_on_cluster(run: Run, rows: bool, expect: Callable[[int], None], ended: C
                 playing.cancel()
                 await asyncio.gather(playing, return_exceptions=True)
             playing.result()
+            answer = await ask_placements(url, core_config.engine_secret, KEPT_PLACEMENTS)
+            take_placements(answer, recorder)
+            recorder.policy_errors = answer.policy_errors
 
     _run_interruptibly(whole())
     return recorder, len(configs)
@@ -103,10 +112,50 @@ async def _play_on_running(
     url: str,
     programs: Sequence[Program],
     recorder: Recorder,
-    style: Style,
+    expect: Callable[[int], None],
     ended: Callable[[], None],
 ) -> None:
-    """On a cluster that is not ours: its engines are known by their models alone."""
+    """On a cluster that is not ours: its engines are known by their models alone, and it explains as much as it keeps."""
+    if run.program is not None:
+        await play_programs(run, url, recorder, expect, ended)
+    else:
+        await _check_models(url, programs)
+        await _play_all(run, url, programs, recorder, MODEL if run.backend == "real" else TOLD, ended)
+    if not run.explain:
+        return
+    try:
+        answer = await ask_placements(url, None, KEPT_PLACEMENTS)
+    except ConfigurationError as error:
+        print(f"sim.run: no explanations: {error}", file=sys.stderr)
+        return
+    take_placements(answer, recorder)
+    missing = len(recorder.names or ()) - len({placed.task for placed in recorder.placements})
+    if missing > 0:
+        kept = f"{url} keeps its last {answer.kept} placements (global_scheduler.explain_placements)"
+        print(f"sim.run: {missing} tasks have no explanation: the core at {kept}", file=sys.stderr)
+
+
+async def ask_placements(url: str, secret: str | None, most: int) -> PlacementsAnswer:
+    """What the core at `url` says of its last placements. `secret`: its engine_secret, as its configuration has it. Raises
+    ConfigurationError."""
+    if secret is not None and secret.startswith("env:"):
+        secret = os.environ.get(secret.removeprefix("env:"))
+    async with aiohttp.ClientSession() as http:
+        try:
+            found = await Api(url, http).call("GET", "/v1/debug/placements", {"limit": most, "secret": secret})
+        except Refusal as error:
+            raise ConfigurationError(f"{url}/v1/debug/placements: {error}") from None
+    return msgspec.json.decode(found, type=PlacementsAnswer)
+
+
+def take_placements(answer: PlacementsAnswer, recorder: Recorder) -> None:
+    """Those of the run's own tasks, the oldest first."""
+    names = recorder.names or {}
+    recorder.placements = [placed for placed in reversed(answer.placements) if placed.task in names]
+
+
+async def _check_models(url: str, programs: Sequence[Program]) -> None:
+    """Raises ConfigurationError when no core answers at `url`, or it has no model that one of `programs` asks for."""
     async with aiohttp.ClientSession() as http:
         try:
             answer = msgspec.json.decode(await Api(url, http).call("GET", "/v1/models"))
@@ -119,7 +168,6 @@ async def _play_on_running(
                 wanted = " or ".join(call.models) or "any model"
                 have = ", ".join(sorted(models)) or "no engine"
                 raise ConfigurationError(f"program {program.id!r} needs {wanted}; the cluster at {url} has {have}")
-    await _play_all(run, url, programs, recorder, style, ended)
 
 
 async def _play_all(

@@ -21,8 +21,10 @@ from parrot.protocol.errors import ERRORS, ErrorInfo, ParrotError
 from parrot.serve import effects, events
 from parrot.serve.config import ServeCoreConfig
 from parrot.serve.core import ServeCore
+from parrot.serve.fault import PolicyFault
 from parrot.serve.graph import Call
 from sim.engines import SimEngine
+from sim.metrics import Recorder
 from sim.timeline import Timeline
 
 __all__ = ["Cluster", "EngineModel", "OutOfRange", "Timeline"]
@@ -138,6 +140,13 @@ class Cluster:
         """For each latency profile that was asked for more than it was fitted to: `Coverage.outside`."""
         return {name: coverage.outside for name, coverage in self._coverages.items() if coverage.outside}
 
+    def explain(self, recorder: Recorder) -> None:
+        """Hands over what the core says of its policy: its errors, and why each task went where it went, if that was kept."""
+        scheduler = self.core.scheduler
+        recorder.policy_errors = scheduler.describe_policy_errors()
+        if scheduler.explanations is not None:
+            recorder.placements = scheduler.explanations.take()
+
     def report(self, session_id: int) -> SessionReport | None:
         """The session with its calls, None when it is gone."""
         try:
@@ -163,7 +172,9 @@ class Cluster:
                 elif type(effect) is not effects.TaskEnded:
                     carry[type(effect)](effect)
             if core.scheduler.faults:
-                raise core.take_faults()[0].error  # a simulation stops where a server would log and go on
+                for fault in core.take_faults():
+                    if not isinstance(fault, PolicyFault):  # the policy's are contained and counted, as a server does it
+                        raise fault.error  # for a fault of the core's own a simulation stops
         self._flushing = False
         if core.due_at < self._timer_s:  # no deadline is before; `_tick` asks for the exact one
             self._set_timer(core.due_at)

@@ -24,6 +24,8 @@ import numpy as np
 import pandas as pd
 
 from parrot.protocol.api import CallReport, SessionReport, TaskReport
+from parrot.protocol.engine import TaskId
+from parrot.serve.explanations import PlacementReport
 from parrot.serve.graph import Call, Task
 from sim.clients import Mode, Player
 
@@ -110,8 +112,9 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True, tag="run", tag_field="k
     """One run, as `python -m sim.run` prints it. `finished`, `failed`: programs. `refused`: answers 429, each tried again.
 
     clients: of a closed loop. draw: null, or which draw of `--intervals`. cluster: FILE:COUNT of its engines. outside: what the
-    engines did that their profile has not seen, feature -> (most observed, least seen, most seen). within_objectives,
-    goodput_programs_per_s: null unless objectives are given.
+    engines did that their profile has not seen, feature -> (most observed, least seen, most seen). policy_errors: what the
+    policy did wrong (`least_loaded` placed in its stead) -> how often; empty where the core cannot be asked.
+    within_objectives, goodput_programs_per_s: null unless objectives are given.
     """
 
     policy: str
@@ -152,6 +155,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True, tag="run", tag_field="k
     normalized_latency_s: Distribution
     errors: dict[str, int]
     outside: dict[str, dict[str, tuple[float, float, float]]] = {}
+    policy_errors: dict[str, int] = {}
 
 
 _IDENTITY = {"rate", "clients", "seed", "repeat", "draw", "engines"}  #: numbers of a summary that say which run it was
@@ -181,12 +185,13 @@ def metrics_of(summary: Summary) -> dict[str, float | None]:
 
 
 class Recorder:
-    """Collects the rows of a run. With `tables` off it keeps eight bytes a value and no rows.
+    """Collects the rows of a run. With `tables` off it keeps eight bytes a value and no rows. `names`: whether it notes which
+    task of a program each task of the core is.
 
     `programs`, `gets`, `calls` and `tasks` are the rows so far, in the order in which they came.
     """
 
-    def __init__(self, mode: Mode, tables: bool = True) -> None:
+    def __init__(self, mode: Mode, tables: bool = True, names: bool = False) -> None:
         self._from_submission = mode is Mode.REQUEST
         self._tables = tables
         # Plain tuples, each in the order of its row's fields: a NamedTuple a row would cost three times as much.
@@ -218,6 +223,10 @@ class Recorder:
         self.last_s = 0.0
         #: of a simulation: latency profile -> input -> (furthest that was asked for, least and most that it was fitted to)
         self.outside: dict[str, dict[str, tuple[float, float, float]]] = {}
+        self.policy_errors: dict[str, int] = {}
+        self.placements: list[PlacementReport] = []
+        #: (session, call, output) as the core counts -> (program, call, output) as the tables do; None: not noted
+        self.names: dict[TaskId, tuple[int, int, int]] | None = {} if names else None
 
     @property
     def programs(self) -> list[ProgramRow]:
@@ -281,6 +290,8 @@ class Recorder:
             number, output = outputs.get(tasks[0].var_id, (-1, 0)) if tasks else (-1, 0)
             for place, task in enumerate(tasks):
                 self._task(serial, number, output + place, task, task.attempts, task.engine, task.criteria)
+                if self.names is not None:
+                    self.names[TaskId(report.session_id, call.request_id, place)] = (serial, number, output + place)
             self._call(serial, number, output, call, tasks)
 
     def calls_ended(self, serial: int, calls: Sequence[Call], outputs: Mapping[str, tuple[int, int]]) -> None:
@@ -290,6 +301,8 @@ class Recorder:
             number, output = outputs.get(tasks[0].output.id, (-1, 0)) if tasks else (-1, 0)
             for place, task in enumerate(tasks):
                 self._task(serial, number, output + place, task, task.attempt, task.engine_name, task.criteria)
+                if self.names is not None:
+                    self.names[task.id] = (serial, number, output + place)
             self._call(serial, number, output, call, tasks)
 
     def _call(
@@ -403,6 +416,7 @@ class Recorder:
             "throughput_programs_per_s": programs / span_s if span_s > 0 else None,
             "errors": dict(sorted(self.errors.items())),
             "outside": self.outside,
+            "policy_errors": self.policy_errors,
         }
         return Summary(**fields)
 

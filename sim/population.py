@@ -400,9 +400,10 @@ def simulate(
         raise ValueError(f"clients is {clients}; a closed loop has at least 1")
     timeline = Timeline()
     cluster = Cluster(timeline, config, engines, engine_delay_s=engine_delay_s, jump=jump, observe=observe, strict=strict)
-    recorder = Recorder(mode, tables)
+    recorder = Recorder(mode, tables, names=config.global_scheduler.explain_placements > 0)
     population = Population(cluster, iter(programs), mode, network, recorder, max_gen_length, on_ended, clients)
     if not population.is_over() and not timeline.run_to_stop():
         raise StuckError(f"nothing more can happen, but {population.waiting()}")
     recorder.outside = cluster.outside()
+    cluster.explain(recorder)
     return recorder

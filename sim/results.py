@@ -4,6 +4,7 @@
     OUT/inputs.json          the digest of each file that the runs read
     OUT/RUN/run.json         {"run", "summary"}: written last and at once, so that a run that has it is finished
     OUT/RUN/*.parquet        the tables of the run (sim.metrics, sim.tables)
+    OUT/RUN/placements.parquet    why each task went where it went (sim.placements), with --explain
     OUT/RUN/trace.json.gz    its Perfetto trace
     OUT/summary.jsonl, cells.jsonl, timing.json, report.html   when all runs have ended
 
@@ -24,12 +25,14 @@ import pandas as pd
 
 from parrot import compiled
 from parrot.configuration import ConfigurationError
+from parrot.serve.policies import source_of_policy
 from sim.metrics import Summary, read_tables
 from sim.spec import Run, Specification, engine_configs_of, load_specification, profiles_of, runs_of
 
 SPECIFICATION, INPUTS, FINISHED = "spec.json", "inputs.json", "run.json"
 SUMMARIES, CELLS, TIMING, REPORT = "summary.jsonl", "cells.jsonl", "timing.json", "report.html"
 TABLES, TRACE = ("programs", "gets", "calls", "tasks", "engines"), "trace.json.gz"
+PLACEMENTS = "placements"  #: the table of `explain`
 PRESENTATION = ("about", "confidence", "metrics", "report")  #: fields of a specification that change no run
 
 
@@ -153,10 +156,15 @@ def open_folder(
 
 
 def inputs_of(runs: Iterable[Run]) -> dict[str, str]:
-    """The digest of each file that `runs` read, and of each latency profile, by name. Raises ConfigurationError."""
+    """The digest of each file that `runs` read, of each latency profile, and of each policy that is not this package's own, by
+    name. Raises ConfigurationError."""
     files: set[str] = set()
     digests: dict[str, str] = {}
     seen: set[bytes] = set()
+    for policy in dict.fromkeys(run.policy for run in runs):
+        source = source_of_policy(policy)
+        if source is not None:
+            digests[f"policy {policy}"] = _digest(Path(source).read_bytes())
     for run in runs:
         key = msgspec.json.encode((run.workload, run.engines, run.settings))
         if key in seen:
@@ -201,7 +209,7 @@ def _clear(folder: Path) -> None:
         names = set()
     names.update(path.parent.name for path in folder.glob(f"*/{FINISHED}"))
     for run in [folder / name for name in names if (folder / name).is_dir()]:
-        for name in (*(f"{table}.parquet" for table in TABLES), TRACE, FINISHED, f".{FINISHED}.partial"):
+        for name in (*(f"{table}.parquet" for table in (*TABLES, PLACEMENTS)), TRACE, FINISHED, f".{FINISHED}.partial"):
             (run / name).unlink(missing_ok=True)
         if not any(run.iterdir()):
             run.rmdir()

@@ -66,7 +66,9 @@ def parser(prog: str = "python -m sim.run") -> argparse.ArgumentParser:
         help="with --program: what the model says (synthetic text of lognormal length, mean 128 tokens, cv 1)",
     )
     what.add_argument(
-        "--policy", metavar="A,B", help="round_robin, least_loaded, parrot, parrot:all, parrot:SWITCH+SWITCH (parrot)"
+        "--policy",
+        metavar="A,B",
+        help="NAME or module:Class, with options: round_robin, parrot:all, parrot:SWITCH+SWITCH, mine:Policy:weight=2 (parrot)",
     )
     what.add_argument("--rate", metavar="R,R", help="programs a second; recorded gaps are scaled to it")
     what.add_argument("--clients", metavar="N,N", help="a closed loop: this many programs are under way at any time")
@@ -127,6 +129,9 @@ def parser(prog: str = "python -m sim.run") -> argparse.ArgumentParser:
     )
     result.add_argument("--metrics", metavar="A,B", help="columns of the table on the terminal, as jct_s.p99")
     result.add_argument("--tables", action=switch, default=None, help="write tables of programs, gets, calls, tasks, engines")
+    result.add_argument(
+        "--explain", action=switch, default=None, help="write why each task went where it went, for python -m sim.explain"
+    )
     result.add_argument("--trace", action=switch, default=None, help="write a Perfetto trace of each run")
     result.add_argument("--report", action=switch, default=None, help="write report.html")
     return p
@@ -136,7 +141,8 @@ def specification_of(arguments: argparse.Namespace) -> Specification:
     """The specification that the flags say, over that of --spec. Raises ConfigurationError."""
     given: dict[str, Any] = {}
     plain = ("core", "arrivals", "count", "max_gen_length", "backend", "core_url", "repeats", "jump", "engine_delay_ms")
-    for name in (*plain, "program", "inputs", "outputs", "strict", "intervals", "confidence", "tables", "trace", "report"):
+    written = ("tables", "trace", "explain", "report")
+    for name in (*plain, "program", "inputs", "outputs", "strict", "intervals", "confidence", *written):
         if (value := getattr(arguments, name)) is not None:
             given[name] = value
     if arguments.workload is not None:
@@ -267,6 +273,7 @@ def execute(specification: Specification, folder: Path, where: Where = Where(), 
             for cell in cells:
                 _print(cell)
         _warn_of_what_was_not_seen(results)
+        _warn_of_policies(results)
         if console.is_terminal:
             console.print(table_of(cells, specification.metrics))
         if specification.report and specification.tables:
@@ -310,6 +317,21 @@ def _warn_of_what_was_not_seen(results: Sequence[Result]) -> None:
     for profile, worst in sorted(farthest.items()):
         far = ", ".join(f"{name} {most:g} (seen {low:g} to {high:g})" for name, (most, low, high) in sorted(worst.items()))
         print(f"sim.run: profile {profile}: beyond what it was fitted to: {far}; --strict refuses", file=sys.stderr)
+
+
+def _warn_of_policies(results: Sequence[Result]) -> None:
+    """A line on stderr for each thing that a policy did wrong, over all runs."""
+    wrong: dict[tuple[str, str], int] = {}
+    for result in results:
+        for what, count in result.summary.policy_errors.items():
+            key = (result.run.policy, what)
+            wrong[key] = wrong.get(key, 0) + count
+    for (policy, what), count in wrong.items():
+        print(
+            f"sim.run: policy {policy} failed {count} times ({what}); least_loaded placed in its stead; "
+            f"`python -m sim.check_policy {policy}` looks closer",
+            file=sys.stderr,
+        )
 
 
 def _beyond(seen: tuple[float, float, float]) -> float:

@@ -36,6 +36,7 @@ from sim.workloads.program import Program
 Backend = Literal["sim", "emulated", "real"]
 
 LONGEST_NAME = 200  #: bytes of a run's folder's name; a longer one is cut, and told apart by a hash
+KEPT_PLACEMENTS = 1 << 40  #: with `explain`: all of them
 ENGINE_PREFIX = "engine."  #: settings with this prefix are of the engines' files; the rest are of the core's
 
 
@@ -69,8 +70,9 @@ class Specification(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     try. rtt_ms: milliseconds, or a file of measured ones. profiles: files or shipped names, which stand above the engines'
     own. strict: an iteration outside a profile's range ends the run. core_url: a cluster that already runs. intervals: runs a
     seed with durations drawn from the profiles' spread, beside the one without. confidence: of every interval. metrics: the
-    columns of the table on the terminal. tables, trace, report: what is written beside the summaries. program: in the place
-    of workloads, an application's own code, with the inputs of its instances and where outputs come from (`sim.programs`).
+    columns of the table on the terminal. tables, trace, explain, report: what is written beside the summaries. program: in the
+    place of workloads, an application's own code, with the inputs of its instances and where outputs come from
+    (`sim.programs`).
     """
 
     about: str = ""
@@ -103,6 +105,7 @@ class Specification(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     metrics: tuple[str, ...] = ()
     tables: bool = True
     trace: bool = False
+    explain: bool = False
     report: bool = True
 
 
@@ -137,9 +140,10 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     objectives: Objectives
     tables: bool
     trace: bool
+    explain: bool
 
 
-_VARIED = {"workload", "engines", "policy", "rate", "clients", "seed", "settings", "tables", "trace"}
+_VARIED = {"workload", "engines", "policy", "rate", "clients", "seed", "settings", "tables", "trace", "explain"}
 _SHARED = set(Run.__struct_fields__) & set(Specification.__struct_fields__) - _VARIED
 
 
@@ -176,6 +180,7 @@ def runs_of(spec: Specification) -> list[Run]:
             draw=draw,
             tables=spec.tables and draw is None,
             trace=spec.trace and draw is None,
+            explain=spec.explain and draw is None,
             **shared,
         )
         runs.append(msgspec.structs.replace(run, name=_name(spec, run, len(clusters))))
@@ -274,8 +279,9 @@ def core_config_of(run: Run) -> ServeCoreConfig:
     try:
         scheduler = parse_policy(run.policy, config.global_scheduler)
     except ParrotError as error:
-        raise ConfigurationError(str(error)) from None
-    scheduler = msgspec.structs.replace(scheduler, random_seed=run.seed, explain_placements=0)
+        raise ConfigurationError(f"{run.core}, policy {run.policy!r}: {error}") from None
+    kept = KEPT_PLACEMENTS if run.explain else 0
+    scheduler = msgspec.structs.replace(scheduler, random_seed=run.seed, explain_placements=kept)
     return msgspec.structs.replace(config, global_scheduler=scheduler)
 
 

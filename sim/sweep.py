@@ -24,9 +24,10 @@ from sim.fit import check_programs
 from sim.metrics import Recorder, Summary, write_tables
 from sim.network import open_network
 from sim.objectives import within
+from sim.placements import placements_table
 from sim.pool import Died, Progress, on_processes, shared_progress
 from sim.population import StuckError, simulate
-from sim.results import TRACE, ResultsError, write_finished
+from sim.results import PLACEMENTS, TRACE, ResultsError, write_finished
 from sim.spec import ENGINE_PREFIX, Run, check_files, core_config_of, engine_models_of, open_programs
 from sim.tables import engine_load
 from sim.workloads import WorkloadError
@@ -202,6 +203,8 @@ def _write(run: Run, recorder: Recorder, summary: Summary, folder: Path) -> None
         tables = recorder.tables() if run.tables or run.trace else {}
         if run.tables:
             write_tables({**tables, "engines": engine_load(tables["tasks"])}, folder / run.name)
+        if run.explain:
+            write_tables({PLACEMENTS: placements_table(recorder)}, folder / run.name)
         if run.trace:
             from sim.report.perfetto import write_trace
 

@@ -24,6 +24,7 @@ from parrot.serve.deduction import Deduction, tighter
 from parrot.serve.effects import AnyEffect, Reply, SessionEnded
 from parrot.serve.engines import Engine
 from parrot.serve.events import AnyEvent, Content
+from parrot.serve.explanations import PlacementsAnswer
 from parrot.serve.fault import Fault
 from parrot.serve.gets import PendingGet, PendingGets
 from parrot.serve.graph import Call, Task, tasks_of
@@ -239,6 +240,16 @@ class ServeCore:
         if session is None:
             raise self._no_session(session_id)
         return session_report(session, now, calls)
+
+    def placements(self, most: int, session_id: int | None = None) -> PlacementsAnswer:
+        """Why the last tasks went where they went, the newest first; with `session_id`, those of that session."""
+        kept = self.scheduler.explanations
+        return PlacementsAnswer(
+            policy=self.config.global_scheduler.policy,
+            policy_errors=self.scheduler.describe_policy_errors(),
+            kept=self.config.global_scheduler.explain_placements,
+            placements=tuple(kept.last(most, session_id)) if kept is not None else (),
+        )
 
     def calls(self, session_id: int) -> Sequence[Call]:
         """The calls of a session with their tasks, () when it is gone: for who measures in the same process. To be read

@@ -39,9 +39,9 @@ class Credentials:
         if self._engine_secret is None:
             return
         if secret is None:
-            raise ParrotError("unauthorized", "this core has an engine_secret; the engine must send it as `secret`")
+            raise ParrotError("unauthorized", "this core has an engine_secret, which must be sent as `secret`")
         if not hmac.compare_digest(secret.encode(), self._engine_secret.encode()):
-            raise ParrotError("forbidden", "the engine's secret is not this core's engine_secret")
+            raise ParrotError("forbidden", "the secret is not this core's engine_secret")
 
 
 def _kept_key(path: str) -> bytes:

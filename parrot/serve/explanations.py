@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from typing import Any
 
 import msgspec
 
 from parrot.protocol.engine import TaskId
 from parrot.serve.engines import Engine
-from parrot.serve.policies.base import Placement
+from parrot.serve.policies.base import Placement, Terms
+
+Numbers = dict[str, float | None]  #: terms by name; None where a policy gave no finite number
 
 
 class CandidateReport(msgspec.Struct, frozen=True):
@@ -17,7 +21,7 @@ class CandidateReport(msgspec.Struct, frozen=True):
     engine_id: int
     engine_name: str
     fits: bool
-    terms: dict[str, float]
+    terms: Numbers
 
 
 class PlacementReport(msgspec.Struct, frozen=True):
@@ -35,8 +39,18 @@ class PlacementReport(msgspec.Struct, frozen=True):
     fallback: bool
     engine_id: int
     engine_name: str
-    terms: dict[str, float]
+    terms: Numbers
     candidates: tuple[CandidateReport, ...]
+
+
+class PlacementsAnswer(msgspec.Struct, frozen=True):
+    """What GET /v1/debug/placements answers. `policy_errors`: what the policy did wrong -> how often. `kept`: how many
+    placements the core keeps at most (`global_scheduler.explain_placements`). `placements`: the newest first."""
+
+    policy: str
+    policy_errors: dict[str, int]
+    kept: int
+    placements: tuple[PlacementReport, ...]
 
 
 class Explanations:
@@ -65,7 +79,7 @@ class Explanations:
                 fallback=fallback,
                 engine_id=engine.id,
                 engine_name=engine.name,
-                terms=terms,
+                terms=_numbers(terms),
                 candidates=candidates,
             )
         )
@@ -87,5 +101,20 @@ class Explanations:
         return taken
 
 
-def _report(engine: Engine, fits: bool, terms: dict[str, float]) -> CandidateReport:
-    return CandidateReport(engine.id, engine.name, fits, terms)
+def _report(engine: Engine, fits: bool, terms: Terms) -> CandidateReport:
+    return CandidateReport(engine.id, engine.name, fits, _numbers(terms))
+
+
+def _numbers(terms: Terms) -> Numbers:
+    """A policy may put in anything, such as numpy's numbers; what is kept must go into JSON."""
+    return {str(name): _number(value) for name, value in terms.items()}
+
+
+def _number(value: Any) -> float | None:
+    if type(value) is int or type(value) is float:
+        return value if math.isfinite(value) else None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None

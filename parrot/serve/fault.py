@@ -10,3 +10,7 @@ class Fault(NamedTuple):
 
     what: str
     error: Exception
+
+
+class PolicyFault(Fault):
+    """The policy's, not the core's: `least_loaded` placed in its stead, and all went on."""

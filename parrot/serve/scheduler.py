@@ -21,7 +21,7 @@ from parrot.serve.effects import Abort, AnyEffect, ChainLink, Dispatch, FreeCont
 from parrot.serve.engines import Engine, Engines, Lane
 from parrot.serve.events import Constant, Content, TaskFailed, TaskFinished
 from parrot.serve.explanations import Explanations
-from parrot.serve.fault import Fault
+from parrot.serve.fault import Fault, PolicyFault
 from parrot.serve.graph import Task, chain_of
 from parrot.serve.pauses import Pauses
 from parrot.serve.policies import build_policy
@@ -33,6 +33,8 @@ from parrot.serve.service import Service
 from parrot.serve.sessions import Session
 from parrot.serve.states import IN_FLIGHT, TASK
 from parrot.serve.tenants import Tenant, Tenants
+
+MOST_MESSAGE = 200  #: characters that are kept of what a policy's error says
 
 
 class Scheduler:
@@ -64,6 +66,7 @@ class Scheduler:
         self.explanations = Explanations(kept, self._config.policy) if kept else None
         self.cluster.explaining = kept > 0
         self.policy_errors: dict[str, int] = {}  # what the policy did wrong -> how often
+        self._policy_messages: dict[str, str] = {}  # and what its first error of the kind said
         self.faults: list[Fault] = []
         self._fallback = LeastLoaded({}, None)  # type: ignore[arg-type]
         self.changed = False  # whether the policy has anything new to act on
@@ -306,7 +309,13 @@ class Scheduler:
         kind = f"{type(error).__name__} in policy {self._config.policy!r}"
         self.policy_errors[kind] = self.policy_errors.get(kind, 0) + 1
         if self.policy_errors[kind] == 1:
-            self.faults.append(Fault(f"policy {self._config.policy!r} failed; least_loaded places in its stead", error))
+            self._policy_messages[kind] = _said(error)[:MOST_MESSAGE]
+            what = f"policy {self._config.policy!r} failed; least_loaded places in its stead"
+            self.faults.append(PolicyFault(what, error))
+
+    def describe_policy_errors(self) -> dict[str, int]:
+        """What the policy did wrong, in words, and how often: a line a kind, with the first message of that kind."""
+        return {f"{kind}: {self._policy_messages[kind]}": count for kind, count in self.policy_errors.items()}
 
     def _check(self, placement: Placement) -> None:
         if not isinstance(placement, Placement):
@@ -701,6 +710,14 @@ class Scheduler:
         self._lose(engines, "the core was restarted", now)
         for task in self._stranded:
             self._stranded[task] = now + self._config.engine_wait_timeout
+
+
+def _said(error: Exception) -> str:
+    """What it says, where even that may fail."""
+    try:
+        return str(error)
+    except Exception:
+        return "(its message cannot be read)"
 
 
 def _head_is_common(task: Task) -> bool:

@@ -21,6 +21,7 @@ from parrot.serve.api_routes import ApiRoutes
 from parrot.serve.config import ServeCoreConfig
 from parrot.serve.core import ServeCore
 from parrot.serve.credentials import Credentials
+from parrot.serve.debug_routes import DebugRoutes
 from parrot.serve.engine_links import EngineLinks
 from parrot.serve.engine_routes import EngineRoutes
 from parrot.serve.events import Restarted
@@ -84,7 +85,8 @@ class Server:
             )
         api = ApiRoutes(self.shell, self.core.models, texts, self._tokenization, streams, credentials)
         engines = EngineRoutes(self.links, credentials)
-        paths = {**api.paths(), **engines.paths(), "/health": {"GET": self._health}}
+        debug = DebugRoutes(self.core.placements, credentials)
+        paths = {**api.paths(), **engines.paths(), **debug.paths(), "/health": {"GET": self._health}}
         self._handle = Routes(paths).handle
         self._runner: web.ServerRunner | None = None
 

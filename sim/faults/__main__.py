@@ -17,6 +17,9 @@ from contextlib import ExitStack, closing
 from functools import partial
 
 from parrot import compiled
+from parrot.protocol.errors import ParrotError
+from parrot.serve.config import GlobalSchedulerConfig
+from parrot.serve.policies import parse_policy
 from sim.faults.plants import PLANTS, planted
 from sim.faults.world import Result, run_seed
 
@@ -58,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--first", type=int, default=0, metavar="S", help="the first of them (default: %(default)s)")
     p.add_argument("--jobs", type=int, default=None, metavar="J", help="processes (default: one for each core)")
     p.add_argument("--plant", choices=PLANTS, metavar="BUG", help=f"plant a bug that must be found: {', '.join(PLANTS)}")
+    p.add_argument("--policy", metavar="NAME", help="under this policy, in the place of those that seeds draw")
     p.add_argument("--trace", type=int, metavar="SEED", help="run this seed alone and print all that happens in it")
     return p
 
@@ -67,12 +71,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.seeds < 1 or args.first < 0 or (args.jobs is not None and args.jobs < 1):
         parser().error("--seeds and --jobs are 1 or more, --first is 0 or more")
+    if args.policy is not None:
+        try:
+            parse_policy(args.policy, GlobalSchedulerConfig())
+        except ParrotError as error:
+            print(f"sim.faults: {error}", file=sys.stderr)
+            return 1
     if args.trace is not None:
         with planted(args.plant):
-            result = run_seed(args.trace, print)
+            result = run_seed(args.trace, print, args.policy)
         return _verdict([result], args.plant)
     results: list[Result] = []
-    with closing(_results(range(args.first, args.first + args.seeds), args.jobs, args.plant)) as found:
+    with closing(_results(range(args.first, args.first + args.seeds), args.jobs, args.plant, args.policy)) as found:
         for result in _with_progress(found, args.seeds):
             results.append(result)
             if result.violation is not None:
@@ -81,29 +91,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _verdict(results, args.plant)
 
 
-def run_seeds(seeds: Sequence[int], plant: str | None = None) -> list[Result]:
+def run_seeds(seeds: Sequence[int], plant: str | None = None, policy: str | None = None) -> list[Result]:
     """The runs of `seeds` in this process, up to the first that violates anything."""
     results = []
     with planted(plant):
         for seed in seeds:
-            results.append(run_seed(seed))
+            results.append(run_seed(seed, policy=policy))
             if results[-1].violation is not None:
                 break
     gc.collect()
     return results
 
 
-def _results(seeds: range, jobs: int | None, plant: str | None) -> Generator[Result, None, None]:
+def _results(
+    seeds: range, jobs: int | None, plant: str | None, policy: str | None = None
+) -> Generator[Result, None, None]:
     """In the order of the seeds, whoever ran them."""
     chunks = [seeds[at : at + _CHUNK] for at in range(0, len(seeds), _CHUNK)]
     if jobs == 1 or len(chunks) == 1:
         for chunk in chunks:
-            yield from run_seeds(chunk, plant)
+            yield from run_seeds(chunk, plant, policy)
         return
     with ExitStack() as stack:
         pool = ProcessPoolExecutor(jobs, initializer=gc.freeze)
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-        for results in pool.map(partial(run_seeds, plant=plant), chunks):
+        for results in pool.map(partial(run_seeds, plant=plant, policy=policy), chunks):
             yield from results
 
 

@@ -6,16 +6,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from msgspec.structs import replace as replace_fields
+
 from parrot.engine.batches import EngineLimits
 from parrot.latency import FixedCost, Hinge, LatencyProfile
 from parrot.serve.config import GlobalSchedulerConfig, ServeCoreConfig
-from parrot.serve.policies import parse_policy
+from parrot.serve.policies import SWITCHES, parse_policy
 from parrot.tokenizer import SYNTHETIC
 from sim.faults.dice import Dice
 from sim.faults.tokenizers import HALVES
 
 POLICIES = ("parrot", "parrot", "parrot:all", "parrot:app_fifo+ctx_aware", "parrot:graph_group", "round_robin", "least_loaded")
 MODELS = ("m", "n")
+_NO_POLICY = {"policy": "parrot", "params": {}, **dict.fromkeys(SWITCHES, False)}
 TOO_LONG = 2100  #: words of a prompt that no engine takes
 
 
@@ -100,8 +103,8 @@ class Plan:
         )
 
 
-def draw_plan(seed: int) -> Plan:
-    """The plan of a seed."""
+def draw_plan(seed: int, policy: str | None = None) -> Plan:
+    """The plan of a seed. `policy`: in the place of the one that it draws. Raises ParrotError for one that is none."""
     dice = Dice(seed, "plan")
     heartbeat_s = dice.pick((0.5, 1.0, 2.0))
     plan = Plan(
@@ -125,6 +128,9 @@ def draw_plan(seed: int) -> Plan:
         nonsense=dice.spread(0.02, 0.4) if dice.chance(0.3) else 0.0,
         doubled_events=dice.spread(0.05, 0.8) if dice.chance(0.5) else 0.0,
     )
+    if policy is not None:
+        section = parse_policy(policy, replace_fields(plan.config.global_scheduler, **_NO_POLICY))
+        plan = replace(plan, config=replace_fields(plan.config, global_scheduler=section))
     if not dice.chance(0.05):
         return plan
     never = Deaths()

@@ -312,10 +312,10 @@ def _listening(witness: Witness) -> Iterator[None]:
         log.propagate = propagate
 
 
-def run_seed(seed: int, tell: Callable[[str], None] | None = None) -> Result:
-    """The run of a seed; `tell` sees its trace as it comes."""
+def run_seed(seed: int, tell: Callable[[str], None] | None = None, policy: str | None = None) -> Result:
+    """The run of a seed; `tell` sees its trace as it comes. `policy`: in the place of the one that the seed draws."""
     with stand_ins.in_place():
-        world = World(draw_plan(seed), tell)
+        world = World(draw_plan(seed, policy), tell)
         with _listening(world.witness):
             try:
                 return world.run()

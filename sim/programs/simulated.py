@@ -142,7 +142,7 @@ def simulate_instances(
     strands = Strands(timeline)
     fitted, tokenizers = with_tokenizers(engines)
     cluster = Cluster(timeline, config, fitted, engine_delay_s=engine_delay_s, jump=jump, strict=strict)
-    recorder = Recorder(Mode.SEMANTIC, tables)
+    recorder = Recorder(Mode.SEMANTIC, tables, names=config.global_scheduler.explain_placements > 0)
 
     def closed(account: Account, calls: Sequence[Call], known: Mapping[str, tuple[int, int]]) -> None:
         recorder.calls_ended(account.serial, calls, known)
@@ -165,6 +165,7 @@ def simulate_instances(
     if instances.failures:
         print(instances.failures.tell(source.spec, count), file=sys.stderr)
     recorder.outside = cluster.outside()
+    cluster.explain(recorder)
     return recorder
 
 

@@ -15,6 +15,7 @@ from parrot.serve import states
 from parrot.serve.deadlines import _end_of, _tightest
 from parrot.serve.engines import Engine
 from parrot.serve.policies.base import admits
+from sim.conformance import laws
 from tests.properties.deduction_reference import Known, deduce
 from tests.properties.serve_machine import ServeCorePlay
 
@@ -33,30 +34,14 @@ class ServeCoreMachine(ServeCorePlay):
     @invariant()
     def conservation(self) -> None:
         """Invariant 1, as far as sessions are open: every task is in one state, and the books agree with the tasks."""
-        if not hasattr(self, "core"):
-            return
-        tasks = self.tasks()
-        counts = self.core.counts()
-        assert sum(counts.get(s, 0) for s in {*states.ENDED, *states.IN_FLIGHT, "queued", "waiting"}) == len(tasks)
-        assert counts["queue"] == sum(t.state == "queued" for t in tasks)
-        assert {(t.id, t.attempt) for t in tasks if t.state in states.IN_FLIGHT} == set(self.flying)
-        for session in self.core._sessions.values():
-            own = [t for c in session.calls for t in c.tasks]
-            assert session.unfinished == sum(not t.ended for t in own)
-            assert session.active == sum(t.state in states.IN_FLIGHT or t.state == "queued" for t in own)
-            assert session.waiting_gets == sum(len(v.getters or ()) for v in session.variables.values())
-        assert counts["gets"] == len(self.asked)
+        if hasattr(self, "core"):
+            laws.conservation(self)  # type: ignore[arg-type]
 
     @invariant()
     def causality(self) -> None:
         """Invariant 3."""
-        for task in self.tasks() if hasattr(self, "core") else ():
-            times = [task.call.submitted_s, task.ready_s, task.dispatched_s, task.first_token_s, task.finished_s]
-            if task.state == "finished" and task.engine_name is not None:
-                assert None not in times
-            known = [t for t in times if t is not None]
-            if task.state in {"finished", "running", "dispatched"}:
-                assert known == sorted(known)
+        if hasattr(self, "core"):
+            laws.causality(self)  # type: ignore[arg-type]
 
     @invariant()
     def capacity(self) -> None:
@@ -144,21 +129,8 @@ class ServeCoreMachine(ServeCorePlay):
     @invariant()
     def contexts_agree(self) -> None:
         """The engines hold what the core believes them to hold; a context is live while a task uses it; isolation."""
-        for engine in self.core.engines.values() if hasattr(self, "core") else ():
-            assert set(engine.contexts) == self.contexts[engine.id]
-            used: dict[int, int] = {}
-            for task in engine.tasks:
-                for context in task.contexts:
-                    used[context.id] = used.get(context.id, 0) + 1
-                domains = {node.domain for node in task.path[1:]}
-                assert domains <= {task.call.session.domain}
-                assert task.path[0].domain in {"", task.call.session.domain}
-            for context in engine.contexts.values():
-                assert context.tasks == used.get(context.id, 0)
-                assert context.state == ("live" if context.tasks else "retained")
-                if context.owner is not None and context.node is not None:
-                    assert context in (context.owner.contexts or ())
-                    assert context.owner.id in self.core._sessions
+        if hasattr(self, "core"):
+            laws.contexts(self)  # type: ignore[arg-type]
 
     @invariant()
     def the_prefix_store_agrees(self) -> None:
@@ -191,14 +163,8 @@ class ServeCoreMachine(ServeCorePlay):
     @invariant()
     def work_conservation(self) -> None:
         """Invariant 9: the first task of a lane waits only if no engine of the lane admits it."""
-        if not hasattr(self, "core") or not self.core.scheduler.policy.work_conserving:
-            return
-        queue = self.core.scheduler.queue
-        for lane in queue.lanes():
-            head = queue.head(lane)
-            assert head is not None
-            for engine in lane.engines.values():
-                assert self.full.get(engine.id) == engine.version or not admits(engine, head)
+        if hasattr(self, "core"):
+            laws.work_conservation(self)  # type: ignore[arg-type]
 
     @invariant()
     def only_what_is_wanted_runs(self) -> None:

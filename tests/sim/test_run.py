@@ -125,6 +125,10 @@ def test_settings_reach_the_core_and_the_engines_and_lists_of_them_are_swept(
 
 REFUSALS = {
     "unknown policy": (["--policy", "fastest"], "fastest"),
+    "unknown parameter of a policy": (["--policy", "round_robin:speed=1"], "core.json, policy 'round_robin:speed=1': global_"),
+    "parameter of the wrong kind": (["--policy", "parrot:ctx_weight=much"], "expected float of at least 0"),
+    "class that is no policy": (["--policy", "json:JSONDecoder"], "'json:JSONDecoder' is no policy: it has no method place"),
+    "class that is not there": (["--policy", "json:Decoder"], "'json:Decoder' cannot be loaded"),
     "unknown switch": (["--policy", "parrot:speed"], "speed"),
     "rate of zero": (["--rate", "0"], "rate 0"),
     "negative rate": (["--rate", "-1"], "rate -1"),

@@ -10,6 +10,16 @@ from parrot.serve.policies.registry import (
     find_policy,
     is_clairvoyant,
     parse_policy,
+    source_of_policy,
 )
 
-__all__ = ["POLICIES", "SWITCHES", "build_policy", "check_policy", "find_policy", "is_clairvoyant", "parse_policy"]
+__all__ = [
+    "POLICIES",
+    "SWITCHES",
+    "build_policy",
+    "check_policy",
+    "find_policy",
+    "is_clairvoyant",
+    "parse_policy",
+    "source_of_policy",
+]

@@ -329,9 +329,19 @@ class InOrder:
                     self._stalled[lane] = (task, lane.version)
                     break
 
+    def conserves_work(self) -> bool:
+        """Whether it claims to be work conserving with the parameters that it was built with."""
+        return self.work_conserving
+
     def choose(self, task: Task, queue: TaskQueue, cluster: Cluster) -> Iterable[Placement]:
         """Placements of `task`, first, and of tasks that shall go with it; none when it must wait."""
         raise NotImplementedError
+
+
+def claims_conservation(policy: Policy) -> bool:
+    """Whether the policy claims to be work conserving: by its method `conserves_work`, else by its class."""
+    claim = getattr(policy, "conserves_work", None)
+    return bool(policy.work_conserving if claim is None else claim())
 
 
 def first_fit(

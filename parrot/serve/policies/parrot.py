@@ -94,6 +94,9 @@ class Parrot(InOrder):
     def order(self, task: Task) -> Any:
         return (task.program_sequence, task.depth) if self._app_fifo else task.sequence
 
+    def conserves_work(self) -> bool:
+        return self._latency_capacity is None  # which holds tasks back on engines that have room
+
     def choose(self, task: Task, queue: TaskQueue, cluster: Cluster) -> Iterator[Placement]:
         if self._graph_group and task.group is not None:
             members = queue.group_of(task)

@@ -5,6 +5,7 @@ A shipped name always means the shipped policy; an entry point cannot replace on
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -134,6 +135,18 @@ def find_policy(name: str) -> type[Policy]:
         raise ParrotError("bad_request", f"global_scheduler.policy {name!r} is no policy: {fault}", policy=name)
     policy: type[Policy] = found
     return policy
+
+
+def source_of_policy(text: str) -> str | None:
+    """The file with the class that `text` names (as for `parse_policy`); None for a shipped policy, and where there is none.
+    Raises `bad_request`."""
+    name = parse_policy(text, GlobalSchedulerConfig()).policy
+    if name in POLICIES:
+        return None
+    try:
+        return inspect.getsourcefile(find_policy(name))
+    except TypeError:  # a class that was not made in a file
+        return None
 
 
 def offered_policies() -> dict[str, EntryPoint]:
