@@ -66,13 +66,13 @@ def test_a_wrong_policy_fails_where_it_is_wrong(policy: str, capsys: pytest.Capt
 def test_the_command_that_it_prints_shows_the_failure_again_in_as_few_steps_as_it_takes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    _, out = checked(capsys, f"{WRONG}:Idle", "--examples", "25")
+    _, out = checked(capsys, f"{WRONG}:OverCapacity", "--examples", "25")
     command = next(line for line in out.splitlines() if "--steps" in line)
     arguments = shlex.split(command)[3:]
     steps = int(arguments[-1])
     status, again = checked(capsys, *arguments)
     assert status == 1
-    assert "work_conserving is claimed" in again
+    assert re.search(FAILS["OverCapacity"][1], again)
     assert steps > 1
     assert checked(capsys, *arguments[:-1], str(steps - 1))[0] == 0
 
