@@ -47,7 +47,7 @@ class Setting(NamedTuple):
     """What a run is made with, beside what the paper says of it.
 
     workloads: the file. iteration_s, row_s: the engine's own time that the profile holds, which the metric `run_model_s` leaves
-    out. switches: of Parrot's own runs, in the place of those that the prototype had for the figure. chats: an Azure trace
+    out. switches: the policy of Parrot's own runs, in the place of the prototype's for the figure. chats: an Azure trace
     for the lengths of chats, in the place of `paper:chat`'s.
     """
 
@@ -62,14 +62,7 @@ class Setting(NamedTuple):
         """Of a run: a baseline's requests go to the least loaded engine, as FastChat sends them."""
         if experiment.system in BASELINES:
             return LEAST_LOADED
-        if self.switches is None:
-            return prototype
-        return msgspec.structs.replace(self.switches, params={**self.switches.params, **_bound(prototype)})
-
-
-def _bound(prototype: GlobalSchedulerConfig) -> dict[str, int]:
-    """The bound on engines with chats is the figure's setting, not a switch."""
-    return {key: value for key, value in prototype.params.items() if key == "latency_capacity"}
+        return prototype if self.switches is None else self.switches
 
 
 def modelled(experiment: Experiment) -> str:
