@@ -7,6 +7,7 @@
     OUT/RUN/placements.parquet    why each task went where it went (sim.placements), with --explain
     OUT/RUN/trace.json.gz    its Perfetto trace
     OUT/summary.jsonl, cells.jsonl, timing.json, report.html   when all runs have ended
+    OUT/standings.csv, report-WORKLOAD.html                    with the report, of several policies and workloads
 
 Decides what is kept between two starts of a sweep; never what a run does.
 """
@@ -31,6 +32,7 @@ from sim.spec import Run, Specification, engine_configs_of, load_specification, 
 
 SPECIFICATION, INPUTS, FINISHED = "spec.json", "inputs.json", "run.json"
 SUMMARIES, CELLS, TIMING, REPORT = "summary.jsonl", "cells.jsonl", "timing.json", "report.html"
+STANDINGS, REPORT_OF = "standings.csv", "report-{}.html"  #: which policy wins where; the report of one workload of several
 TABLES, TRACE = ("programs", "gets", "calls", "tasks", "engines"), "trace.json.gz"
 PLACEMENTS = "placements"  #: the table of `explain`
 PRESENTATION = ("about", "confidence", "metrics", "report")  #: fields of a specification that change no run
@@ -213,7 +215,8 @@ def _clear(folder: Path) -> None:
             (run / name).unlink(missing_ok=True)
         if not any(run.iterdir()):
             run.rmdir()
-    for name in (SPECIFICATION, INPUTS, SUMMARIES, CELLS, TIMING, REPORT):
+    reports = [path.name for path in folder.glob(REPORT_OF.format("*"))]
+    for name in (SPECIFICATION, INPUTS, SUMMARIES, CELLS, TIMING, REPORT, STANDINGS, *reports):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -11,7 +11,7 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,7 +23,16 @@ from sim.cells import cells_of
 from sim.clients import Mode
 from sim.objectives import Objectives
 from sim.results import FINISHED, ResultsError, inputs_of, open_folder, write_results, write_timing
-from sim.spec import EngineChoice, Run, Specification, load_specification, runs_of, spreads_of
+from sim.spec import (
+    EngineChoice,
+    Run,
+    Specification,
+    WorkloadChoice,
+    load_specification,
+    runs_of,
+    spreads_of,
+    with_every_policy,
+)
 from sim.sweep import Failure, Result, RunError, Where, check_runs, run_all
 from sim.terminal import Display, table_of
 
@@ -68,7 +77,8 @@ def parser(prog: str = "python -m sim.run") -> argparse.ArgumentParser:
     what.add_argument(
         "--policy",
         metavar="A,B",
-        help="NAME or module:Class, with options: round_robin, parrot:all, parrot:SWITCH+SWITCH, mine:Policy:weight=2 (parrot)",
+        help="NAME or module:Class, with options: parrot:all, parrot:SWITCH+SWITCH, NAME:PARAMETER=VALUE; *: every shipped one "
+        "that is not named (parrot)",
     )
     what.add_argument("--rate", metavar="R,R", help="programs a second; recorded gaps are scaled to it")
     what.add_argument("--clients", metavar="N,N", help="a closed loop: this many programs are under way at any time")
@@ -170,7 +180,9 @@ def specification_of(arguments: argparse.Namespace) -> Specification:
     settings = dict(_setting(text) for text in arguments.settings)
     if arguments.spec is not None:
         file = load_specification(arguments.spec)
-        whole = msgspec.structs.replace(file, settings={**file.settings, **settings}, **given)
+        if "rates" in given or "count" in given:
+            given.setdefault("workloads", tuple(_without(item, given) for item in file.workloads))
+        whole = with_every_policy(msgspec.structs.replace(file, settings={**file.settings, **settings}, **given))
         try:
             runs_of(whole)
         except ConfigurationError as error:
@@ -178,7 +190,15 @@ def specification_of(arguments: argparse.Namespace) -> Specification:
         return whole
     if "workloads" not in given and "program" not in given:
         raise ConfigurationError("--workload or --program is needed (or --spec)")
-    return Specification(settings=settings, **given)
+    return with_every_policy(Specification(settings=settings, **given))
+
+
+def _without(item: str | WorkloadChoice, given: Mapping[str, Any]) -> str | WorkloadChoice:
+    """A workload of a file without what flags stand above."""
+    if isinstance(item, str):
+        return item
+    own = {"rates": None} if "rates" in given else {}
+    return msgspec.structs.replace(item, **own, **({"count": None} if "count" in given else {}))
 
 
 def _items(text: str) -> tuple[str, ...]:

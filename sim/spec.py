@@ -24,7 +24,7 @@ from parrot.engine.profiles import find_profile, shipped_profiles
 from parrot.latency import LatencyProfile
 from parrot.protocol.errors import ParrotError
 from parrot.serve.config import ServeCoreConfig
-from parrot.serve.policies import parse_policy
+from parrot.serve.policies import POLICIES, parse_policy
 from sim.clients import Mode
 from sim.cluster import EngineModel
 from sim.metrics import METRICS
@@ -37,6 +37,7 @@ Backend = Literal["sim", "emulated", "real"]
 
 LONGEST_NAME = 200  #: bytes of a run's folder's name; a longer one is cut, and told apart by a hash
 KEPT_PLACEMENTS = 1 << 40  #: with `explain`: all of them
+EVERY = "*"  #: among policies: every shipped one that is not named
 ENGINE_PREFIX = "engine."  #: settings with this prefix are of the engines' files; the rest are of the core's
 
 
@@ -60,23 +61,32 @@ class EngineChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return [EngineGroup(file, count) for file in files for count in counts]
 
 
+class WorkloadChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A workload with rates, or a number of programs, of its own, which stand in the place of the specification's."""
+
+    workload: str
+    rates: tuple[float | None, ...] | None = None
+    count: int | None = None
+
+
 class Specification(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A sweep: every combination of `workloads`, `engines`, `policies`, the values of `settings`, `rates` or `clients`, and
     `seeds`, `repeats` times each.
 
-    about: one line for a reader. rates: programs per second; null keeps a trace's recorded times. clients: programs under
-    way at any time (a closed loop, in which arrival times do not count); null: programs arrive. arrivals: how they arrive, as
-    `sim.workloads.open_workload` has it. settings: a configuration key (`engine.` in front of an engine's) -> the values to
-    try. rtt_ms: milliseconds, or a file of measured ones. profiles: files or shipped names, which stand above the engines'
-    own. strict: an iteration outside a profile's range ends the run. core_url: a cluster that already runs. intervals: runs a
-    seed with durations drawn from the profiles' spread, beside the one without. confidence: of every interval. metrics: the
-    columns of the table on the terminal. tables, trace, explain, report: what is written beside the summaries. program: in the
-    place of workloads, an application's own code, with the inputs of its instances and where outputs come from
+    about: one line for a reader. workloads: names, or objects with rates or a count of their own. policies: `*` is every
+    shipped policy that the list does not name. rates: programs per second; null keeps a trace's recorded times. clients:
+    programs under way at any time (a closed loop, in which arrival times do not count); null: programs arrive. arrivals: how
+    they arrive, as `sim.workloads.open_workload` has it. settings: a configuration key (`engine.` in front of an engine's) ->
+    the values to try. rtt_ms: milliseconds, or a file of measured ones. profiles: files or shipped names, which stand above the
+    engines' own. strict: an iteration outside a profile's range ends the run. core_url: a cluster that already runs. intervals:
+    runs a seed with durations drawn from the profiles' spread, beside the one without. confidence: of every interval. metrics:
+    the columns of the table on the terminal. tables, trace, explain, report: what is written beside the summaries. program: in
+    the place of workloads, an application's own code, with the inputs of its instances and where outputs come from
     (`sim.programs`).
     """
 
     about: str = ""
-    workloads: tuple[str, ...] = ()
+    workloads: tuple[str | WorkloadChoice, ...] = ()
     program: str | None = None
     inputs: str | None = None
     outputs: str | None = None
@@ -143,7 +153,9 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     explain: bool
 
 
-_VARIED = {"workload", "engines", "policy", "rate", "clients", "seed", "settings", "tables", "trace", "explain"}
+_VARIED = {
+    "workload", "engines", "policy", "rate", "clients", "seed", "settings", "count", "tables", "trace", "explain",
+}  # fmt: skip
 _SHARED = set(Run.__struct_fields__) & set(Specification.__struct_fields__) - _VARIED
 
 
@@ -152,38 +164,67 @@ def load_specification(path: str) -> Specification:
     return load(path, Specification)
 
 
+def with_every_policy(spec: Specification) -> Specification:
+    """`spec` with `*` among its policies written out: the shipped ones that the list does not name, and that can run on the
+    backend (what only a simulation knows, a real cluster cannot be asked for)."""
+    if EVERY not in spec.policies:
+        return spec
+    named = {policy.partition(":")[0] for policy in spec.policies}
+    others = [name for name in POLICIES if name not in named and (spec.backend == "sim" or not is_clairvoyant(name))]
+    written = itertools.chain.from_iterable(others if policy == EVERY else [policy] for policy in spec.policies)
+    return msgspec.structs.replace(spec, policies=tuple(dict.fromkeys(written)))
+
+
+def is_clairvoyant(policy: str) -> bool:
+    """Whether the policy that `policy` names (as in a specification) knows what only a simulation does."""
+    name = policy.partition(":")[0]
+    return name in POLICIES and bool(getattr(POLICIES[name], "clairvoyant", False))
+
+
+def choices_of(spec: Specification) -> list[WorkloadChoice]:
+    """The workloads, each with its rates and its number of programs; one without a name where there is a program instead."""
+    found = []
+    for item in spec.workloads or (spec.program or "",):
+        own = WorkloadChoice(item) if isinstance(item, str) else item
+        rates = spec.rates if own.rates is None else own.rates
+        found.append(WorkloadChoice(own.workload, rates, spec.count if own.count is None else own.count))
+    return found
+
+
 def runs_of(spec: Specification) -> list[Run]:
     """Every run of `spec`: workloads outermost, then engines, policies, settings, rates, clients, seeds, repeats, draws.
 
     Raises ConfigurationError for what the specification alone shows to be wrong.
     """
+    spec = with_every_policy(spec)
     _check(spec)
     shared = {name: getattr(spec, name) for name in Run.__struct_fields__ if name in _SHARED}
     clusters = list(itertools.product(*(choice.groups() for choice in spec.engines)))
     values = list(itertools.product(*spec.settings.values()))
     draws = [None, *range(1, spec.intervals + 1)]
-    workloads = spec.workloads or (spec.program or "",)
     runs = []
-    for workload, engines, policy, chosen, rate, clients, seed, repeat, draw in itertools.product(
-        workloads, clusters, spec.policies, values, spec.rates, spec.clients, spec.seeds, range(spec.repeats), draws
-    ):
-        run = Run(
-            name="",
-            workload=workload,
-            engines=engines,
-            policy=policy,
-            settings=dict(zip(spec.settings, chosen, strict=True)),
-            rate=rate,
-            clients=clients,
-            seed=seed,
-            repeat=repeat,
-            draw=draw,
-            tables=spec.tables and draw is None,
-            trace=spec.trace and draw is None,
-            explain=spec.explain and draw is None,
-            **shared,
-        )
-        runs.append(msgspec.structs.replace(run, name=_name(spec, run, len(clusters))))
+    for choice in choices_of(spec):
+        for engines, policy, chosen, rate, clients, seed, repeat, draw in itertools.product(
+            clusters, spec.policies, values, choice.rates or (), spec.clients, spec.seeds, range(spec.repeats), draws
+        ):
+            run = Run(
+                name="",
+                workload=choice.workload,
+                count=choice.count,
+                engines=engines,
+                policy=policy,
+                settings=dict(zip(spec.settings, chosen, strict=True)),
+                rate=rate,
+                clients=clients,
+                seed=seed,
+                repeat=repeat,
+                draw=draw,
+                tables=spec.tables and draw is None,
+                trace=spec.trace and draw is None,
+                explain=spec.explain and draw is None,
+                **shared,
+            )
+            runs.append(msgspec.structs.replace(run, name=_name(spec, run, len(clusters))))
     if len({run.name for run in runs}) != len(runs):
         raise ConfigurationError("the specification names the same run twice (something in one of its lists is repeated)")
     return runs
@@ -202,13 +243,17 @@ def _check(spec: Specification) -> None:
     for key, values in spec.settings.items():
         if not values:
             raise ConfigurationError(f"settings {key}: at least one value is needed")
-    for rate in spec.rates:
+    choices = choices_of(spec)
+    for rate in (rate for choice in choices for rate in choice.rates or ()):
         if rate is not None and not (rate > 0 and math.isfinite(rate)):
             raise ConfigurationError(f"rate {rate:g}: a rate is above 0 programs per second")
+    if any(choice.rates == () for choice in choices):
+        raise ConfigurationError("workloads: the rates of one are an empty list: leave them out, or give one")
     for clients in spec.clients:
         if clients is not None and clients < 1:
             raise ConfigurationError(f"clients {clients}: at least 1 is needed")
-    if spec.clients != (None,) and (spec.rates != (None,) or spec.arrivals is not None):
+    given = any(choice.rates != (None,) for choice in choices)
+    if spec.clients != (None,) and (given or spec.arrivals is not None):
         raise ConfigurationError("clients: in a closed loop a program starts when one ends; no rate and no arrivals beside it")
     for choice in spec.engines:
         for group in choice.groups():
@@ -216,8 +261,9 @@ def _check(spec: Specification) -> None:
                 raise ConfigurationError(f"engines {group.file}: count {group.count}: at least 1 is needed")
         if not choice.groups():
             raise ConfigurationError("engines: at least one file and one count are needed")
-    if spec.count is not None and spec.count < 1:
-        raise ConfigurationError(f"count {spec.count}: at least 1 program is needed")
+    for count in (choice.count for choice in choices):
+        if count is not None and count < 1:
+            raise ConfigurationError(f"count {count}: at least 1 program is needed")
     if any(seed < 0 for seed in spec.seeds):
         raise ConfigurationError(f"seed {min(spec.seeds)}: a seed is 0 or more")
     if spec.repeats < 1 or spec.max_gen_length < 1 or spec.engine_delay_ms < 0:

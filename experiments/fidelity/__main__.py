@@ -16,7 +16,7 @@ from experiments.fidelity.fitting import KINDS, fit
 from experiments.fidelity.hardware import Efficiency, own_time_of
 from experiments.fidelity.measured import PAGED, Experiment, MeasuredError, Row, experiments_of, read_measured
 from experiments.fidelity.report import as_text, by_figure, table_of, write
-from experiments.fidelity.scenarios import Outcome, modelled, simulated
+from experiments.fidelity.scenarios import Outcome, Setting, modelled, simulated
 from parrot.configuration import ConfigurationError
 from parrot.engine.profiles import find_profile
 from parrot.latency import LatencyProfile
@@ -66,10 +66,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def simulate_all(rows: Sequence[Row], profiles: Mapping[str, LatencyProfile], workloads: Path) -> dict[Experiment, Outcome]:
     """Every run that is modelled."""
-    own, outcomes = own_time_of(profiles[PAGED]), {}  # one engine, one own time
+    setting = Setting(str(workloads), *own_time_of(profiles[PAGED]))  # one engine, one own time
+    outcomes = {}
     for experiment in experiments_of(rows):
         if not modelled(experiment):
-            outcomes[experiment] = simulated(experiment, profiles[experiment.profile], workloads, *own)
+            outcomes[experiment] = simulated(experiment, profiles[experiment.profile], setting)
             print(f"figure {experiment.figure} {experiment.system} {experiment.params}", file=sys.stderr)
     return outcomes
 

@@ -26,7 +26,7 @@ from experiments.fidelity.measured import (
     Row,
     experiments_of,
 )
-from experiments.fidelity.scenarios import simulated
+from experiments.fidelity.scenarios import Setting, simulated
 from parrot.latency import BatchShape, LatencyModel, LatencyProfile, seen_ranges
 
 START = Efficiency(weights=0.6, kv=0.8, arithmetic=0.4)
@@ -107,7 +107,7 @@ def _values(rows: Sequence[Row]) -> dict[Experiment, dict[str, float]]:
 
 def _priced(experiment: Experiment, values: dict[str, float], workloads: str | Path) -> _Priced:
     profile = profile_for(experiment.profile, START)
-    outcome = simulated(experiment, profile, workloads)
+    outcome = simulated(experiment, profile, Setting(str(workloads)))
     columns = list(BatchShape._fields)
     shapes = [BatchShape(*row) for row in outcome.iterations[columns].itertuples(index=False, name=None)]
     runs = list(zip(shapes, outcome.iterations["iterations"].astype(int).tolist(), strict=True))

@@ -6,36 +6,34 @@ what it cannot know. No latency is decided here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 import pandas as pd
 
 from experiments.fidelity.measured import Experiment
-from parrot.engine.batches import EngineLimits
-from parrot.engine.emulated.engine import Iterations
-from parrot.latency import BatchShape, LatencyProfile
-from parrot.protocol.engine import EngineDescription
-from parrot.serve.config import GlobalSchedulerConfig, ServeCoreConfig
+from experiments.fidelity.prototype import PAGE_TOKENS, limits, run
+from parrot.latency import LatencyProfile
+from parrot.serve.config import GlobalSchedulerConfig
 from sim.clients import Mode
-from sim.cluster import EngineModel
-from sim.network import Constant, Network, open_network
-from sim.population import simulate
+from sim.network import Constant, open_network
 from sim.workloads.paper import open_paper
 from sim.workloads.program import Program
 
 SEED = 0
+CLUSTER_ENGINE = limits(tokens=3000 * PAGE_TOKENS, max_batch_size=256, batched=8000)  #: of figure 16 (workloads file)
+CHAIN_ENGINE = limits(tokens=4096, max_batch_size=256)  #: of figure 11, both systems (workloads file)
 WARM_UP_S = 60.0  #: when measured requests begin, where a prefix is filled before
-PAGE_TOKENS = 16
 LATENCY_CAPACITY = 6144  #: tokens that an engine with chats may hold: the paper's setting for 40 ms a token (its section 8.1)
 GPTS_REQUESTS = {("vllm", "0.25"): 50, ("vllm", "0.5"): 100, ("paged_shared", "0.5"): 200, ("paged_shared", "1.0"): 300}
 GPTS_REQUESTS_ELSE = 500  #: as the artifact's scripts have it, too
 PLAIN = GlobalSchedulerConfig()
 LEAST_LOADED = GlobalSchedulerConfig(policy="least_loaded")
 CHAT_REQUESTS = 100  #: of figure 10 (the artifact's notes)
+BASELINES = ("vllm", "vllm_throughput", "vllm_latency_cap4096", "paged_no_sharing")  #: not Parrot's own prototype
 
 
 class Outcome(NamedTuple):
@@ -45,6 +43,28 @@ class Outcome(NamedTuple):
     iterations: pd.DataFrame
 
 
+class Setting(NamedTuple):
+    """What a run is made with, beside what the paper says of it.
+
+    workloads: the file. iteration_s, row_s: the engine's own time that the profile holds, which the metric `run_model_s` leaves
+    out. switches: the policy of Parrot's own runs, in the place of the prototype's for the figure. chats: an Azure trace
+    for the lengths of chats, in the place of `paper:chat`'s.
+    """
+
+    workloads: str
+    iteration_s: float = 0.0
+    row_s: float = 0.0
+    switches: GlobalSchedulerConfig | None = None
+    chats: str | None = None
+    seed: int = SEED
+
+    def scheduler(self, experiment: Experiment, prototype: GlobalSchedulerConfig) -> GlobalSchedulerConfig:
+        """Of a run: a baseline's requests go to the least loaded engine, as FastChat sends them."""
+        if experiment.system in BASELINES:
+            return LEAST_LOADED
+        return prototype if self.switches is None else self.switches
+
+
 def modelled(experiment: Experiment) -> str:
     """Why a run is not simulated; "" when it is."""
     if experiment.system == "hf":
@@ -52,33 +72,30 @@ def modelled(experiment: Experiment) -> str:
     return ""
 
 
-def simulated(
-    experiment: Experiment, profile: LatencyProfile, workloads: str | Path, iteration_s: float = 0.0, row_s: float = 0.0
-) -> Outcome:
-    """Simulates a run under `profile`. `iteration_s`, `row_s`: the engine's own time that the profile holds, which the
-    metric `run_model_s` leaves out."""
-    return _KINDS[experiment.figure](experiment, profile, str(workloads), iteration_s, row_s)
+def simulated(experiment: Experiment, profile: LatencyProfile, setting: Setting) -> Outcome:
+    """Simulates a run under `profile`."""
+    return _KINDS[experiment.figure](experiment, profile, setting)
 
 
 # -------------------------------------------------------------------------------------------------------- the figures
 
 
-def _chain(experiment: Experiment, profile: LatencyProfile, file: str, *_: float) -> Outcome:
+def _chain(experiment: Experiment, profile: LatencyProfile, setting: Setting) -> Outcome:
     """Figure 11: one article at a time on one engine. Parrot's client submits the whole chain, the baseline pays a round trip
     a call (measured samples)."""
-    p = experiment.parameters
+    p, file, seed = experiment.parameters, setting.workloads, setting.seed
     name = f"chain_summary,file={file},article={p['article']},chunk_size={p['chunk_size']},output_tokens={p['output_tokens']}"
     mode = Mode.REQUEST if experiment.system == "vllm" else Mode.SEMANTIC
-    limits = _limits(tokens=4096, max_batch_size=256)
-    run = _run(list(open_paper(name, rate=None, seed=SEED, count=1)), profile, limits, 1, mode, open_network(file, SEED))
-    return Outcome({"jct_s": float(run.tables["programs"]["jct_s"].iloc[0])}, run.iterations)
+    programs = list(open_paper(name, rate=None, seed=seed, count=1))
+    ran = run(programs, profile, CHAIN_ENGINE, 1, mode, open_network(file, seed), setting.scheduler(experiment, PLAIN))
+    return Outcome({"jct_s": float(ran.tables["programs"]["jct_s"].iloc[0])}, ran.iterations)
 
 
-def _copilot(experiment: Experiment, profile: LatencyProfile, file: str, iteration_s: float, row_s: float) -> Outcome:
+def _copilot(experiment: Experiment, profile: LatencyProfile, setting: Setting) -> Outcome:
     """Figures 14 and 15: the artifact drives its runner directly, with no server and no network: a pool of so many requests,
     each followed by the next; the shared prefix is filled first, on its own; all new requests of an iteration are filled in
     it whole, beside those that decode. Figure 14 has the first 64 output lengths, figure 15 every prompt."""
-    p = experiment.parameters
+    p, file = experiment.parameters, setting.workloads
     at_once = int(p.get("closed_batch") or p["batch"])
     shared = experiment.system != "paged_no_sharing"
     name = f"bing_copilot,file={file},share={str(shared).lower()}"
@@ -87,19 +104,21 @@ def _copilot(experiment: Experiment, profile: LatencyProfile, file: str, iterati
     requests = _requests(file, experiment.figure)
     programs = [
         msgspec.structs.replace(program, arrival_s=WARM_UP_S if index or not shared else 0.0)
-        for index, program in enumerate(open_paper(name, rate=None, seed=SEED, count=requests + shared))
+        for index, program in enumerate(open_paper(name, rate=None, seed=setting.seed, count=requests + shared))
     ]
     if shared:  # the first fills the prefix: what it generates and its own input are as short as can be
         programs = [_prefix_only(programs[-1]), *programs[:-1]]
         programs[1:] = [msgspec.structs.replace(program, arrival_s=WARM_UP_S) for program in programs[1:]]
-    limits = _limits(tokens=6800 * PAGE_TOKENS, max_batch_size=at_once, tasks=at_once)
-    run = _run(programs, profile, limits, 1, Mode.SEMANTIC, Constant(0.0))
-    tasks = run.tables["tasks"]
+    engine = limits(tokens=6800 * PAGE_TOKENS, max_batch_size=at_once, tasks=at_once)
+    mode = Mode.REQUEST if experiment.system in BASELINES else Mode.SEMANTIC
+    ran = run(programs, profile, engine, 1, mode, Constant(0.0), setting.scheduler(experiment, PLAIN))
+    tasks = ran.tables["tasks"]
     measured = tasks[tasks["ready_s"] >= WARM_UP_S - 1e-9]
-    within = run.iterations[run.iterations["start"] >= WARM_UP_S - 1e-9]
+    within = ran.iterations[ran.iterations["start"] >= WARM_UP_S - 1e-9]
     prefix_s = float(tasks["finished_s"].iloc[0] - tasks["started_s"].iloc[0]) if shared else 0.0
     run_s = float(measured["finished_s"].max() - measured["started_s"].min())
-    own_s = iteration_s * within["iterations"].sum() + row_s * (within["iterations"] * within["decode_rows"]).sum()
+    rows = (within["iterations"] * within["decode_rows"]).sum()
+    own_s = setting.iteration_s * within["iterations"].sum() + setting.row_s * rows
     metrics = {
         "prefix_fill_s": prefix_s,
         "run_s": run_s,
@@ -128,58 +147,57 @@ def _prefix_only(program: Program) -> Program:
     )
 
 
-def _gpts(experiment: Experiment, profile: LatencyProfile, file: str, *_: float) -> Outcome:
+def _gpts(experiment: Experiment, profile: LatencyProfile, setting: Setting) -> Outcome:
     """Figure 16: four engines. The baseline is a client with no sharing that pays a round trip, behind FastChat's dispatch to
     the least loaded worker. How many requests: the artifact's scripts."""
-    rate = experiment.parameters["request_rate_per_s"]
-    baseline = experiment.system == "vllm"
+    rate, file, seed = experiment.parameters["request_rate_per_s"], setting.workloads, setting.seed
+    baseline = experiment.system in BASELINES
     count = GPTS_REQUESTS.get((experiment.system, rate), GPTS_REQUESTS_ELSE)
     name = f"gpts,file={file},share={str(not baseline).lower()}"
-    limits = _limits(tokens=3000 * PAGE_TOKENS, max_batch_size=256, batched=8000)
     always = {"ctx_weight": 1e9}  # the artifact prefers an engine with the prefix whatever its load
-    scheduler = LEAST_LOADED if baseline else GlobalSchedulerConfig(ctx_aware=True, params=always)
-    mode = Mode.REQUEST if baseline else Mode.SEMANTIC
-    programs = open_paper(name, rate=float(rate), seed=SEED, count=count)
-    run = _run(programs, profile, limits, 4, mode, open_network(file, SEED) if baseline else Constant(0.0), scheduler)
-    outputs = run.tables["calls"]["output_tokens"].groupby(run.tables["calls"]["program"]).sum()
-    done = run.tables["programs"].set_index("program")["jct_s"]
-    return Outcome({"normalized_latency_ms_per_token": float((1e3 * done / outputs).mean())}, run.iterations)
+    scheduler = setting.scheduler(experiment, GlobalSchedulerConfig(ctx_aware=True, params=always))
+    mode, network = (Mode.REQUEST, open_network(file, seed)) if baseline else (Mode.SEMANTIC, Constant(0.0))
+    programs = open_paper(name, rate=float(rate), seed=seed, count=count)
+    ran = run(programs, profile, CLUSTER_ENGINE, 4, mode, network, scheduler)
+    outputs = ran.tables["calls"]["output_tokens"].groupby(ran.tables["calls"]["program"]).sum()
+    done = ran.tables["programs"].set_index("program")["jct_s"]
+    return Outcome({"normalized_latency_ms_per_token": float((1e3 * done / outputs).mean())}, ran.iterations)
 
 
-def _chat(experiment: Experiment, profile: LatencyProfile, file: str, *_: float) -> Outcome:
+def _chat(experiment: Experiment, profile: LatencyProfile, setting: Setting) -> Outcome:
     """Figure 10: ShareGPT chats under vLLM, whose capacity in tokens is set. Their lengths are in no file: see paper:chat."""
     p = experiment.parameters
-    limits = _limits(tokens=int(p["token_capacity"]), max_batch_size=256, batched=2560)
-    programs = open_paper("chat", rate=float(p["request_rate_per_s"]), seed=SEED, count=CHAT_REQUESTS)
-    run = _run(programs, profile, limits, 1, Mode.REQUEST, Constant(0.0), LEAST_LOADED)
-    tpot_ms = 1e3 * run.tables["tasks"]["tpot_s"].dropna()
-    return Outcome({"tpot_mean_ms": float(tpot_ms.mean()), "tpot_p90_ms": float(np.percentile(tpot_ms, 90))}, run.iterations)
+    engine = limits(tokens=int(p["token_capacity"]), max_batch_size=256, batched=2560)
+    programs = open_paper("chat", rate=float(p["request_rate_per_s"]), seed=setting.seed, count=CHAT_REQUESTS)
+    ran = run(programs, profile, engine, 1, Mode.REQUEST, Constant(0.0), LEAST_LOADED)
+    tpot_ms = 1e3 * ran.tables["tasks"]["tpot_s"].dropna()
+    return Outcome({"tpot_mean_ms": float(tpot_ms.mean()), "tpot_p90_ms": float(np.percentile(tpot_ms, 90))}, ran.iterations)
 
 
-def _mixed(experiment: Experiment, profile: LatencyProfile, file: str, *_: float) -> Outcome:
+def _mixed(experiment: Experiment, profile: LatencyProfile, setting: Setting) -> Outcome:
     """Figure 18: chats beside map-reduce summaries on four engines. Of Parrot's bounds on requests an engine, the simulated
     policy has the one in tokens (LATENCY_CAPACITY); the baselines differ in the capacity of their engines."""
-    parrot = experiment.system == "parrot"
     tokens = 4096 if experiment.system == "vllm_latency_cap4096" else 53000
-    limits = _limits(tokens=tokens, max_batch_size=256, batched=8000)
-    network = open_network(file, SEED)
-    scheduler = (
-        GlobalSchedulerConfig(app_fifo=True, graph_group=True, params={"latency_capacity": LATENCY_CAPACITY})
-        if parrot
-        else LEAST_LOADED
-    )
-    mode = Mode.SEMANTIC if parrot else Mode.REQUEST
-    programs = open_paper(f"mixed,file={file}", rate=None, seed=SEED, count=None)
-    run = _run(programs, profile, limits, 4, mode, network, scheduler)
-    programs, tasks = run.tables["programs"], run.tables["tasks"]
+    engine = limits(tokens=tokens, max_batch_size=256, batched=8000)
+    prototype = GlobalSchedulerConfig(app_fifo=True, graph_group=True, params={"latency_capacity": LATENCY_CAPACITY})
+    mode = Mode.REQUEST if experiment.system in BASELINES else Mode.SEMANTIC
+    name = f"mixed,file={setting.workloads}" + (f",lengths={setting.chats}" if setting.chats else "")
+    programs = open_paper(name, rate=None, seed=setting.seed, count=None)
+    network = open_network(setting.workloads, setting.seed)
+    ran = run(programs, profile, engine, 4, mode, network, setting.scheduler(experiment, prototype))
+    return Outcome(_mixed_metrics(ran.tables), ran.iterations)
+
+
+def _mixed_metrics(tables: dict[str, pd.DataFrame]) -> dict[str, float]:
+    """Of chats beside map-reduce summaries."""
+    programs, tasks = tables["programs"], tables["tasks"]
     chats = programs[programs["application"] == "chat"].set_index("program")
     own = tasks[tasks["program"].isin(chats.index)].set_index("program")
-    metrics = {
+    return {
         "chat_normalized_latency_ms": float((1e3 * chats["jct_s"] / own["output_tokens"]).mean()),
         "chat_decode_ms_per_token": float((1e3 * own["decode_s"] / own["output_tokens"]).mean()),
         "map_reduce_jct_mean_s": float(programs.loc[programs["application"] == "map_reduce", "jct_s"].mean()),
     }
-    return Outcome(metrics, run.iterations)
 
 
 _KINDS: dict[str, Callable[..., Outcome]] = {
@@ -190,67 +208,3 @@ _KINDS: dict[str, Callable[..., Outcome]] = {
     "16": _gpts,
     "18": _mixed,
 }
-
-
-# --------------------------------------------------------------------------------------------------------------- a run
-
-
-class _Run(NamedTuple):
-    tables: dict[str, pd.DataFrame]
-    iterations: pd.DataFrame
-
-
-def _limits(*, tokens: int, max_batch_size: int, tasks: int = 256, batched: int = 10**6) -> EngineLimits:
-    """An engine without chunking and without batches issued ahead, as the prototype's."""
-    return EngineLimits(
-        num_blocks=tokens // PAGE_TOKENS,
-        block_size=PAGE_TOKENS,
-        max_batch_size=max_batch_size,
-        max_num_batched_tokens=batched,
-        max_total_tokens=tokens,
-        tasks_capacity=tasks,
-        max_seq_len=tokens,
-    )
-
-
-def _run(
-    programs: Sequence[Program] | Iterator[Program],
-    profile: LatencyProfile,
-    limits: EngineLimits,
-    engines: int,
-    mode: Mode,
-    network: Network,
-    scheduler: GlobalSchedulerConfig = PLAIN,
-) -> _Run:
-    models = [EngineModel(_description(profile, limits, number), limits, profile) for number in range(engines)]
-    seen: list[tuple[Any, ...]] = []
-
-    def observe(engine: str, run: Iterations) -> None:
-        seen.append((run.start, run.iterations, *run.shape))
-
-    config = ServeCoreConfig(global_scheduler=msgspec.structs.replace(scheduler, max_queue_size=100_000))
-    recorder = simulate(programs, config, models, mode=mode, network=network, observe=observe)
-    tables = recorder.tables()
-    failed = tables["programs"][tables["programs"]["state"] != "finished"]
-    if len(failed):
-        raise RuntimeError(f"{len(failed)} programs failed in simulation: {failed['error'].iloc[0]}")
-    return _Run(tables, pd.DataFrame.from_records(seen, columns=["start", "iterations", *BatchShape._fields]))
-
-
-def _description(profile: LatencyProfile, limits: EngineLimits, number: int) -> EngineDescription:
-    return EngineDescription(
-        engine_name=f"engine-{number}",
-        model=profile.model,
-        tokenizer="synthetic",
-        host="",
-        port=0,
-        engine_type="emulated",
-        tasks_capacity=limits.tasks_capacity,
-        tokens_capacity=limits.max_total_tokens,
-        max_seq_len=limits.max_seq_len,
-        bos_tokens=0,
-        accepts_output_length=True,
-        random_seed=0,
-        attn_func=profile.attn_func,
-        latency_profile=profile,
-    )

@@ -34,7 +34,7 @@ details { margin: 0.5rem 0; } pre { white-space: pre-wrap; background: #f6f6f4; 
 @dataclass(frozen=True)
 class Section:
     """A heading and what stands under it, in this order: warnings, text (a paragraph each), facts (name, what it is), figures
-    with captions, tables, and longer texts or tables that are folded away under their names."""
+    with captions, tables, longer texts or tables that are folded away under their names, and links (name, address)."""
 
     title: str
     text: Sequence[str] = ()
@@ -43,6 +43,7 @@ class Section:
     folded: Sequence[tuple[str, str | pd.DataFrame]] = ()
     warnings: Sequence[str] = ()
     facts: Sequence[tuple[str, str]] = ()
+    links: Sequence[tuple[str, str]] = ()
 
 
 def write_report(
@@ -88,6 +89,7 @@ def _section(section: Section, number: int) -> list[str]:
     for name, content in section.folded:
         inside = f"<pre>{html.escape(content)}</pre>" if isinstance(content, str) else _table(content)
         parts.append(f"<details><summary>{html.escape(name)}</summary>{inside}</details>")
+    parts += [f'<p><a href="{html.escape(address)}">{html.escape(name)}</a></p>' for name, address in section.links]
     return [*parts, "</section>"]
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import msgspec
 import pandas as pd
 
 from sim.report.html import Section, format_number
 from sim.report.study import Details, Study
+from sim.spec import WorkloadChoice
 
 LISTED = 12  #: lines of a list that is not summed up
 
@@ -25,6 +27,14 @@ def lead(study: Study) -> str:
     return f"{runs} {'run' if runs == 1 else 'runs'} on a {backend} cluster: {' × '.join(what)}."
 
 
+def lead_of_several(study: Study, conditions: int) -> str:
+    """The same where workloads have pages of their own."""
+    runs, policies = (len({getattr(r.run, field) for r in study.runs}) for field in ("name", "policy"))
+    runs += len(study.results.missing)
+    seeds = len({result.run.seed for result in study.runs})
+    return f"{runs} runs: {policies} policies × {conditions} conditions × {seeds} {'seeds' if seeds > 1 else 'seed'}."
+
+
 def overview(study: Study, details: Details) -> Section:
     """The section."""
     return Section(
@@ -39,7 +49,7 @@ def overview(study: Study, details: Details) -> Section:
 def _facts(study: Study) -> list[tuple[str, str]]:
     spec = study.specification
     facts = [
-        ("workload", ", ".join(spec.workloads)),
+        ("workload", "; ".join(_workload(item) for item in spec.workloads)),
         ("policy", ", ".join(spec.policies)),
         ("core", spec.core or spec.core_url or "–"),
         ("engines", " or ".join(dict.fromkeys(" + ".join(cell.cluster) for cell in study.cells))),
@@ -48,7 +58,7 @@ def _facts(study: Study) -> list[tuple[str, str]]:
     ]
     facts += [(key, ", ".join(str(msgspec.to_builtins(value)) for value in values)) for key, values in spec.settings.items()]
     if spec.rates != (None,):
-        facts.append(("rate", ", ".join("as recorded" if r is None else f"{r:g}" for r in spec.rates) + " programs/s"))
+        facts.append(("rate", _rates(spec.rates)))
     if spec.clients != (None,):
         facts.append(("clients", ", ".join(map(str, spec.clients)) + " (closed loop)"))
     return [
@@ -56,6 +66,17 @@ def _facts(study: Study) -> list[tuple[str, str]]:
         ("seeds", ", ".join(map(str, spec.seeds)) + (f", each {spec.repeats} times" if spec.repeats > 1 else "")),
         ("a run has", f"{_span(study, 'programs')} programs in {_span(study, 'simulated_s')} s"),
     ]
+
+
+def _workload(item: str | WorkloadChoice) -> str:
+    if isinstance(item, str):
+        return item
+    rates = f" at {_rates(item.rates)}" if item.rates is not None else ""
+    return item.workload + rates + (f", {item.count} programs" if item.count is not None else "")
+
+
+def _rates(rates: Sequence[float | None]) -> str:
+    return ", ".join("as recorded" if rate is None else f"{rate:g}" for rate in rates) + " programs/s"
 
 
 def _span(study: Study, field: str) -> str:

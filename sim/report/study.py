@@ -4,11 +4,13 @@ and every number with its interval. Nothing is drawn or worded here.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import pandas as pd
 
@@ -18,7 +20,9 @@ from sim.metrics import Summary, metrics_of
 from sim.objectives import Objectives, within
 from sim.report.plots import Metric, Sample, sample_of
 from sim.results import ResultFolder, ResultsError, RunResult, read_results
+from sim.spec import choices_of, runs_of
 from sim.tables import Fairness, engine_load, fairness, knee, queue_over_time
+from sim.workloads.generators import GENERATORS
 
 #: what can be the horizontal axis of a plot; the first that has several values is
 AXES = (
@@ -157,6 +161,34 @@ def open_study(folder: str | Path) -> Study:
     return Study(read_results(folder))
 
 
+def of_workload(results: ResultFolder, workload: str) -> ResultFolder:
+    """The part of a sweep that is of one of its workloads."""
+    spec = results.specification
+    (choice,) = (choice for choice in choices_of(spec) if choice.workload == workload)
+    names = {run.name for run in runs_of(spec) if run.workload == workload}
+    return ResultFolder(
+        results.path,
+        msgspec.structs.replace(spec, workloads=(choice.workload,), rates=choice.rates, count=choice.count),
+        [result for result in results.runs if result.run.workload == workload],
+        [result for result in results.draws if result.run.workload == workload],
+        [name for name in results.missing if name in names],
+    )
+
+
+def short_names(workloads: Iterable[str]) -> dict[str, str]:
+    """Workload -> its name without parameters and folders, or the whole where two would be alike."""
+    short = {workload: _short(workload) for workload in workloads}
+    several = {name for name, count in Counter(short.values()).items() if count > 1}
+    return {workload: PurePath(workload).name if name in several else name for workload, name in short.items()}
+
+
+def _short(workload: str) -> str:
+    kind, _, rest = workload.partition(":")
+    if kind in GENERATORS or not rest:
+        return PurePath(kind).stem
+    return PurePath(rest.partition(":")[0].partition(",")[0]).stem
+
+
 def _values(cells: Sequence[Cell], field: str) -> set[Any]:
     return {value for cell in cells if (value := getattr(cell, field)) is not None}
 
@@ -168,7 +200,8 @@ def _series_names(cells: Sequence[Cell], axis: Metric | None) -> Callable[[Cell 
     if len(_values(cells, "policy")) > 1:
         parts.append(lambda c: str(c.policy))
     if len(_values(cells, "workload")) > 1:
-        parts.append(lambda c: PurePath(c.workload).name)
+        names = short_names(dict.fromkeys(cell.workload for cell in cells))
+        parts.append(lambda c: names[c.workload])
     if len({_files(cell.cluster) for cell in cells} if column == "engines" else {cell.cluster for cell in cells}) > 1:
         parts.append(lambda c: _cluster(c.cluster, counts=column != "engines"))
     if len(_values(cells, "clients")) > 1 and column != "clients":

@@ -33,6 +33,12 @@ def azure_source(path: str, *, max_gen_length: int, label: str = "") -> Source:
     return Source(path, lambda: _rows(path), build)
 
 
+def lengths_of(path: str) -> Iterator[tuple[int, int]]:
+    """(context tokens, generated tokens) of each request. Raises WorkloadError."""
+    for _, context, generated in _rows(path):
+        yield context, generated
+
+
 def _rows(path: str) -> Iterator[tuple[float, int, int]]:
     """(seconds since the first request, context tokens, generated tokens). This is on the path of large simulations."""
     lines = text_lines(path)

@@ -23,6 +23,7 @@ from msgspec import Meta
 
 from parrot.protocol.api import Criteria
 from sim.workloads.arrivals import check_rate, poisson, stream
+from sim.workloads.azure import lengths_of
 from sim.workloads.program import Call, Get, Program, Read, Set, Text, WorkloadError, Write
 
 Count = Annotated[int, Meta(ge=1)]
@@ -125,11 +126,14 @@ class GptsParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class MixedParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Chats at one a second beside map-reduce summaries of the file's first article."""
+    """Chats at one a second beside map-reduce summaries of the file's first article. lengths: of the chats, as of chat."""
+
+    lengths: str | None = None
 
 
 class ChatParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One question, one answer. Log-normal with these means and relative standard deviations."""
+    """One question, one answer. Log-normal with these means and relative standard deviations; or, with `lengths`, as long as
+    a request drawn from that Azure trace."""
 
     prompt_tokens: Tokens = 161
     output_tokens: Tokens = 338
@@ -137,6 +141,7 @@ class ChatParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     output_spread: Annotated[float, Meta(ge=0.0, le=5.0)] = 0.9
     most_prompt_tokens: Tokens = 1024  #: the artifact leaves out longer prompts, and pairs above `most_tokens`
     most_tokens: Tokens = 2048
+    lengths: str | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------- programs
@@ -215,12 +220,23 @@ def _log_normal(generator: np.random.Generator, mean: float, spread: float) -> i
     return max(4, round(float(generator.lognormal(np.log(mean) - variance / 2, np.sqrt(variance)))))
 
 
-def _chat_lengths(p: ChatParameters, generator: np.random.Generator) -> tuple[int, int]:
-    while True:  # as the artifact does: what is too long is left out, not cut
+def _chat_lengths(p: ChatParameters, generator: np.random.Generator) -> Iterator[tuple[int, int]]:
+    """Prompt and output tokens of chats, without end. As the artifact does, what is too long is left out, not cut."""
+    recorded = [] if p.lengths is None else [pair for pair in lengths_of(p.lengths) if _short_enough(pair, p)]
+    if p.lengths is not None and not recorded:
+        raise WorkloadError(f"{p.lengths}: no request of at most {p.most_prompt_tokens} prompt tokens, {p.most_tokens} in all")
+    while True:
+        if recorded:
+            yield recorded[int(generator.integers(len(recorded)))]
+            continue
         prompt = _log_normal(generator, p.prompt_tokens, p.prompt_spread)
-        output = _log_normal(generator, p.output_tokens, p.output_spread)
-        if prompt <= p.most_prompt_tokens and prompt + output <= p.most_tokens:
-            return prompt, output
+        pair = (prompt, _log_normal(generator, p.output_tokens, p.output_spread))
+        if _short_enough(pair, p):
+            yield pair
+
+
+def _short_enough(pair: tuple[int, int], p: ChatParameters) -> bool:
+    return pair[0] <= p.most_prompt_tokens and sum(pair) <= p.most_tokens
 
 
 # --------------------------------------------------------------------------------------------------------- generators
@@ -255,9 +271,8 @@ def _gpts(file: PaperWorkloads, p: GptsParameters, arrivals: Iterator[float], se
 
 
 def _chat(file: PaperWorkloads | None, p: ChatParameters, arrivals: Iterator[float], seed: int) -> Iterator[Program]:
-    draw = stream(seed, "paper.chat")
-    for index, arrival_s in enumerate(arrivals):
-        prompt, output = _chat_lengths(p, draw)
+    lengths = _chat_lengths(p, stream(seed, "paper.chat"))
+    for index, (arrival_s, (prompt, output)) in enumerate(zip(arrivals, lengths, strict=False)):
         yield request(f"chat{index}", arrival_s, ("", 0), prompt, output, "chat")
 
 
@@ -267,7 +282,9 @@ def _mixed(file: PaperWorkloads, p: MixedParameters, arrivals: Iterator[float], 
     times = itertools.accumulate(part.map_reduce_gaps_s[: part.map_reduce_apps - 1], initial=0.0)
     summary = SummaryParameters(article, part.chunk_size, part.output_tokens)
     programs = [map_reduce(f"map_reduce{i}", at, article, file, summary) for i, at in enumerate(times)]
-    programs += itertools.islice(_chat(file, ChatParameters(), map(float, itertools.count()), seed), part.chats)
+    programs += itertools.islice(
+        _chat(file, ChatParameters(lengths=p.lengths), map(float, itertools.count()), seed), part.chats
+    )
     return iter(sorted(programs, key=lambda program: program.arrival_s))
 
 

@@ -23,7 +23,7 @@ from experiments.fidelity.measured import (
     MeasuredError,
     read_measured,
 )
-from experiments.fidelity.scenarios import simulated
+from experiments.fidelity.scenarios import Setting, simulated
 from parrot.configuration import load
 from parrot.engine.config import limits_of, load_engine_config, profile_of
 from parrot.engine.profiles import find_profile
@@ -71,7 +71,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         if run.system == "hf":
             lines.append((*run, "jct_s", 12.5, "artifact"))
             continue
-        outcome = simulated(run, profile_for(run.profile, TRUTH[run.profile]), workloads, ITERATION_S, ROW_S)
+        outcome = simulated(run, profile_for(run.profile, TRUTH[run.profile]), Setting(str(workloads), ITERATION_S, ROW_S))
         lines += [(*run, metric, value, "artifact") for metric, value in outcome.metrics.items()]
     measured = folder / "measured.csv"
     with open(measured, "w", newline="") as file:

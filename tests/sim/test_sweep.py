@@ -17,8 +17,10 @@ import pytest
 
 import sim.sweep
 from parrot.latency import LatencyProfile
+from parrot.serve.policies import POLICIES
 from sim.results import read_results
 from sim.run import main
+from sim.spec import Specification, with_every_policy
 from sim.workloads.program import write_programs
 from tests.sim.clusters import PROFILE, processes_with, write_files
 from tests.sim.programs import chain, map_reduce
@@ -93,7 +95,46 @@ def test_flags_stand_above_the_specification_file(flags: list[str], tmp_path: Pa
     assert line["settings"] == {"global_scheduler.max_queue_size": 32, "global_scheduler.app_fifo": True}
 
 
+def test_a_workload_can_have_rates_and_a_count_of_its_own(flags: list[str], tmp_path: Path, capsys: Capture) -> None:
+    assert main([*flags, "--policy", "least_loaded,*", "--seed", "1", "--no-report"]) == 0
+    every = [line["policy"] for line in printed(capsys)]
+    assert every[0] == "least_loaded"
+    assert sorted(every) == sorted(POLICIES)  # what the list names comes once
+    written = json.loads((tmp_path / "out" / "spec.json").read_text())
+    assert written["policies"] == every  # the folder says which there were
+    own = {"workload": "chain:chunks=2,chunk_tokens=30", "rates": [2, 4], "count": 3}
+    spec = tmp_path / "own.json"
+    spec.write_text(
+        json.dumps({**written, "workloads": [own, "map_reduce:chunks=2,chunk_tokens=20"], "rates": [9], "count": 2})
+    )
+    again = ["--spec", str(spec), "--policy", "round_robin", "--no-report", "--out"]
+    assert main([*again, str(tmp_path / "own")]) == 0
+    assert [(line["workload"][:5], line["rate"], line["programs"]) for line in printed(capsys)] == [
+        ("chain", 2.0, 3),
+        ("chain", 4.0, 3),
+        ("map_r", 9.0, 2),
+    ]
+    assert main([*again, str(tmp_path / "flags"), "--rate", "5", "--count", "1"]) == 0  # flags stand above a workload's own
+    assert [(line["rate"], line["programs"]) for line in printed(capsys)] == [(5.0, 1), (5.0, 1)]
+
+
+def test_a_policy_that_knows_the_future_is_none_of_every_policy_of_a_real_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(POLICIES["round_robin"], "clairvoyant", True, raising=False)
+    whole = Specification(policies=("*",))
+    assert "round_robin" in with_every_policy(whole).policies
+    assert "round_robin" not in with_every_policy(msgspec.structs.replace(whole, backend="real")).policies
+
+
 WRONG_FILES = {
+    "empty rates of a workload": (
+        '{"workloads": [{"workload": "chat", "rates": []}]}',
+        "the rates of one are an empty list: leave them out, or give one",
+    ),
+    "rates of a workload in a closed loop": (
+        '{"workloads": [{"workload": "chat", "rates": [1]}], "clients": [2]}',
+        "no rate and no arrivals beside it",
+    ),
+    "unknown key of a workload": ('{"workloads": [{"workload": "chat", "rate": 1}]}', "workloads[0]"),
     "unknown key": ('{"workloads": ["chat"], "speed": 1}', "speed.json: unknown key 'speed'"),
     "wrong type": ('{"workloads": ["chat"], "rates": ["fast"]}', "key 'rates[0]' is 'fast'"),
     "no list": ('{"workloads": "chat"}', "key 'workloads' is 'chat': expected `array`"),

@@ -45,6 +45,7 @@ def test_a_sweep_has_every_section(tmp_path: Path) -> None:
     assert headings(page) == [
         "What ran",
         "At a glance",
+        "Who wins where",
         "Latency against arrival rate",
         "Throughput and latency",
         "Distributions",

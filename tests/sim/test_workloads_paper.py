@@ -150,3 +150,16 @@ def test_a_file_of_another_kind_and_an_unknown_article_are_refused(tmp_path: Pat
         open_paper(f"map_reduce,file={file},article=x", rate=None, seed=0, count=None)
     with pytest.raises(WorkloadError, match="rate 0: must be"):
         open_paper("chat", rate=0.0, seed=0, count=None)
+
+
+def test_chats_can_have_the_lengths_of_a_recorded_trace(file: str, tmp_path: Path) -> None:
+    trace = tmp_path / "azure.csv"
+    rows = [(400, 30), (1100, 20), (1000, 1100), (200, 7)]  # the second and the third are longer than the artifact takes
+    lines = [f"2023-11-16 18:15:{10 + i}.0000000,{prompt},{output}" for i, (prompt, output) in enumerate(rows)]
+    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *lines]) + "\n")
+    found = programs(f"chat,lengths={trace}", count=50)
+    assert {(p.sets[0].tokens, p.calls[0].segments[-1].tokens) for p in found} == {(400, 30), (200, 7)}  # type: ignore[union-attr]
+    mixed = [p for p in programs(f"mixed,file={file},lengths={trace}", count=None) if p.application == "chat"]
+    assert {p.sets[0].tokens for p in mixed} <= {400, 200}
+    with pytest.raises(WorkloadError, match=r"azure.csv: no request of at most 100 prompt tokens, 2048 in all"):
+        programs(f"chat,lengths={trace},most_prompt_tokens=100")
