@@ -11,7 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -63,12 +63,18 @@ class MemoryUse:
     cache: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Issued:
     batch: Batch
     at: float
     labels: tuple[str, ...]  # of its rows' tasks, for the iteration log
-    result: asyncio.Future[tuple[list[TokenResult], float]]
+    graph: bool
+    launched: Future[tuple[Any, float]]
+    result: asyncio.Future[tuple[list[TokenResult], float]] | None = None  # None: it is not waited for yet
+
+    @property
+    def is_done(self) -> bool:
+        return self.result is not None and self.result.done()
 
 
 class BuiltinLoop:
@@ -168,8 +174,8 @@ class BuiltinLoop:
         for job in self._jobs.values():
             job.fail("unavailable", reason, retryable=True)
         self._jobs.clear()
-        # The worker ends with the iteration that it is in; what that one gives is of no use to anybody any more.
-        await asyncio.gather(*(issued.result for issued in self._issued), return_exceptions=True)
+        # The worker ends with the iterations that it has begun; what those give is of no use to anybody any more.
+        await asyncio.gather(*(self._collect(issued) for issued in self._issued), return_exceptions=True)
         self._worker.shutdown(wait=True)
         if self._log is not None:
             self._log.close()
@@ -180,9 +186,11 @@ class BuiltinLoop:
         while True:
             self._wake.clear()
             try:
-                while self._issued and self._issued[0].result.done():
+                while self._issued and self._issued[0].is_done:
                     self._complete(self._issued.popleft())
                 self._issue()
+                if self._issued:  # launches go before: the worker waits for a device that has its next work already
+                    self._collect(self._issued[0])
             except Exception:
                 log.exception("the engine's scheduler failed; all its tasks are given up, and a fresh one takes its place")
                 self._begin_anew()
@@ -197,38 +205,49 @@ class BuiltinLoop:
             if batch is None:
                 return
             self._last_number = batch.number
-            result = self._start(batch)
-            result.add_done_callback(lambda _: self._wake.set())
             labels = () if self._log is None else tuple(self._jobs[r.key].label for r in batch.rows if r.key in self._jobs)
-            self._issued.append(_Issued(batch, at, labels, result))
+            self._issued.append(_Issued(batch, at, labels, *self._start(batch)))
             for key, cached_tokens in batch.admitted:
                 if key in self._jobs:
                     self._jobs[key].start(cached_tokens)
 
-    def _start(self, batch: Batch) -> asyncio.Future[tuple[list[TokenResult], float]]:
-        loop = asyncio.get_running_loop()
+    def _start(self, batch: Batch) -> tuple[bool, Future[tuple[Any, float]]]:
+        """Whether it replays a graph, and its launch."""
         try:
             prepared = self._runner.prepare(batch, self._core)
+            return self._runner.replays(prepared), self._worker.submit(self._launch, prepared)
         except Exception as error:
-            failed: asyncio.Future[tuple[list[TokenResult], float]] = loop.create_future()
+            failed: Future[tuple[Any, float]] = Future()
             failed.set_exception(error)
-            return failed
-        return loop.run_in_executor(self._worker, self._run, prepared)
+            return False, failed
 
-    def _run(self, prepared: Any) -> tuple[list[TokenResult], float]:
+    def _collect(self, issued: _Issued) -> asyncio.Future[tuple[list[TokenResult], float]]:
+        """The iteration's results, which the worker waits for from now on."""
+        if issued.result is None:
+            issued.result = asyncio.get_running_loop().run_in_executor(self._worker, self._finish, issued.launched)
+            issued.result.add_done_callback(lambda _: self._wake.set())
+        return issued.result
+
+    def _launch(self, prepared: Any) -> tuple[Any, float]:
         began = time.perf_counter()
-        results = self._runner.run(prepared)
-        return results, time.perf_counter() - began
+        return self._runner.launch(prepared), time.perf_counter() - began
+
+    def _finish(self, launched: Future[tuple[Any, float]]) -> tuple[list[TokenResult], float]:
+        found, launch_s = launched.result()
+        began = time.perf_counter()
+        results = self._runner.finish(found)
+        return results, launch_s + time.perf_counter() - began
 
     def _complete(self, issued: _Issued) -> None:
         batch, now = issued.batch, self.now()
         self._last_completed = batch.number
-        error = issued.result.exception()
+        result = self._collect(issued)
+        error = result.exception()
         if error is not None:
             self._fail(batch, error)
             self._note_iteration(issued, 0.0, failed=True)
             return
-        results, run_s = issued.result.result()
+        results, run_s = result.result()
         ended = {r.key: r.kept for r in results if r.reason is not None and r.key in self._jobs}
         progress = self._core.complete(batch, ended, now)
         for result in results:
@@ -259,7 +278,8 @@ class BuiltinLoop:
         self._last_edge = edge
         self._recent_s.append(edge - began)
         if self._log is not None:
-            self._log.iteration(began, edge - began, run_s, issued.batch.shape, issued.labels, failed)
+            shape = issued.batch.shape._replace(graph=issued.graph)
+            self._log.iteration(began, edge - began, run_s, shape, issued.labels, failed)
 
     # ------------------------------------------------------------------------------------------------------ failures
 
