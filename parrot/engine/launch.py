@@ -196,7 +196,7 @@ async def start_builtin(
     )
     iteration_log = None
     if config.iteration_log is not None:
-        iteration_log = IterationLog(config.iteration_log, _log_header(config, description, limits))
+        iteration_log = IterationLog(config.iteration_log, log_header(config, description, limits))
     loop = BuiltinLoop(
         EngineCore(limits),
         loaded.runner,
@@ -264,7 +264,7 @@ def _attention(instance: BuiltinInstance) -> Any:
     return "torch_sdpa"
 
 
-def _log_header(config: BuiltinEngineConfig, description: EngineDescription, limits: EngineLimits) -> dict[str, object]:
+def log_header(config: BuiltinEngineConfig, description: EngineDescription, limits: EngineLimits) -> dict[str, object]:
     instance = config.instance
     return {
         "engine": description.engine_name,

@@ -241,13 +241,13 @@ class BuiltinLoop:
     def _complete(self, issued: _Issued) -> None:
         batch, now = issued.batch, self.now()
         self._last_completed = batch.number
-        result = self._collect(issued)
-        error = result.exception()
+        computed = self._collect(issued)
+        error = computed.exception()
         if error is not None:
             self._fail(batch, error)
             self._note_iteration(issued, 0.0, failed=True)
             return
-        results, run_s = result.result()
+        results, run_s = computed.result()
         ended = {r.key: r.kept for r in results if r.reason is not None and r.key in self._jobs}
         progress = self._core.complete(batch, ended, now)
         for result in results:

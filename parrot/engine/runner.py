@@ -47,7 +47,7 @@ class Runner(Protocol):
         """Captures all that `run` needs: block tables, positions, token sources."""
 
     def launch(self, prepared: Any) -> Any:
-        """Begins to compute the iteration, on a GPU without waiting for it: for `finish`. Launches come in the order of issue."""
+        """Begins to compute the iteration, on a GPU without waiting for it. Launches come in the order of issue."""
 
     def finish(self, launched: Any) -> list[TokenResult]:
         """Waits until the iteration is computed; one result for every row that samples."""

@@ -84,6 +84,16 @@ def load_runner(config: BuiltinEngineConfig) -> LoadedRunner:
     )
 
 
+def limits_for(config: BuiltinEngineConfig) -> EngineLimits:
+    """The limits that `load_runner` would give the engine now. Raises ConfigurationError."""
+    files = None if config.instance.use_dummy_weights else as_directory(config.model, resolve_model(config.model))
+    published = published_config(config.model) if files is None else config_at(files)
+    shape = model_config(config.model, published, config.instance.model_config)
+    device = torch.device(config.instance.device)
+    dtype = getattr(torch, config.instance.dtype or ("float32" if device.type == "cpu" else "float16"))
+    return limits_of(config, max_seq_len=shape.max_seq_len, kv_tokens=affordable_kv_tokens(config, shape, dtype, device))
+
+
 def _tokenizer_or_synthetic(config: BuiltinEngineConfig, notes: list[str]) -> Tokenizer:
     """Dummy weights need no tokenizer of their own: where it cannot be had, `synthetic` stands in."""
     try:

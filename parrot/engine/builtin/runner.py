@@ -254,7 +254,7 @@ class BuiltinRunner:
         else:
             launched.tokens = torch.empty(chosen.shape, dtype=chosen.dtype, pin_memory=True)
             launched.tokens.copy_(chosen, non_blocking=True)
-            launched.ready = torch.cuda.Event()
+            launched.ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             launched.ready.record()
         self._launched.append(launched)
 

@@ -83,7 +83,8 @@ def varlen_attention(queries: Tensor, keys: Tensor, values: Tensor, bias: Any) -
         found = fmha.memory_efficient_attention_forward(
             queries.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), attn_bias=bias, op=op
         )
-        return found.view(tokens, heads, dim)
+        whole: Tensor = found.view(tokens, heads, dim)
+        return whole
     if op is fmha.cutlass.FwOp:  # its grouped form makes a stream a group
         group = heads // kv_heads
         keys, values = (part.repeat_interleave(group, dim=1) for part in (keys, values))
@@ -91,4 +92,5 @@ def varlen_attention(queries: Tensor, keys: Tensor, values: Tensor, bias: Any) -
     shape = (1, -1, kv_heads, heads // kv_heads, dim)
     grouped = [part.unsqueeze(0).unsqueeze(3).expand(shape[0], part.shape[0], *shape[2:]) for part in (keys, values)]
     found = fmha.memory_efficient_attention_forward(queries.reshape(shape), *grouped, attn_bias=bias, op=op)
-    return found.reshape(tokens, heads, dim)
+    folded: Tensor = found.reshape(tokens, heads, dim)
+    return folded
