@@ -151,6 +151,11 @@ class BuiltinRunner:
         for context_id in context_ids:
             self._contexts.pop(context_id, None)
 
+    @property
+    def holds(self) -> tuple[int, int, int]:
+        """Tasks, contexts and slots that it keeps: none when all were dropped."""
+        return len(self._tasks), len(self._contexts), self._slots.spare - len(self._slots.free)
+
     def _check_ids(self, ids: Sequence[int]) -> None:
         # Synthetic ids are folded into the model's when they are computed.
         vocab = self._tokenizer.vocab_size if self._tokenizer.name == SYNTHETIC else self._vocab
