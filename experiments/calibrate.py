@@ -58,8 +58,8 @@ def planned(limits: EngineLimits, requests: Sequence[tuple[int, int]] = (), seed
         Planned(
             closed("sharing-held", many // 2, many, seed=seed + 1006, shared=[(1, prefix // 3), (2, prefix)], **rest), True
         ),
-        Planned(arriving("arriving", 60, 4.0, seed=seed + 1007, **usual)),
-        Planned(arriving("arriving-held", 60, 7.0, seed=seed + 1008, **usual), True),
+        Planned(arriving("arriving", 30, 4.0, seed=seed + 1007, **usual)),
+        Planned(arriving("arriving-held", 40, 7.0, seed=seed + 1008, **usual), True),
     ]
     if requests:
         found.append(Planned(at_once("at-once", requests), True))

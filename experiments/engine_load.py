@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import math
 import random
 import subprocess
 import sys
@@ -70,7 +71,7 @@ async def _send(load: Load, url: str) -> Outcome:
     gate = asyncio.Semaphore(load.concurrency or len(bodies))
     latencies: list[float] = [0.0] * len(bodies)
     failed: list[str] = []
-    decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(TaskEvent)  # type: ignore[arg-type]
+    decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(TaskEvent)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session:
         began = time.perf_counter()
@@ -161,7 +162,7 @@ def closed(
 
 
 def _log_uniform(draw: random.Random, least: int, most: int) -> int:
-    return round(least * (most / least) ** draw.random())
+    return int(round(least * math.exp(math.log(most / least) * draw.random())))
 
 
 async def _main() -> int:

@@ -1,4 +1,7 @@
-"""Drives a real engine: EngineCore says what the next iteration computes, a Runner computes it in one worker thread.
+"""Drives a real engine: EngineCore says what the next iteration computes, a Runner computes it in two worker threads.
+
+One launches iterations, in the order of issue, the other waits for them: where a launch does not wait for its device, the next
+one is launched while one computes, and an iteration's end is noticed when it comes.
 
 Decides nothing about who runs. Sleeps while there is nothing to do, and is woken, never polls. An exception of the
 runner ends the tasks of that iteration, not the engine.
@@ -63,22 +66,17 @@ class MemoryUse:
     cache: float = 0.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Issued:
     batch: Batch
     at: float
     labels: tuple[str, ...]  # of its rows' tasks, for the iteration log
     graph: bool
-    launched: Future[tuple[Any, float]]
-    result: asyncio.Future[tuple[list[TokenResult], float]] | None = None  # None: it is not waited for yet
-
-    @property
-    def is_done(self) -> bool:
-        return self.result is not None and self.result.done()
+    result: asyncio.Future[tuple[list[TokenResult], float]]
 
 
 class BuiltinLoop:
-    """One engine: its core, its runner, its worker thread."""
+    """One engine: its core, its runner, its worker threads."""
 
     def __init__(
         self,
@@ -108,7 +106,8 @@ class BuiltinLoop:
         self._recent_s: deque[float] = deque(maxlen=64)
         self._closed = False
         self._wake = asyncio.Event()
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="runner")
+        self._launcher = ThreadPoolExecutor(1, thread_name_prefix="launcher")
+        self._finisher = ThreadPoolExecutor(1, thread_name_prefix="finisher")
         self._task = asyncio.create_task(self._drive(), name="engine loop")
 
     # ------------------------------------------------------------------------------------------------ what is asked
@@ -174,9 +173,10 @@ class BuiltinLoop:
         for job in self._jobs.values():
             job.fail("unavailable", reason, retryable=True)
         self._jobs.clear()
-        # The worker ends with the iterations that it has begun; what those give is of no use to anybody any more.
-        await asyncio.gather(*(self._collect(issued) for issued in self._issued), return_exceptions=True)
-        self._worker.shutdown(wait=True)
+        # The workers end with the iterations that they have begun; what those give is of no use to anybody any more.
+        await asyncio.gather(*(issued.result for issued in self._issued), return_exceptions=True)
+        self._launcher.shutdown(wait=True)
+        self._finisher.shutdown(wait=True)
         if self._log is not None:
             self._log.close()
 
@@ -186,11 +186,9 @@ class BuiltinLoop:
         while True:
             self._wake.clear()
             try:
-                while self._issued and self._issued[0].is_done:
+                while self._issued and self._issued[0].result.done():
                     self._complete(self._issued.popleft())
                 self._issue()
-                if self._issued:  # launches go before: the worker waits for a device that has its next work already
-                    self._collect(self._issued[0])
             except Exception:
                 log.exception("the engine's scheduler failed; all its tasks are given up, and a fresh one takes its place")
                 self._begin_anew()
@@ -211,22 +209,20 @@ class BuiltinLoop:
                 if key in self._jobs:
                     self._jobs[key].start(cached_tokens)
 
-    def _start(self, batch: Batch) -> tuple[bool, Future[tuple[Any, float]]]:
-        """Whether it replays a graph, and its launch."""
+    def _start(self, batch: Batch) -> tuple[bool, asyncio.Future[tuple[list[TokenResult], float]]]:
+        """Whether it replays a graph, and what comes of it."""
+        loop = asyncio.get_running_loop()
         try:
             prepared = self._runner.prepare(batch, self._core)
-            return self._runner.replays(prepared), self._worker.submit(self._launch, prepared)
+            graph = self._runner.replays(prepared)
         except Exception as error:
-            failed: Future[tuple[Any, float]] = Future()
+            failed: asyncio.Future[tuple[list[TokenResult], float]] = loop.create_future()
             failed.set_exception(error)
             return False, failed
-
-    def _collect(self, issued: _Issued) -> asyncio.Future[tuple[list[TokenResult], float]]:
-        """The iteration's results, which the worker waits for from now on."""
-        if issued.result is None:
-            issued.result = asyncio.get_running_loop().run_in_executor(self._worker, self._finish, issued.launched)
-            issued.result.add_done_callback(lambda _: self._wake.set())
-        return issued.result
+        launched = self._launcher.submit(self._launch, prepared)
+        result = loop.run_in_executor(self._finisher, self._finish, launched)
+        result.add_done_callback(lambda _: self._wake.set())
+        return graph, result
 
     def _launch(self, prepared: Any) -> tuple[Any, float]:
         began = time.perf_counter()
@@ -241,13 +237,12 @@ class BuiltinLoop:
     def _complete(self, issued: _Issued) -> None:
         batch, now = issued.batch, self.now()
         self._last_completed = batch.number
-        computed = self._collect(issued)
-        error = computed.exception()
+        error = issued.result.exception()
         if error is not None:
             self._fail(batch, error)
             self._note_iteration(issued, 0.0, failed=True)
             return
-        results, run_s = computed.result()
+        results, run_s = issued.result.result()
         ended = {r.key: r.kept for r in results if r.reason is not None and r.key in self._jobs}
         progress = self._core.complete(batch, ended, now)
         for result in results:

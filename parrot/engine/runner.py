@@ -1,8 +1,8 @@
 """What an engine's shell needs of the thing that computes: the interface between EngineCore's batches and a model.
 
 The shell owns the order: `EngineCore.next_batch` → `Runner.prepare` (same thread as the core, reads its block tables) →
-`Runner.launch` and `Runner.finish` (a worker thread; they touch no core) → `EngineCore.complete`. With `pipeline_depth` above 0
-the next iteration is launched before this one is finished. A runner owns token values, sampling state and tensors; it
+`Runner.launch` and `Runner.finish` (a worker thread each; they touch no core) → `EngineCore.complete`. With `pipeline_depth`
+above 0 the next iteration is launched while this one is waited for. A runner owns token values, sampling state and tensors; it
 decides nothing about who runs.
 """
 

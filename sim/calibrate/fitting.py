@@ -23,7 +23,7 @@ from sim.calibrate.split import HOLD_OUT, folds, levels, tails
 
 Array = NDArray[np.float64]
 
-KNOTS = (0, 16, 64, 256, 1024, 4096)
+KNOTS = (0, 16, 64, 256, 512, 1024, 2048, 4096)
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 LEAST_ITERATIONS = 40  #: of a fit: fewer cannot tell the coefficients apart
 LEAST_IN_BUCKET = 10  #: iterations above a knot or in a batch-size bucket, for it to get a coefficient of its own

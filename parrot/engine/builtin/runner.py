@@ -4,12 +4,13 @@ EngineCore says which positions of which tasks are computed; this puts their ids
 and turns tokens into text. It decides nothing about who runs.
 
 An iteration is launched before the one before is finished: a sampled token stays on the device, in its task's slot, where the
-next iteration finds it; the host sees it one step behind. `prepare` may be called while `launch` or `finish` is in its thread.
+next iteration finds it; the host sees it one step behind. `prepare`, `launch` and `finish` may run at once, in three threads.
 """
 
 from __future__ import annotations
 
 import random
+import threading
 from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -111,6 +112,7 @@ class BuiltinRunner:
         self._contexts: dict[int, ContextTokens] = {}
         self._slots = _Slots(torch.zeros(slots + 1, dtype=torch.int64, device=self._device))
         self._launched: deque[Launched] = deque()  # whose tokens were not taken yet, oldest first
+        self._taking = threading.Lock()
         self._graphs = DecodeGraphs(decoder, attention, self._slots.tokens) if graphs else None
 
     # ------------------------------------------------------------------------------------------- what the shell tells
@@ -187,6 +189,8 @@ class BuiltinRunner:
 
     @torch.inference_mode()
     def launch(self, prepared: Prepared) -> Launched:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # kernels and events go to the thread's present device
         rows = prepared.rows
         sampling = [i for i, row in enumerate(rows) if row.samples and isinstance(row.task, Output)]
         launched = Launched([rows[i].task for i in sampling], [rows[i].attention.stop for i in sampling])  # type: ignore[misc]
@@ -264,13 +268,18 @@ class BuiltinRunner:
         self._launched.append(launched)
 
     def finish(self, launched: Launched) -> list[TokenResult]:
-        while launched.results is None and self._launched:
-            self._take(self._launched.popleft())
-        return launched.results or []
+        while launched.results is None:
+            self._take_oldest()
+        return launched.results
 
     def _take_all(self) -> None:
         while self._launched:
-            self._take(self._launched.popleft())
+            self._take_oldest()
+
+    def _take_oldest(self) -> None:
+        with self._taking:
+            if self._launched:
+                self._take(self._launched.popleft())
 
     def _take(self, launched: Launched) -> None:
         """The tokens are there: what they make of their outputs. An output that ended meanwhile had a surplus row."""
