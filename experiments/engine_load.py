@@ -162,7 +162,7 @@ def closed(
 
 
 def _log_uniform(draw: random.Random, least: int, most: int) -> int:
-    return int(round(least * math.exp(math.log(most / least) * draw.random())))
+    return round(least * math.exp(math.log(most / least) * draw.random()))
 
 
 async def _main() -> int:
