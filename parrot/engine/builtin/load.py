@@ -66,7 +66,7 @@ def load_runner(config: BuiltinEngineConfig) -> LoadedRunner:
     limits = limits_of(config, max_seq_len=shape.max_seq_len, kv_tokens=affordable_kv_tokens(config, shape, dtype, device))
     on_gpu = device.type == "cuda"
     if on_gpu:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     decoder = load_decoder(shape, source, dtype, device)
     cache = KVCache(shape, limits.num_blocks, limits.block_size, dtype, device, spare_page=on_gpu)
     rows = min(limits.max_batch_size, limits.max_num_batched_tokens)
