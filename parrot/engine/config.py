@@ -253,7 +253,10 @@ def profile_of(config: EngineConfig) -> LatencyProfile | None:
     """The file's latency profile; else, for a builtin engine, the shipped one of its model and device; else None."""
     if config.latency_profile is not None:
         return find_profile(config.latency_profile)
-    return profile_for(config.model, config.device) if config.device else None
+    if not isinstance(config.instance, BuiltinInstance):
+        return None
+    function = ATTENTION[config.instance.attn_func or default_attention(config.device)]
+    return profile_for(config.model, config.device, function)
 
 
 def as_emulated(config: EngineConfig, latency_profile: str, tokenizer: str = "synthetic") -> EmulatedEngineConfig:
