@@ -1,6 +1,6 @@
 """Times the attention kernels of a decoding layer on a GPU, in CUDA graphs, beside the time that reading their KV takes.
 
-    python benchmarks/gpu_attention.py [--heads 32] [--kv-heads 32] [--head-dim 128] [--variants]
+    python -m benchmarks.gpu_attention [--heads 32] [--kv-heads 32] [--head-dim 128] [--variants]
 
 `--variants` times launch options, which paged_decode.py has the best of. xformers' own paged kernel is timed beside ours.
 """
@@ -90,8 +90,7 @@ class Case:
         return tokens * 2 * self.config.num_kv_heads * self.config.head_dim * 2
 
     def ours_us(self, shares: bool) -> float:
-        decode = PagedDecode(self.config, self.cache, self.rows, self.shared + self.own)
-        decode.shares = shares
+        decode = PagedDecode(self.config, self.cache, self.rows, self.shared + self.own, shares)
         if shares:
             groups = shared_prefixes([row.chain for row in self.table], PAGE, 1)
             decode.update(self.table, groups.segments, groups.own)

@@ -1,6 +1,6 @@
 """The builtin engine on a GPU: milliseconds of an iteration beside its floor, and many requests at once over HTTP.
 
-    python benchmarks/gpu_engine.py [sample_configs/engine/vicuna-7b-h200.json] [--attn_func NAME]... [--azure CSV]
+    python -m benchmarks.gpu_engine [sample_configs/engine/vicuna-7b-h200.json] [--attn_func NAME]... [--azure CSV]
 
 The floor of decoding is the reading of the weights and of every KV token once, at the rate of a large copy; that of prefill is
 its multiplications, at the rate of a large matrix product. Both rates are measured here, on the same GPU.

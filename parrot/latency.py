@@ -6,8 +6,8 @@ A profile belongs to model × device × attention function. The duration of an i
 
 with n the tokens computed (prefill and decode together; the hinges let a small chunk ride free on the reading of the
 weights), P the query·key pairs of prefill, K the KV tokens that decoding rows read, shared ones once, and R those that they
-read again; without a cost of its own, reading again costs what reading does, or nothing (shared_kv_once). Coefficients are non-negative
-seconds, found by `sim.calibrate` with non-negative least squares on iterations that a real engine recorded.
+read again; without a cost of its own, reading again costs what reading does, or nothing (shared_kv_once). Coefficients are
+non-negative seconds, found by `sim.calibrate` with non-negative least squares on iterations that a real engine recorded.
 """
 
 from __future__ import annotations

@@ -46,6 +46,18 @@ def test_a_shared_part_that_saves_too_little_is_left_to_the_segments_below() -> 
     assert shared_prefixes(chains, PAGE, 1000).segments == []
 
 
+def test_a_deep_tree_has_no_more_parts_than_there_is_room_for() -> None:
+    """A comb: each row leaves the others one context later."""
+    chains = [chain(*((i, 16) for i in range(1, n + 1)), (1000 + n, 5)) for n in range(1, 81)]
+    whole = shared_prefixes(chains, PAGE, 1)
+    assert whole.parts > 3000
+    few = shared_prefixes(chains, PAGE, 1, 400)
+    assert 80 < few.parts <= 400
+    lengths = [chains[i][-1].stop for i in few.order]
+    found = cut(lengths, few.segments, few.own, rows_per_item=64, pace=Pace(1000, 1000), most_partials=400)
+    assert found.first[-1] <= 400
+
+
 def test_arranged_rows_stay_in_their_order() -> None:
     chains = [chain((i % 3, 64), (100 + i, 1)) for i in range(9)]
     order = shared_prefixes(chains, PAGE, 1).order

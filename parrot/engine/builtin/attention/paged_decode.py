@@ -37,9 +37,13 @@ class _Layout(NamedTuple):
 
 
 class PagedDecode:
-    """Plans and attends decoding rows, `max_rows` at most, of sequences of at most `max_seq_len` tokens."""
+    """Plans and attends decoding rows, `max_rows` at most, of sequences of at most `max_seq_len` tokens.
 
-    def __init__(self, config: ModelConfig, cache: KVCache, max_rows: int, max_seq_len: int) -> None:
+    `shares`: whether plans may have segments; their kernel is then launched (or captured) with every `attend`.
+    """
+
+    def __init__(self, config: ModelConfig, cache: KVCache, max_rows: int, max_seq_len: int, shares: bool = False) -> None:
+        self._shares = shares
         self._cache = cache
         self._heads = config.num_heads
         self._kv_heads = config.num_kv_heads
@@ -52,18 +56,14 @@ class PagedDecode:
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
         self._processors = processors
         self._pace = Pace(*(max(1, n * processors // self._kv_heads) for n in (WIDE_PROGRAMS, NARROW_PROGRAMS)))
-        self._most = 4096 + 8 * max_rows
+        self.most_partials = 4096 + 8 * max_rows
         pages = -(-max_seq_len // cache.page_tokens)
-        parts = ((2,), (max_rows + 1,), (self._most // 2, FIELDS), (self._most, FIELDS), (max_rows, pages))
+        parts = ((2,), (max_rows + 1,), (self.most_partials, FIELDS), (self.most_partials, FIELDS), (max_rows, pages))
         self._shapes = parts
         self._memory = torch.zeros(sum(int(np.prod(shape)) for shape in parts), dtype=torch.int32, device=device)
         self._on_device = self._views(self._memory)
-        self._partials = torch.empty((self._most, self._heads, self._dim), dtype=torch.float32, device=device)
-        self._lse = torch.empty((self._most, self._heads), dtype=torch.float32, device=device)
-
-    @property
-    def nbytes(self) -> int:
-        return self._memory.nbytes + self._partials.nbytes + self._lse.nbytes
+        self._partials = torch.empty((self.most_partials, self._heads, self._dim), dtype=torch.float32, device=device)
+        self._lse = torch.empty((self.most_partials, self._heads), dtype=torch.float32, device=device)
 
     def _views(self, flat: Any) -> _Layout:
         found, first = [], 0
@@ -77,7 +77,7 @@ class PagedDecode:
         """Plans `rows`, arranged so that those of a segment are neighbours. Queued behind what the device still computes."""
         lengths = [row.stop for row in rows]
         own = [0] * len(rows) if own is None else own
-        items = cut(lengths, segments, own, rows_per_item=self.rows_per_item, pace=self._pace, most_partials=self._most)
+        items = cut(lengths, segments, own, rows_per_item=self.rows_per_item, pace=self._pace, most_partials=self.most_partials)
         pinned = self._device.type == "cuda"
         staged = torch.zeros(self._memory.shape, dtype=torch.int32, pin_memory=pinned)
         host = self._views(staged.numpy())
@@ -101,7 +101,7 @@ class PagedDecode:
             (plan.wide, plan.counts[0:1], self._wide_m, WIDE_PROGRAMS, WIDE_OPTIONS),
             (plan.narrow, plan.counts[1:2], self._narrow_m, NARROW_PROGRAMS, NARROW_OPTIONS),
         )
-        for items, count, block_m, programs, options in kinds if self.shares else kinds[1:]:
+        for items, count, block_m, programs, options in kinds if self._shares else kinds[1:]:
             partial_attention(
                 queries, self._cache.layers[layer], plan.tables, items, count, plan.first, self._partials, self._lse,
                 kv_heads=self._kv_heads, page=self._cache.page_tokens, scale=self._dim**-0.5, block_m=block_m,
@@ -110,5 +110,3 @@ class PagedDecode:
         out = torch.empty((queries.shape[0], self._heads, self._dim), dtype=queries.dtype, device=queries.device)
         merge_partials(self._partials, self._lse, plan.first, out)
         return out
-
-    shares = False  #: whether wide items may occur

@@ -35,13 +35,26 @@ class Groups(NamedTuple):
     segments: list[Segment]
     own: list[int]
 
+    @property
+    def parts(self) -> int:
+        """What the rows are read in, at least: each its own, and each segment for each of its rows."""
+        return len(self.order) + sum(segment.last - segment.first for segment in self.segments)
 
-def shared_prefixes(chains: Sequence[Sequence[Span]], page_tokens: int, least_saved: int) -> Groups:
-    """The groups of rows with these chains (root first; the last context of each is the row's own output). A segment saves at
-    least `least_saved` tokens of reading."""
-    found = Groups([], [], [])
-    _descend(chains, range(len(chains)), 0, 0, page_tokens, least_saved, found)
-    return found
+
+def shared_prefixes(
+    chains: Sequence[Sequence[Span]], page_tokens: int, least_saved: int, most_parts: int | None = None
+) -> Groups:
+    """The groups of rows with these chains (root first; the last context of each is the row's own output).
+
+    A segment saves at least `least_saved` tokens of reading; more, where the segments of all rows and their own parts would
+    be more than `most_parts` (a deep tree that loses a row at each level), which must be as many as there are rows.
+    """
+    while True:
+        found = Groups([], [], [])
+        _descend(chains, range(len(chains)), 0, 0, page_tokens, least_saved, found)
+        if most_parts is None or not found.segments or found.parts <= most_parts:
+            return found
+        least_saved = 2 * max(1, least_saved)
 
 
 def _descend(

@@ -39,19 +39,16 @@ class PagedAttention:
     """See the module. Padding rows write into the cache's spare page."""
 
     wants_chains = False
+    shares = False  #: whether decode rows are planned with segments
 
     def __init__(self, config: ModelConfig, cache: KVCache, max_rows: int, max_seq_len: int) -> None:
         self.buckets: Sequence[int] = buckets_up_to(max_rows)
         self._heads = config.num_heads
         self._cache = cache
         self._device = cache.layers[0].device
-        self._decode = PagedDecode(config, cache, max_rows, max_seq_len)
+        self._decode = PagedDecode(config, cache, max_rows, max_seq_len, self.shares)
         self._varlen = VarlenAttention(config, cache)
         self._slots = torch.zeros(max_rows, dtype=torch.int64, device=self._device)
-
-    @property
-    def nbytes(self) -> int:
-        return self._decode.nbytes
 
     def arrange(self, decode_rows: Sequence[AttentionRow]) -> list[int]:
         return all_in_order(decode_rows)

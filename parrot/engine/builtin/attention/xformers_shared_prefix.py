@@ -23,15 +23,17 @@ class SharedPrefixAttention(PagedAttention):
     """See the module."""
 
     wants_chains = True
+    shares = True
 
     def __init__(self, config: ModelConfig, cache: KVCache, max_rows: int, max_seq_len: int) -> None:
         super().__init__(config, cache, max_rows, max_seq_len)
-        self._decode.shares = True
         layer = cache.layers[0]
         self._least_saved = LEAST_SAVED_BYTES // (layer[0].numel() * layer.itemsize)
 
     def _groups(self, rows: Sequence[AttentionRow]) -> Groups:
-        return shared_prefixes([row.chain for row in rows], self._cache.page_tokens, self._least_saved)
+        return shared_prefixes(
+            [row.chain for row in rows], self._cache.page_tokens, self._least_saved, self._decode.most_partials
+        )
 
     def arrange(self, decode_rows: Sequence[AttentionRow]) -> list[int]:
         return self._groups(decode_rows).order
