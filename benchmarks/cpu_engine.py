@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from parrot.engine.builtin.runner import BuiltinRunner, load_runner
+from parrot.engine.builtin.load import load_runner
+from parrot.engine.builtin.runner import BuiltinRunner
 from parrot.engine.builtin.weights import as_directory
 from parrot.engine.config import BuiltinEngineConfig, BuiltinInstance
 from parrot.engine.core import EngineCore, EngineLimits, EngineTask, Link
@@ -43,7 +44,7 @@ def generate_here(runner: BuiltinRunner, limits: EngineLimits, prompts: Sequence
     outputs: dict[Any, tuple[int, ...]] = {}
     while (batch := core.next_batch(0.0)) is not None:
         ended = {}
-        for result in runner.run(runner.prepare(batch, core)):
+        for result in runner.finish(runner.launch(runner.prepare(batch, core))):
             if result.reason is not None:
                 ended[result.key] = result.kept
                 outputs[result.key] = result.ids

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments import calibrate
 from parrot.configuration import ConfigurationError
 from sim import run
 from sim.spec import load_specification
@@ -32,13 +33,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             for name, path in known.items():
                 print(f"  {name:<16} {load_specification(str(path)).about}")
+            print(f"  {'calibrate':<16} {calibrate.ABOUT} (calibrate --help)")
         except ConfigurationError as error:
             print(f"experiments.run: {error}", file=sys.stderr)
             return 1
         return 0
     name, *flags = arguments
+    if name == "calibrate":
+        return calibrate.main(flags)
     if name not in known:
-        print(f"experiments.run: no experiment {name!r}; there are {', '.join(known)}", file=sys.stderr)
+        print(f"experiments.run: no experiment {name!r}; there are {', '.join([*known, 'calibrate'])}", file=sys.stderr)
         return 2
     return run.main(["--spec", str(known[name]), "--out", f"results/{name}", *flags], "experiments.run")
 

@@ -2,11 +2,12 @@
 
 A profile belongs to model × device × attention function. The duration of an iteration is
 
-    fixed(batch size, path) + Σ_j slope_j · max(0, n − knot_j) + pair · P + kv · K
+    fixed(batch size, path) + Σ_j slope_j · max(0, n − knot_j) + pair · P + kv · K + reread · R
 
 with n the tokens computed (prefill and decode together; the hinges let a small chunk ride free on the reading of the
-weights), P the query·key pairs of prefill, K the KV tokens that decoding rows read. Coefficients are non-negative
-seconds, found by `sim.calibrate` with non-negative least squares on iterations that a real engine recorded.
+weights), P the query·key pairs of prefill, K the KV tokens that decoding rows read, shared ones once, and R those that they
+read again; without a cost of its own, reading again costs what reading does, or nothing (shared_kv_once). Coefficients are
+non-negative seconds, found by `sim.calibrate` with non-negative least squares on iterations that a real engine recorded.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class LatencyModel:
         self._hinges = tuple((h.knot, h.slope * factor) for h in profile.hinges)
         self._pair_s = profile.pair_s * factor
         self._kv_s = profile.kv_s * factor
+        self._reread_s = -1.0 if profile.reread_s is None else profile.reread_s * factor  # below 0: no cost of its own
 
     def fixed_s(self, rows: int, graph: bool = False) -> float:
         """The fixed cost of an iteration of `rows` rows; beyond the largest bucket, the largest bucket's."""
@@ -85,12 +87,14 @@ class LatencyModel:
     def duration(self, shape: BatchShape) -> float:
         """Seconds that an iteration of `shape` takes."""
         decode_rows, prefill_rows, prefill_tokens, prefill_pairs, decode_kv, decode_kv_unique, graph = shape
-        return (
+        seconds = (
             self.fixed_s(decode_rows + prefill_rows, graph)
             + self.tokens_s(decode_rows + prefill_tokens)
             + self._pair_s * prefill_pairs
-            + self._kv_s * (decode_kv_unique if self._shared_kv_once else decode_kv)
         )
+        if self._reread_s >= 0.0:
+            return seconds + self._kv_s * decode_kv_unique + self._reread_s * (decode_kv - decode_kv_unique)
+        return seconds + self._kv_s * (decode_kv_unique if self._shared_kv_once else decode_kv)
 
     def decode_run(self, shape: BatchShape) -> DecodeRun:
         """The run of iterations that begins with `shape`, all of whose rows decode (`prefill_rows` 0)."""

@@ -37,6 +37,9 @@ class LatencyProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pair_s: NonNegative
     kv_s: NonNegative
     shared_kv_once: bool = False  #: the attention function reads a shared prefix once for all rows
+    #: per KV token that another row of the iteration reads too, after the first (a cache may have it); None: kv_s, or
+    #: nothing where shared_kv_once
+    reread_s: NonNegative | None = None
     task_overhead_s: NonNegative = 0.0  #: HTTP and tokenization, per task, before it can be admitted
     versions: dict[str, str] = {}
     trace: str = ""

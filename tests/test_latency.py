@@ -82,3 +82,12 @@ def test_seen_ranges_hold_every_shape(shapes: list[BatchShape]) -> None:
     for shape in shapes:
         for name, (least, most) in seen.items():
             assert least <= getattr(shape, name) <= most
+
+
+def test_a_token_that_is_read_again_costs_what_the_profile_says_or_what_reading_does() -> None:
+    shape = BatchShape(decode_rows=4, decode_kv=1000, decode_kv_unique=400)
+    seconds = [
+        LatencyModel(profile(pair_s=0.0, kv_s=2.0, fixed=(), hinges=(), **changes)).duration(shape)
+        for changes in ({}, {"shared_kv_once": True}, {"reread_s": 0.5}, {"reread_s": 0.5, "shared_kv_once": True})
+    ]
+    assert seconds == [2000.0, 800.0, 1100.0, 1100.0]

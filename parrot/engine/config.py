@@ -32,14 +32,30 @@ PAGE_TOKENS = 16
 #: Published dimensions of the models that sample configurations name.
 SHAPES = Path(__file__).parent / "builtin" / "models" / "shapes"
 
-#: `xformers…` are the names of old files; each of them stands for xformers' kernels.
 AttentionName = Literal[
     "torch_sdpa",
-    "xformers",
+    "xformers_paged",
+    "xformers_shared_prefix",
     "xformers_with_buffer",
+    "xformers",
     "xformers_fill_vllm_paged_attention_generate",
     "xformers_fill_shared_prompts_generate",
 ]
+#: Attention functions by the names that a file may give them, old ones included.
+ATTENTION: dict[str, str] = {
+    "torch_sdpa": "torch_sdpa",
+    "xformers_paged": "xformers_paged",
+    "xformers_shared_prefix": "xformers_shared_prefix",
+    "xformers_with_buffer": "xformers_with_buffer",
+    "xformers": "xformers_paged",
+    "xformers_fill_vllm_paged_attention_generate": "xformers_paged",
+    "xformers_fill_shared_prompts_generate": "xformers_shared_prefix",
+}
+
+
+def default_attention(device: str) -> str:
+    """The attention function of a file that names none."""
+    return "xformers_paged" if device.startswith("cuda") else "torch_sdpa"
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -237,7 +253,10 @@ def profile_of(config: EngineConfig) -> LatencyProfile | None:
     """The file's latency profile; else, for a builtin engine, the shipped one of its model and device; else None."""
     if config.latency_profile is not None:
         return find_profile(config.latency_profile)
-    return profile_for(config.model, config.device) if config.device else None
+    if not isinstance(config.instance, BuiltinInstance):
+        return None
+    function = ATTENTION[config.instance.attn_func or default_attention(config.device)]
+    return profile_for(config.model, config.device, function)
 
 
 def as_emulated(config: EngineConfig, latency_profile: str, tokenizer: str = "synthetic") -> EmulatedEngineConfig:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import importlib.util
 import logging
 import os
 import secrets
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -21,10 +21,12 @@ from aiohttp import web
 from parrot.configuration import ConfigurationError
 from parrot.engine.batches import EngineLimits
 from parrot.engine.config import (
+    ATTENTION,
     BuiltinEngineConfig,
     BuiltinInstance,
     EmulatedEngineConfig,
     EngineConfig,
+    default_attention,
     description_of,
     limits_of,
     profile_of,
@@ -178,7 +180,7 @@ async def start_builtin(
     """Loads the model and starts its engine in this event loop. Raises ConfigurationError, before weights are loaded
     where that is possible."""
     config = prepare_builtin(config)
-    from parrot.engine.builtin.runner import load_runner
+    from parrot.engine.builtin.load import load_runner
 
     loaded = load_runner(config)
     for note in loaded.notes:
@@ -194,7 +196,7 @@ async def start_builtin(
     )
     iteration_log = None
     if config.iteration_log is not None:
-        iteration_log = IterationLog(config.iteration_log, _log_header(config, description, limits))
+        iteration_log = IterationLog(config.iteration_log, log_header(config, description, limits))
     loop = BuiltinLoop(
         EngineCore(limits),
         loaded.runner,
@@ -245,25 +247,24 @@ def _check_device(device: str) -> None:
         raise ConfigurationError(f"instance.device {device!r} is not there: {there}; use --device cpu to run on the CPU")
 
 
-def _attention(instance: BuiltinInstance) -> str:
-    wanted = instance.attn_func or "torch_sdpa"
-    if wanted == "torch_sdpa":
+def _attention(instance: BuiltinInstance) -> Any:
+    """The attention function to use, by its present name. Raises ConfigurationError when it cannot be had."""
+    from parrot.engine.builtin.attention import unavailable
+
+    wanted = ATTENTION[instance.attn_func or default_attention(instance.device)]
+    reason = unavailable(wanted, instance.device)
+    if reason is None:
         return wanted
-    if importlib.util.find_spec("xformers") is None:
-        reason = "xformers is not installed"
-    elif instance.device == "cpu":
-        reason = "xformers' kernels need a GPU"
-    else:
-        reason = "xformers' kernels come with a later release"
+    named = instance.attn_func or wanted
     if not instance.attn_fallback:
         raise ConfigurationError(
-            f"instance.attn_func {wanted!r} cannot be used: {reason}; use 'torch_sdpa', or set instance.attn_fallback to true"
+            f"instance.attn_func {named!r} cannot be used: {reason}; use 'torch_sdpa', or set instance.attn_fallback to true"
         )
-    log.warning("attn_func %r cannot be used (%s): falling back to 'torch_sdpa', as attn_fallback says", wanted, reason)
+    log.warning("attn_func %r cannot be used (%s): falling back to 'torch_sdpa', as attn_fallback says", named, reason)
     return "torch_sdpa"
 
 
-def _log_header(config: BuiltinEngineConfig, description: EngineDescription, limits: EngineLimits) -> dict[str, object]:
+def log_header(config: BuiltinEngineConfig, description: EngineDescription, limits: EngineLimits) -> dict[str, object]:
     instance = config.instance
     return {
         "engine": description.engine_name,
@@ -276,7 +277,7 @@ def _log_header(config: BuiltinEngineConfig, description: EngineDescription, lim
         "num_threads": instance.num_threads,
         "dummy_weights": instance.use_dummy_weights,
         "limits": msgspec.to_builtins(limits),
-        "versions": versions("parrot-testbed", "torch", "transformers"),
+        "versions": versions("parrot-testbed", "torch", "transformers", "triton", "xformers"),
     }
 
 

@@ -1,4 +1,7 @@
-"""Drives a real engine: EngineCore says what the next iteration computes, a Runner computes it in one worker thread.
+"""Drives a real engine: EngineCore says what the next iteration computes, a Runner computes it in two worker threads.
+
+One launches iterations, in the order of issue, the other waits for them: where a launch does not wait for its device, the next
+one is launched while one computes, and an iteration's end is noticed when it comes.
 
 Decides nothing about who runs. Sleeps while there is nothing to do, and is woken, never polls. An exception of the
 runner ends the tasks of that iteration, not the engine.
@@ -11,7 +14,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -68,11 +71,12 @@ class _Issued:
     batch: Batch
     at: float
     labels: tuple[str, ...]  # of its rows' tasks, for the iteration log
+    graph: bool
     result: asyncio.Future[tuple[list[TokenResult], float]]
 
 
 class BuiltinLoop:
-    """One engine: its core, its runner, its worker thread."""
+    """One engine: its core, its runner, its worker threads."""
 
     def __init__(
         self,
@@ -102,7 +106,8 @@ class BuiltinLoop:
         self._recent_s: deque[float] = deque(maxlen=64)
         self._closed = False
         self._wake = asyncio.Event()
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="runner")
+        self._launcher = ThreadPoolExecutor(1, thread_name_prefix="launcher")
+        self._finisher = ThreadPoolExecutor(1, thread_name_prefix="finisher")
         self._task = asyncio.create_task(self._drive(), name="engine loop")
 
     # ------------------------------------------------------------------------------------------------ what is asked
@@ -168,9 +173,10 @@ class BuiltinLoop:
         for job in self._jobs.values():
             job.fail("unavailable", reason, retryable=True)
         self._jobs.clear()
-        # The worker ends with the iteration that it is in; what that one gives is of no use to anybody any more.
+        # The workers end with the iterations that they have begun; what those give is of no use to anybody any more.
         await asyncio.gather(*(issued.result for issued in self._issued), return_exceptions=True)
-        self._worker.shutdown(wait=True)
+        self._launcher.shutdown(wait=True)
+        self._finisher.shutdown(wait=True)
         if self._log is not None:
             self._log.close()
 
@@ -197,28 +203,36 @@ class BuiltinLoop:
             if batch is None:
                 return
             self._last_number = batch.number
-            result = self._start(batch)
-            result.add_done_callback(lambda _: self._wake.set())
             labels = () if self._log is None else tuple(self._jobs[r.key].label for r in batch.rows if r.key in self._jobs)
-            self._issued.append(_Issued(batch, at, labels, result))
+            self._issued.append(_Issued(batch, at, labels, *self._start(batch)))
             for key, cached_tokens in batch.admitted:
                 if key in self._jobs:
                     self._jobs[key].start(cached_tokens)
 
-    def _start(self, batch: Batch) -> asyncio.Future[tuple[list[TokenResult], float]]:
+    def _start(self, batch: Batch) -> tuple[bool, asyncio.Future[tuple[list[TokenResult], float]]]:
+        """Whether it replays a graph, and what comes of it."""
         loop = asyncio.get_running_loop()
         try:
             prepared = self._runner.prepare(batch, self._core)
+            graph = self._runner.replays(prepared)
         except Exception as error:
             failed: asyncio.Future[tuple[list[TokenResult], float]] = loop.create_future()
             failed.set_exception(error)
-            return failed
-        return loop.run_in_executor(self._worker, self._run, prepared)
+            return False, failed
+        launched = self._launcher.submit(self._launch, prepared)
+        result = loop.run_in_executor(self._finisher, self._finish, launched)
+        result.add_done_callback(lambda _: self._wake.set())
+        return graph, result
 
-    def _run(self, prepared: Any) -> tuple[list[TokenResult], float]:
+    def _launch(self, prepared: Any) -> tuple[Any, float]:
         began = time.perf_counter()
-        results = self._runner.run(prepared)
-        return results, time.perf_counter() - began
+        return self._runner.launch(prepared), time.perf_counter() - began
+
+    def _finish(self, launched: Future[tuple[Any, float]]) -> tuple[list[TokenResult], float]:
+        found, launch_s = launched.result()
+        began = time.perf_counter()
+        results = self._runner.finish(found)
+        return results, launch_s + time.perf_counter() - began
 
     def _complete(self, issued: _Issued) -> None:
         batch, now = issued.batch, self.now()
@@ -259,7 +273,8 @@ class BuiltinLoop:
         self._last_edge = edge
         self._recent_s.append(edge - began)
         if self._log is not None:
-            self._log.iteration(began, edge - began, run_s, issued.batch.shape, issued.labels, failed)
+            shape = issued.batch.shape._replace(graph=issued.graph)
+            self._log.iteration(began, edge - began, run_s, shape, issued.labels, failed)
 
     # ------------------------------------------------------------------------------------------------------ failures
 

@@ -1,8 +1,9 @@
 """What an engine's shell needs of the thing that computes: the interface between EngineCore's batches and a model.
 
 The shell owns the order: `EngineCore.next_batch` → `Runner.prepare` (same thread as the core, reads its block tables) →
-`Runner.run` (a worker thread; touches no core) → `EngineCore.complete`. A runner owns token values, sampling state and
-tensors; it decides nothing about who runs.
+`Runner.launch` and `Runner.finish` (a worker thread each; they touch no core) → `EngineCore.complete`. With `pipeline_depth`
+above 0 the next iteration is launched while this one is waited for. A runner owns token values, sampling state and tensors; it
+decides nothing about who runs.
 """
 
 from __future__ import annotations
@@ -45,5 +46,11 @@ class Runner(Protocol):
     def prepare(self, batch: Batch, core: EngineCore) -> Any:
         """Captures all that `run` needs: block tables, positions, token sources."""
 
-    def run(self, prepared: Any) -> list[TokenResult]:
-        """Computes the iteration; one result for every row that samples."""
+    def launch(self, prepared: Any) -> Any:
+        """Begins to compute the iteration, on a GPU without waiting for it. Launches come in the order of issue."""
+
+    def finish(self, launched: Any) -> list[TokenResult]:
+        """Waits until the iteration is computed; one result for every row that samples."""
+
+    def replays(self, prepared: Any) -> bool:
+        """Whether the iteration is the replay of a captured graph (for the iteration log)."""

@@ -23,7 +23,7 @@ from sim.calibrate.split import HOLD_OUT, folds, levels, tails
 
 Array = NDArray[np.float64]
 
-KNOTS = (0, 16, 64, 256, 1024, 4096)
+KNOTS = (0, 16, 64, 256, 512, 1024, 2048, 4096)
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 LEAST_ITERATIONS = 40  #: of a fit: fewer cannot tell the coefficients apart
 LEAST_IN_BUCKET = 10  #: iterations above a knot or in a batch-size bucket, for it to get a coefficient of its own
@@ -152,6 +152,8 @@ class _Terms:
         self.knots = [k for k in sorted(set(knots)) if k == 0 or int((tokens > k).sum()) >= LEAST_IN_BUCKET]
         self.buckets = {graph: _buckets([s.rows for s in shapes if s.graph is graph]) for graph in (False, True)}
         self.shared_kv_once = shared_kv_once
+        # With sharing in the logs, what reading a token again costs is measured and need not be said.
+        self.rereads = sum(s.decode_kv > s.decode_kv_unique for s in shapes) >= LEAST_IN_BUCKET
 
     def columns(self, shapes: Sequence[BatchShape]) -> Array:
         """One row a shape. A bucket's column is 1 for all larger ones of its path too: its coefficient is what it adds to
@@ -165,7 +167,10 @@ class _Terms:
                 columns.append(((rows > below) & (graph == path)).astype(float))
         columns += [np.maximum(0.0, tokens - knot) for knot in self.knots]
         columns.append(np.array([s.prefill_pairs for s in shapes], dtype=float))
-        columns.append(np.array([s.decode_kv_unique if self.shared_kv_once else s.decode_kv for s in shapes], dtype=float))
+        once = self.shared_kv_once or self.rereads
+        columns.append(np.array([s.decode_kv_unique if once else s.decode_kv for s in shapes], dtype=float))
+        if self.rereads:
+            columns.append(np.array([s.decode_kv - s.decode_kv_unique for s in shapes], dtype=float))
         return np.column_stack(columns)
 
     def profile(self, coefficients: Array, *, header: Header, **fields: Any) -> LatencyProfile:
@@ -185,6 +190,7 @@ class _Terms:
             hinges=tuple(hinge for hinge in hinges if hinge.slope > 0),
             pair_s=next(values),
             kv_s=next(values),
+            reread_s=next(values) if self.rereads else None,
             shared_kv_once=self.shared_kv_once,
             versions=header.versions,
             **fields,
@@ -284,10 +290,11 @@ def describe(profile: LatencyProfile) -> str:
     held = f"mean {error['mean']:.1%}, p99 {error['p99']:.1%}, of the sum {error['total']:+.1%}" if error else "none held out"
     fixed = ", ".join(f"≤{c.max_rows} rows {c.seconds * 1e3:.2f} ms" for c in profile.fixed)
     hinges = ", ".join(f"{h.slope * 1e6:.1f} µs above {h.knot:g}" for h in profile.hinges)
+    again = "" if profile.reread_s is None else f", per one read again {profile.reread_s * 1e9:.3f} ns"
     return (
         f"{profile.name}: {profile.model} on {profile.device} ({profile.attn_func})\n"
         f"  fixed: {fixed}\n  per token: {hinges or '0'}\n"
-        f"  per prefill pair {profile.pair_s * 1e9:.3f} ns, per decoded KV token {profile.kv_s * 1e9:.3f} ns, "
+        f"  per prefill pair {profile.pair_s * 1e9:.3f} ns, per decoded KV token {profile.kv_s * 1e9:.3f} ns{again}, "
         f"per task {profile.task_overhead_s * 1e3:.2f} ms\n"
         f"  error on {what}: {held}; spread of whole runs {profile.spread:.1%}"
     )

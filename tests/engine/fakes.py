@@ -72,7 +72,13 @@ class FakeRunner:
             assert core.block_table(row.context_id)
         return batch.rows
 
-    def run(self, prepared: Any) -> list[TokenResult]:
+    def replays(self, prepared: Any) -> bool:
+        return False
+
+    def launch(self, prepared: Any) -> Any:
+        return prepared
+
+    def finish(self, prepared: Any) -> list[TokenResult]:
         if not self.gate.wait(20):
             raise TimeoutError("a test forgot its gate")
         if self.fail_next:

@@ -14,10 +14,22 @@ from parrot.engine.builtin.models.config import ModelConfig
 class KVCache:
     """One tensor a layer: [pages × page_tokens, 2 × kv_heads, head_dim]; the heads of K, then those of V.
 
-    A token's slot is page × page_tokens + its offset in the page.
+    A token's slot is page × page_tokens + its offset in the page. `spare_page`: one more page, which belongs to nobody: what
+    padding writes lands there.
     """
 
-    def __init__(self, config: ModelConfig, num_pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_pages: int,
+        page_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        spare_page: bool = False,
+    ) -> None:
+        self.spare_slot = num_pages * page_tokens if spare_page else -1
+        num_pages += spare_page
         self.num_pages = num_pages
         self.page_tokens = page_tokens
         self.kv_heads = config.num_kv_heads

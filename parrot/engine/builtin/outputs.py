@@ -33,6 +33,7 @@ class TaskTokens:
         self.key = key
         self.end = end  # the output's context, or the last link's
         self.generates = generates
+        self.slot = -1  # where the runner keeps its last sampled token on the device
         self._prompt: list[int] | None = None
 
     @property

@@ -1,45 +1,42 @@
 """The Runner over a decoder, a paged cache and an attention function: token values in, tokens out.
 
 EngineCore says which positions of which tasks are computed; this puts their ids together, runs the model once, samples,
-and turns tokens into text. It decides nothing about who runs. `prepare` may be called while `run` is in its thread.
+and turns tokens into text. It decides nothing about who runs.
+
+An iteration is launched before the one before is finished: a sampled token stays on the device, in its task's slot, where the
+next iteration finds it; the host sees it one step behind. `prepare`, `launch` and `finish` may run at once, in three threads.
 """
 
 from __future__ import annotations
 
-import os
 import random
+import threading
+from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from parrot.configuration import ConfigurationError
-from parrot.engine.batches import Batch, EngineLimits, EngineTask
-from parrot.engine.builtin.attention import load_attention
+from parrot.engine.batches import Batch, EngineTask, Row
 from parrot.engine.builtin.attention.base import Attention, AttentionRow
+from parrot.engine.builtin.attention.rows import to_device
+from parrot.engine.builtin.graphs import DecodeGraphs
 from parrot.engine.builtin.kv_cache import KVCache
-from parrot.engine.builtin.models.config import ModelConfig, config_at, model_config, published_config
 from parrot.engine.builtin.models.decoder import Decoder
 from parrot.engine.builtin.outputs import ContextTokens, Output, TaskTokens
 from parrot.engine.builtin.sampler import check_sampling, sample
-from parrot.engine.builtin.weights import Checkpoint, DummyWeights, Source, as_directory, load_decoder
-from parrot.engine.config import BuiltinEngineConfig, limits_of
 from parrot.engine.core import EngineCore
 from parrot.engine.runner import TokenResult
-from parrot.model_files import resolve_model
 from parrot.protocol.api import SamplingConfig
 from parrot.protocol.errors import ParrotError
-from parrot.tokenizer import SYNTHETIC, Tokenizer, load_tokenizer
-
-#: Part of the free memory that a KV cache of no stated size may take, with the windows of its attention function.
-_FREE_MEMORY_SHARE = 0.5
-#: No more than this many times max_total_tokens: what running tasks may hold, and retained contexts beside it.
-_MOST_TOTALS = 4
+from parrot.tokenizer import SYNTHETIC, Tokenizer
 
 
 class PreparedRow(NamedTuple):
-    """A row of a batch with what it needs of the core. `ids` None: a decode row, whose token is known when it runs."""
+    """A row of a batch with what it needs of the core. `ids` None: a decode row, whose token lies in its task's slot."""
 
     task: TaskTokens
     attention: AttentionRow
@@ -48,8 +45,41 @@ class PreparedRow(NamedTuple):
 
 
 class Prepared(NamedTuple):
+    """`rows`: decode rows first, `decode_rows` of them, as the attention function wants them. `padded_to`: the bucket that they
+    are padded to. `graph`: that bucket's graph is replayed, and nothing else."""
+
     rows: list[PreparedRow]
     copies: tuple[tuple[int, int], ...]
+    decode_rows: int
+    padded_to: int
+    graph: bool
+
+
+@dataclass
+class Launched:
+    """An iteration on its way. `tokens`: those of `outputs`, on the host once `ready` says so. `ends`: for each of them, the
+    position behind the last that it computed."""
+
+    outputs: list[Output]
+    ends: list[int]
+    tokens: Tensor | None = None
+    ready: torch.cuda.Event | None = None
+    results: list[TokenResult] | None = None  # once the tokens were taken
+
+
+@dataclass
+class _Slots:
+    """Places for the tasks' last tokens. The last place is padding's."""
+
+    tokens: Tensor
+    free: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.free = list(range(self.tokens.shape[0] - 1))
+
+    @property
+    def spare(self) -> int:
+        return self.tokens.shape[0] - 1
 
 
 class BuiltinRunner:
@@ -62,9 +92,13 @@ class BuiltinRunner:
         attention: Attention,
         tokenizer: Tokenizer,
         *,
+        slots: int = 1024,
+        graphs: bool = False,
         dummy: bool = False,
         random_seed: int = 0,
     ) -> None:
+        """`slots`: tasks whose last token is kept, all that may be in batches in flight or preempted. `graphs`: decode
+        iterations are captured, for every bucket of the attention function."""
         self.decoder = decoder
         self._cache = cache
         self._attention = attention
@@ -76,6 +110,10 @@ class BuiltinRunner:
         self._seeds = random.Random(random_seed)
         self._tasks: dict[Hashable, TaskTokens] = {}
         self._contexts: dict[int, ContextTokens] = {}
+        self._slots = _Slots(torch.zeros(slots + 1, dtype=torch.int64, device=self._device))
+        self._launched: deque[Launched] = deque()  # whose tokens were not taken yet, oldest first
+        self._taking = threading.Lock()
+        self._graphs = DecodeGraphs(decoder, attention, self._slots.tokens) if graphs else None
 
     # ------------------------------------------------------------------------------------------- what the shell tells
 
@@ -106,11 +144,19 @@ class BuiltinRunner:
         self._tasks[task.key] = Output(task.key, output, sampling, seed, limit, self._tokenizer, self._eos)
 
     def drop_task(self, key: Hashable) -> None:
-        self._tasks.pop(key, None)
+        task = self._tasks.pop(key, None)
+        if task is not None and task.slot >= 0:
+            self._slots.free.append(task.slot)
+            task.slot = -1
 
     def drop_contexts(self, context_ids: Iterable[int]) -> None:
         for context_id in context_ids:
             self._contexts.pop(context_id, None)
+
+    @property
+    def holds(self) -> tuple[int, int, int]:
+        """Tasks, contexts and slots that it keeps: none when all were dropped."""
+        return len(self._tasks), len(self._contexts), self._slots.spare - len(self._slots.free)
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         # Synthetic ids are folded into the model's when they are computed.
@@ -122,122 +168,124 @@ class BuiltinRunner:
     # ------------------------------------------------------------------------------------------------------ iterations
 
     def prepare(self, batch: Batch, core: EngineCore) -> Prepared:
-        rows = []
-        for row in batch.rows:
-            task = self._tasks[row.key]
-            attention = AttentionRow(row.key, row.start, row.stop, core.block_table(row.context_id))
-            rows.append(PreparedRow(task, attention, None if row.decode else task.ids(row.start, row.stop), row.samples))
-        return Prepared(rows, batch.copies)
+        rows = [self._prepare_row(row, core) for row in batch.rows]
+        decode_rows = len(batch.decoders)
+        buckets = self._attention.buckets
+        if not buckets:
+            return Prepared(rows, batch.copies, 0, 0, graph=False)
+        order = self._attention.arrange([row.attention for row in rows[:decode_rows]])
+        rows[:decode_rows] = [rows[i] for i in order]
+        padded_to = next(b for b in (0, *buckets) if b >= decode_rows)
+        return Prepared(rows, batch.copies, decode_rows, padded_to, self._graphs is not None and decode_rows == len(rows))
+
+    def _prepare_row(self, row: Row, core: EngineCore) -> PreparedRow:
+        task = self._tasks[row.key]
+        chain = core.spans(row.context_id) if row.decode and self._attention.wants_chains else ()
+        attention = AttentionRow(row.key, row.start, row.stop, core.block_table(row.context_id), chain)
+        return PreparedRow(task, attention, None if row.decode else task.ids(row.start, row.stop), row.samples)
+
+    def replays(self, prepared: Prepared) -> bool:
+        return prepared.graph
 
     @torch.inference_mode()
-    def run(self, prepared: Prepared) -> list[TokenResult]:
-        ids: list[int] = []
-        positions: list[int] = []
-        last_tokens: list[int] = []
-        outputs: list[Output] = []
-        for row in prepared.rows:
-            ids += _row_ids(row)
-            positions += range(row.attention.start, row.attention.stop)
-            if row.samples and isinstance(row.task, Output) and not row.task.ended:
-                last_tokens.append(len(ids) - 1)
-                outputs.append(row.task)
+    def launch(self, prepared: Prepared) -> Launched:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # kernels and events go to the thread's present device
+        rows = prepared.rows
+        sampling = [i for i, row in enumerate(rows) if row.samples and isinstance(row.task, Output)]
+        launched = Launched([rows[i].task for i in sampling], [rows[i].attention.stop for i in sampling])  # type: ignore[misc]
+        if any(output.sampling.penalised for output in launched.outputs):
+            self._take_all()  # a penalty counts every token before
+        for output in launched.outputs:
+            if output.slot < 0:
+                output.slot = self._slots.free.pop()
         self._cache.copy_pages(prepared.copies)
-        plan = self._attention.plan([row.attention for row in prepared.rows])
+        plan = self._attention.plan([row.attention for row in rows], prepared.decode_rows, prepared.padded_to)
+        if prepared.graph and self._graphs is not None:
+            chosen = self._replay(self._graphs, prepared, launched)
+        else:
+            chosen = self._compute(plan, prepared, sampling, launched)
+        self._send_home(chosen, launched)
+        return launched
+
+    def _replay(self, graphs: DecodeGraphs, prepared: Prepared, launched: Launched) -> Tensor:
+        """The chosen tokens of rows that all decode."""
+        positions = [row.attention.start for row in prepared.rows]
+        logits, chosen = graphs.replay(prepared.padded_to, [row.task.slot for row in prepared.rows], positions)
+        rows = len(prepared.rows)
+        if any(not output.sampling.plain for output in launched.outputs):
+            self._choose(logits[:rows], launched, chosen[:rows])
+        return chosen[:rows]
+
+    def _compute(self, plan: Any, prepared: Prepared, sampling: Sequence[int], launched: Launched) -> Tensor:
+        """The chosen tokens of the rows `sampling`."""
+        rows, device, vocab = prepared.rows, self._device, self._vocab
+        padding = prepared.padded_to - prepared.decode_rows
+        taken = [row.task.slot for row in rows if row.ids is None] + [self._slots.spare] * padding
+        positions: list[int] = [row.attention.start for row in rows if row.ids is None] + [0] * padding
+        given: list[int] = []
+        lasts = []  # the packed token that each row ends with
+        for index, row in enumerate(rows):
+            if row.ids is None:
+                lasts.append(index)
+                continue
+            given += row.ids
+            positions += range(row.attention.start, row.attention.stop)
+            lasts.append(len(positions) - 1)
+        parts = []
+        if taken:
+            parts.append(self._slots.tokens.index_select(0, to_device(taken, device)))
+        if given:
+            parts.append(to_device(np.asarray(given) % vocab, device))  # synthetic ids know no vocabulary
         logits = self.decoder.forward(
-            torch.tensor(ids, device=self._device).remainder_(self._vocab),  # synthetic ids know no vocabulary
-            torch.tensor(positions, device=self._device),
+            torch.cat(parts),
+            to_device(positions, device),
             lambda layer, heads: self._attention.attend(plan, layer, heads),
-            torch.tensor(last_tokens, dtype=torch.long, device=self._device),
+            to_device([lasts[i] for i in sampling], device),
         )
-        if not outputs:
-            return []
+        chosen = torch.zeros(len(sampling), dtype=torch.int64, device=device)
+        if sampling:
+            self._choose(logits, launched, chosen)
+        return chosen
+
+    def _choose(self, logits: Tensor, launched: Launched, chosen: Tensor) -> None:
+        """Samples into `chosen` and into the tasks' slots."""
+        outputs = launched.outputs
         for output in outputs:
             output.ready()
-        tokens = sample(logits, [output.sampling for output in outputs])
-        return [output.push(token_id) for output, token_id in zip(outputs, tokens, strict=True)]
+        positions = [end - len(output.prompt) for output, end in zip(outputs, launched.ends, strict=True)]
+        chosen.copy_(sample(logits, [output.sampling for output in outputs], positions))
+        self._slots.tokens.index_copy_(0, to_device([output.slot for output in outputs], self._device), chosen)
 
+    def _send_home(self, chosen: Tensor, launched: Launched) -> None:
+        if self._device.type == "cpu":
+            launched.tokens = chosen
+        else:
+            launched.tokens = torch.empty(chosen.shape, dtype=chosen.dtype, pin_memory=True)
+            launched.tokens.copy_(chosen, non_blocking=True)
+            launched.ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            launched.ready.record()
+        self._launched.append(launched)
 
-def _row_ids(row: PreparedRow) -> list[int]:
-    if row.ids is not None:
-        return row.ids
-    # A surplus row of an output that has ended in the meantime: whatever it computes is discarded.
-    found = row.task.ids(row.attention.start, row.attention.stop)
-    return found or [0]
+    def finish(self, launched: Launched) -> list[TokenResult]:
+        while launched.results is None:
+            self._take_oldest()
+        return launched.results
 
+    def _take_all(self) -> None:
+        while self._launched:
+            self._take_oldest()
 
-# --------------------------------------------------------------------------------------------------------------- start
+    def _take_oldest(self) -> None:
+        with self._taking:
+            if self._launched:
+                self._take(self._launched.popleft())
 
-
-@dataclass(frozen=True)
-class LoadedRunner:
-    """A runner and what its engine must know of it. `model_bytes`, `cache_bytes`: memory taken, in bytes."""
-
-    runner: BuiltinRunner
-    tokenizer: Tokenizer
-    limits: EngineLimits
-    max_seq_len: int
-    dummy: bool
-    model_bytes: int
-    cache_bytes: int
-    notes: tuple[str, ...] = ()  #: what the operator should be told in one line each
-
-
-def load_runner(config: BuiltinEngineConfig) -> LoadedRunner:
-    """Loads model and tokenizer, makes the KV cache. Raises ConfigurationError, before weights are loaded where possible."""
-    instance = config.instance
-    device = torch.device(instance.device)
-    dtype = getattr(torch, instance.dtype or ("float32" if device.type == "cpu" else "float16"))
-    notes: list[str] = []
-    source: Source
-    if instance.use_dummy_weights:
-        shape = model_config(config.model, published_config(config.model), instance.model_config)
-        source = DummyWeights(shape, config.random_seed)
-        tokenizer = _tokenizer_or_synthetic(config, notes)
-    else:
-        files = as_directory(config.model, resolve_model(config.model))
-        shape = model_config(config.model, config_at(files), instance.model_config)
-        tokenizer = load_tokenizer(config.tokenizer or config.model)
-        source = Checkpoint(config.model, files.directory)
-    if tokenizer.name != SYNTHETIC and tokenizer.vocab_size > shape.vocab_size:
-        notes.append(
-            f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} ids, model {config.model!r} only {shape.vocab_size}"
-        )
-    limits = limits_of(config, max_seq_len=shape.max_seq_len, kv_tokens=_affordable_kv_tokens(config, shape, dtype, device))
-    decoder = load_decoder(shape, source, dtype, device)
-    cache = KVCache(shape, limits.num_blocks, limits.block_size, dtype, device)
-    attention = load_attention(instance.attn_func or "torch_sdpa", shape, cache)
-    runner = BuiltinRunner(
-        decoder, cache, attention, tokenizer, dummy=instance.use_dummy_weights, random_seed=config.random_seed
-    )
-    return LoadedRunner(
-        runner, tokenizer, limits, shape.max_seq_len, instance.use_dummy_weights, decoder.nbytes, cache.nbytes, tuple(notes)
-    )
-
-
-def _tokenizer_or_synthetic(config: BuiltinEngineConfig, notes: list[str]) -> Tokenizer:
-    """Dummy weights need no tokenizer of their own: where it cannot be had, `synthetic` stands in."""
-    try:
-        return load_tokenizer(config.tokenizer or config.model)
-    except ConfigurationError as error:
-        notes.append(f"using the tokenizer 'synthetic', one word a token: {error}")
-        return load_tokenizer(SYNTHETIC)
-
-
-def _affordable_kv_tokens(config: BuiltinEngineConfig, shape: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
-    """KV capacity when the file leaves it out. Half goes to the attention function's windows.
-
-    A GPU's capacity comes with the GPU engine; here it is what running tasks may hold.
-    """
-    wanted = _MOST_TOTALS * config.scheduler.max_total_tokens
-    if device.type != "cpu":
-        return config.scheduler.max_total_tokens
-    free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    weights = 4 * shape.num_layers * shape.hidden_size * (4 * shape.hidden_size + 3 * shape.intermediate_size)
-    spare = max(0, free_bytes - weights) * _FREE_MEMORY_SHARE
-    affordable = int(spare // (2 * shape.kv_bytes_per_token(dtype.itemsize)))
-    if affordable < 1:
-        raise ConfigurationError(
-            f"model {shape.name!r} leaves no memory for a KV cache: {free_bytes >> 20} MiB are free; a smaller model, "
-            "or instance.num_kv_cache_blocks, would help"
-        )
-    return min(wanted, affordable)
+    def _take(self, launched: Launched) -> None:
+        """The tokens are there: what they make of their outputs. An output that ended meanwhile had a surplus row."""
+        if launched.ready is not None:
+            launched.ready.synchronize()
+        tokens = [] if launched.tokens is None else launched.tokens.tolist()
+        launched.results = [
+            output.push(token_id) for output, token_id in zip(launched.outputs, tokens, strict=True) if not output.ended
+        ]

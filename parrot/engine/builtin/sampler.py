@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from parrot.engine.builtin.attention.rows import to_device
 from parrot.protocol.api import SamplingConfig
 from parrot.protocol.errors import ParrotError
 
@@ -41,6 +42,11 @@ class SamplingRow:
     def penalised(self) -> bool:
         s = self.sampling
         return bool(s.presence_penalty or s.frequency_penalty or s.repetition_penalty not in (None, 1.0))
+
+    @property
+    def plain(self) -> bool:
+        """The most probable token, nothing else."""
+        return self.greedy and not self.penalised and not self.sampling.logit_bias
 
     def took(self, token_id: int) -> None:
         """The token was chosen."""
@@ -74,18 +80,27 @@ def check_sampling(sampling: SamplingConfig, vocab_size: int, dummy: bool) -> No
             )
 
 
-def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    """The next token of each row. logits: [rows, vocab_size], float32; they may be changed."""
+def sample(logits: Tensor, rows: Sequence[SamplingRow], positions: Sequence[int] | None = None) -> Tensor:
+    """The chosen ids, [rows], on the device of `logits`, which a GPU is not waited for. Changes `logits`.
+
+    `positions`: how many tokens of its output are before each row's; None: as many as the row knows. A row with penalties
+    must know all of them.
+    """
+    if positions is None:
+        positions = [row.position for row in rows]
+    device = logits.device
     for index, row in enumerate(rows):
-        _adjust(logits[index], row)
-    chosen: list[int] = logits.argmax(dim=-1).tolist() if any(row.greedy for row in rows) else [0] * len(rows)
-    whole = [i for i, row in enumerate(rows) if not row.greedy and not _truncated(row.sampling)]
-    cut = [i for i, row in enumerate(rows) if not row.greedy and _truncated(row.sampling)]
-    for indices, draw in ((whole, _draw_whole), (cut, _draw_truncated)):
+        if row.penalised or row.sampling.logit_bias:
+            _adjust(logits[index], row)
+    chosen = logits.argmax(dim=-1)
+    drawing = [i for i, row in enumerate(rows) if not row.greedy]
+    for wanted, draw in ((False, _draw_whole), (True, _draw_truncated)):
+        indices = [i for i in drawing if _truncated(rows[i].sampling) is wanted]
         if indices:
-            drawn = draw(_tempered(logits, indices, rows), [rows[i] for i in indices])
-            for index, token_id in zip(indices, drawn, strict=True):
-                chosen[index] = token_id
+            places = to_device(indices, device)
+            found = _tempered(logits, places, [rows[i] for i in indices])
+            draws = to_device([uniform(rows[i].seed, positions[i]) for i in indices], device, torch.float64)
+            chosen.index_copy_(0, places, draw(found, [rows[i].sampling for i in indices], draws))
     return chosen
 
 
@@ -97,50 +112,51 @@ def uniform(seed: int, position: int) -> float:
 
 def _adjust(logits: Tensor, row: SamplingRow) -> None:
     """Penalties and bias, in place; logits: [vocab_size]."""
-    sampling = row.sampling
+    sampling, device = row.sampling, logits.device
     if row.penalised:
         if sampling.repetition_penalty not in (None, 1.0):
             vocab = logits.shape[0]  # synthetic ids know none: they are folded as the runner folds them
-            seen = torch.tensor(sorted({i % vocab for i in (*row.prompt, *row.counts)}), device=logits.device)
+            seen = to_device(sorted({i % vocab for i in (*row.prompt, *row.counts)}), device)
             values = logits[seen]
             penalty = sampling.repetition_penalty
             # A finite penalty may still leave float32's range: no row may ever hold an infinity, of which a NaN comes.
             logits[seen] = torch.where(values > 0, values / penalty, values * penalty).nan_to_num()
         if row.counts:
-            ids = torch.tensor(list(row.counts), device=logits.device)
-            counts = torch.tensor(list(row.counts.values()), dtype=logits.dtype, device=logits.device)
-            logits[ids] -= sampling.frequency_penalty * counts + sampling.presence_penalty
-    for key, bias in (sampling.logit_bias or {}).items():
-        logits[int(key)] += bias
+            counts = to_device(list(row.counts.values()), device, logits.dtype)
+            logits[to_device(list(row.counts), device)] -= sampling.frequency_penalty * counts + sampling.presence_penalty
+    if sampling.logit_bias:
+        ids = to_device([int(key) for key in sampling.logit_bias], device)
+        logits.index_add_(0, ids, to_device(list(sampling.logit_bias.values()), device, logits.dtype))
 
 
 def _truncated(sampling: SamplingConfig) -> bool:
     return sampling.top_p < 1.0 or sampling.top_k > 0
 
 
-def _tempered(logits: Tensor, indices: list[int], rows: Sequence[SamplingRow]) -> Tensor:
-    """Logits over temperature, the greatest of each row 0: [indices, vocab_size]."""
-    found = logits[indices]
-    temperatures = torch.tensor([max(_LEAST_TEMPERATURE, rows[i].sampling.temperature) for i in indices], device=logits.device)
+def _tempered(logits: Tensor, places: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Logits over temperature, the greatest of each row 0: [places, vocab_size]."""
+    found = logits.index_select(0, places)
+    temperatures = to_device([max(_LEAST_TEMPERATURE, row.sampling.temperature) for row in rows], logits.device, torch.float32)
     return (found - found.amax(dim=-1, keepdim=True)) / temperatures.unsqueeze(1)
 
 
-def _draw_whole(logits: Tensor, rows: list[SamplingRow]) -> list[int]:
-    return _invert(logits.double().exp().cumsum(dim=-1), rows)
+def _draw_whole(logits: Tensor, samplings: Sequence[SamplingConfig], draws: Tensor) -> Tensor:
+    return _invert(logits.double().exp().cumsum(dim=-1), draws)
 
 
-def _draw_truncated(logits: Tensor, rows: list[SamplingRow]) -> list[int]:
-    """Candidates in order of probability; looks at as many as the rows' top-k and top-p need."""
-    vocab = logits.shape[1]
-    limits = [row.sampling.top_k if row.sampling.top_k > 0 else vocab for row in rows]
-    count = min(vocab, max(_CANDIDATES, *(limit for limit in limits if limit < vocab), 0))
+def _draw_truncated(logits: Tensor, samplings: Sequence[SamplingConfig], draws: Tensor) -> Tensor:
+    """Candidates in order of probability: on a CPU as many as the rows' top-k and top-p need, on a GPU all of them, because
+    to ask whether they are enough would be to wait for it."""
+    vocab, device = logits.shape[1], logits.device
+    limits = [sampling.top_k if sampling.top_k > 0 else vocab for sampling in samplings]
+    count = min(vocab, max(_CANDIDATES, *(limit for limit in limits if limit < vocab), 0)) if device.type == "cpu" else vocab
     totals = logits.double().exp().sum(dim=-1, keepdim=True)
-    top_p = torch.tensor([row.sampling.top_p for row in rows], dtype=torch.float64, device=logits.device).unsqueeze(1)
-    ranks_left = torch.tensor(limits, device=logits.device).unsqueeze(1)
+    top_p = to_device([sampling.top_p for sampling in samplings], device, torch.float64).unsqueeze(1)
+    ranks_left = to_device(limits, device).unsqueeze(1)
     while True:
-        values, ids = logits.topk(count, dim=-1)
+        values, ids = logits.topk(count, dim=-1) if count < vocab else logits.sort(dim=-1, descending=True, stable=True)
         weights = values.double().exp()
-        weights.masked_fill_(torch.arange(count, device=logits.device) >= ranks_left, 0.0)
+        weights.masked_fill_(torch.arange(count, device=device) >= ranks_left, 0.0)
         cumulative = weights.cumsum(dim=-1)
         # Where top-k cuts, it is what remains that top-p is a part of.
         mass = top_p * torch.where(ranks_left < vocab, cumulative[:, -1:], totals)
@@ -148,14 +164,12 @@ def _draw_truncated(logits: Tensor, rows: list[SamplingRow]) -> list[int]:
             break
         count = min(vocab, 8 * count)
     weights.masked_fill_(cumulative - weights >= mass, 0.0)
-    ranks = _invert(weights.cumsum(dim=-1), rows)
-    return [int(ids[i, rank]) for i, rank in enumerate(ranks)]
+    ranks = _invert(weights.cumsum(dim=-1), draws)
+    return ids.gather(1, ranks.unsqueeze(1)).squeeze(1)
 
 
-def _invert(cumulative: Tensor, rows: list[SamplingRow]) -> list[int]:
+def _invert(cumulative: Tensor, draws: Tensor) -> Tensor:
     """The first entry of each row whose cumulative weight exceeds the row's draw; cumulative: [rows, n], float64."""
-    draws = torch.tensor([uniform(row.seed, row.position) for row in rows], dtype=torch.float64, device=cumulative.device)
     totals = cumulative[:, -1]
     targets = torch.minimum(draws * totals, torch.nextafter(totals, torch.zeros_like(totals)))
-    found: list[int] = torch.searchsorted(cumulative, targets.unsqueeze(1), right=True).squeeze(1).tolist()
-    return found
+    return torch.searchsorted(cumulative, targets.unsqueeze(1), right=True).squeeze(1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from parrot.configuration import ConfigurationError
 from parrot.engine.builtin.linear import Linear, can_pack
 from parrot.engine.builtin.models.config import ModelConfig
-from parrot.engine.builtin.models.decoder import Decoder, Layer
+from parrot.engine.builtin.models.decoder import Decoder, Layer, Norm
 from parrot.model_files import ModelFiles, converted, import_transformers
 
 #: Larger models keep one copy of their weights; smaller ones get blocked ones beside (linear.py).
@@ -46,28 +46,43 @@ def load_decoder(config: ModelConfig, source: Source, dtype: torch.dtype, device
             first += n
         return Linear(weight, offsets)
 
-    def vector(name: str) -> Tensor:
-        out = torch.empty((config.hidden_size,), dtype=dtype, device=device)
+    def vector(name: str, size: int) -> Tensor:
+        out = torch.empty((size,), dtype=dtype, device=device)
         source.fill(out, name)
         return out
 
+    def norm(name: str, size: int = config.hidden_size) -> Norm:
+        bias = vector(f"{name}.bias", size) if config.kind.norm == "layer" else None
+        return Norm(vector(f"{name}.weight", size), bias, config.norm_eps, config.kind.norm)
+
+    names = config.kind.names
+
     def layer(index: int) -> Layer:
-        at = f"model.layers.{index}"
+        at = f"{names.layers}.{index}"
         hidden, wide = config.hidden_size, config.intermediate_size
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        attention = [(f"{at}.self_attn.{part}_proj", n) for part, n in (("q", queries), ("k", keys), ("v", keys))]
+        heads = [(f"{at}.{part}", n) for part, n in ((names.query, queries), (names.key, keys), (names.value, keys))]
+        inner = [(f"{at}.{part}", wide) for part in (names.gate, names.up) if part is not None]
+        own = config.kind.head_norms
         return Layer(
-            attention_norm=vector(f"{at}.input_layernorm.weight"),
-            qkv=joined(hidden, attention, config.qkv_bias),
-            output=joined(queries, [(f"{at}.self_attn.o_proj", hidden)], config.output_bias),
-            mlp_norm=vector(f"{at}.post_attention_layernorm.weight"),
-            gate_up=joined(hidden, [(f"{at}.mlp.gate_proj", wide), (f"{at}.mlp.up_proj", wide)], config.mlp_bias),
-            down=joined(wide, [(f"{at}.mlp.down_proj", hidden)], config.mlp_bias),
+            attention_norm=norm(f"{at}.{names.attention_norm}"),
+            qkv=joined(hidden, heads, config.qkv_bias),
+            query_norm=norm(f"{at}.{names.query_norm}", config.head_dim) if own else None,
+            key_norm=norm(f"{at}.{names.key_norm}", config.head_dim) if own else None,
+            output=joined(queries, [(f"{at}.{names.output}", hidden)], config.output_bias),
+            mlp_norm=norm(f"{at}.{names.mlp_norm}"),
+            up=joined(hidden, inner, config.mlp_bias),
+            down=joined(wide, [(f"{at}.{names.down}", hidden)], config.mlp_bias),
         )
 
-    embedding = joined(config.hidden_size, [("model.embed_tokens", config.vocab_size)], False)
-    head = embedding if config.tied_embeddings else joined(config.hidden_size, [("lm_head", config.vocab_size)], False)
-    decoder = Decoder(config, embedding.weight, [layer(i) for i in range(config.num_layers)], vector("model.norm.weight"), head)
+    embedding = joined(config.hidden_size, [(names.embedding, config.vocab_size)], False)
+    positions = None
+    if names.positions is not None:
+        rows = config.max_seq_len + (config.kind.position_offset or 0)
+        positions = joined(config.hidden_size, [(names.positions, rows)], False).weight
+    head = embedding if config.tied_embeddings else joined(config.hidden_size, [(names.head, config.vocab_size)], False)
+    layers = [layer(i) for i in range(config.num_layers)]
+    decoder = Decoder(config, embedding.weight, positions, layers, norm(names.norm), head)
     _pack(decoder, dtype, device)
     return decoder
 
@@ -108,7 +123,8 @@ class Checkpoint:
             self._readers[key] = _reader(opened, key)
 
     def fill(self, out: Tensor, name: str) -> None:
-        reader = self._readers.get(name)
+        # Older OPT checkpoints leave out the first part of a name.
+        reader = self._readers.get(name) or self._readers.get(name.removeprefix("model."))
         if reader is None:
             raise ConfigurationError(f"model {self._name!r}: its weights have no tensor {name!r}")
         tensor = reader()

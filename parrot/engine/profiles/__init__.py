@@ -31,11 +31,10 @@ def find_profile(name_or_path: str, relative_to: str | Path | None = None) -> La
     )
 
 
-def profile_for(model: str, device: str) -> LatencyProfile | None:
-    """The shipped profile of `model` on a `device` of that kind ("cuda:1" is a "cuda"), or None."""
+def profile_for(model: str, device: str, attn_func: str | None = None) -> LatencyProfile | None:
+    """The shipped profile of `model` on a `device` of that kind ("cuda:1" is a "cuda"), or None; that of the attention function
+    where there is one, else the first by name."""
     kind = device.partition(":")[0]
-    for name in shipped_profiles():
-        profile = load(SHIPPED / f"{name}.json", LatencyProfile)
-        if profile.model == model and profile.device.partition(":")[0] == kind:
-            return profile
-    return None
+    found = [load(SHIPPED / f"{name}.json", LatencyProfile) for name in shipped_profiles()]
+    found = [profile for profile in found if profile.model == model and profile.device.partition(":")[0] == kind]
+    return next((profile for profile in found if profile.attn_func == attn_func), found[0] if found else None)

@@ -1,4 +1,4 @@
-"""Small random models of the Llama family, made by transformers, and the real SmolLM2 where its package is installed."""
+"""Small random models of every family, made by transformers, and the real SmolLM2 where its package is installed."""
 
 from __future__ import annotations
 
@@ -24,6 +24,19 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+TINY_OPT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "word_embed_proj_dim": 48,
+    "ffn_dim": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 2048,
+    "init_std": 0.2,
+    "bos_token_id": 2,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+}
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -38,13 +51,17 @@ def make_model(folder: Path, family: str = "llama", **changes: Any) -> Any:
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
         "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+        "opt": (transformers.OPTConfig, transformers.OPTForCausalLM),
     }
     config_type, model_type = kinds[family]
-    model = model_type(config_type(**{**TINY, **changes})).eval()
+    model = model_type(config_type(**{**(TINY_OPT if family == "opt" else TINY), **changes})).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)
+            elif "norm" in name:
+                parameter.normal_(mean=1.0, std=0.2)
     model.save_pretrained(folder)
     return model
 

@@ -7,7 +7,8 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
-from parrot.engine.builtin.runner import BuiltinRunner, LoadedRunner, load_runner
+from parrot.engine.builtin.load import LoadedRunner, load_runner
+from parrot.engine.builtin.runner import BuiltinRunner
 from parrot.engine.config import BuiltinEngineConfig, parse_engine_config
 from parrot.engine.core import EngineCore, EngineLimits, EngineTask, Link
 from parrot.engine.runner import TokenResult
@@ -71,14 +72,14 @@ class Drive:
         self.contexts += [context_id for context_id, _ in links] + ([] if output is None else [output])
 
     def step(self) -> bool:
-        """Issues what may be issued, then computes the oldest batch. False: there was nothing to do."""
+        """Issues and launches what may be issued, then finishes the oldest batch. False: there was nothing to do."""
         while (batch := self.core.next_batch(0.0)) is not None:
             self.runner.drop_contexts(self.core.take_evicted())
-            self._issued.append((batch, self.runner.prepare(batch, self.core)))
+            self._issued.append((batch, self.runner.launch(self.runner.prepare(batch, self.core))))
         if not self._issued:
             return False
-        batch, prepared = self._issued.popleft()
-        results = self.runner.run(prepared)
+        batch, launched = self._issued.popleft()
+        results = self.runner.finish(launched)
         for result in results:
             self.streamed[result.key] = self.streamed.get(result.key, "") + result.text
             if result.reason is not None:

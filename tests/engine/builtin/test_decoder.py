@@ -38,6 +38,9 @@ FAMILIES = {
     "linear positions": {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}},
     "mistral": {"family": "mistral", "sliding_window": None},
     "qwen2": {"family": "qwen2"},
+    "qwen3": {"family": "qwen3", "head_dim": 16},
+    "opt": {"family": "opt"},
+    "opt without biases": {"family": "opt", "enable_bias": False, "activation_function": "gelu"},
 }
 
 

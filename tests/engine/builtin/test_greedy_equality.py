@@ -18,7 +18,8 @@ transformers = pytest.importorskip("transformers")
 
 from parrot.engine.builtin.attention import load_attention  # noqa: E402
 from parrot.engine.builtin.kv_cache import KVCache  # noqa: E402
-from parrot.engine.builtin.runner import BuiltinRunner, LoadedRunner  # noqa: E402
+from parrot.engine.builtin.load import LoadedRunner  # noqa: E402
+from parrot.engine.builtin.runner import BuiltinRunner  # noqa: E402
 from parrot.engine.builtin.weights import as_directory  # noqa: E402
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from parrot.engine.builtin.runner import LoadedRunner
+from parrot.engine.builtin.load import LoadedRunner
 from parrot.protocol.api import SamplingConfig
 from parrot.protocol.errors import ParrotError
 from tests.engine.builtin.conftest import VOCABULARY

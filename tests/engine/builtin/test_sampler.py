@@ -14,13 +14,19 @@ from parrot.protocol.errors import ParrotError
 
 torch = pytest.importorskip("torch")
 
-from parrot.engine.builtin.sampler import SamplingRow, check_sampling, sample, uniform  # noqa: E402
+from parrot.engine.builtin import sampler  # noqa: E402
+from parrot.engine.builtin.sampler import SamplingRow, check_sampling, uniform  # noqa: E402
 
 PROBABILITIES = [0.4, 0.3, 0.15, 0.1, 0.05]
 
 
 def logits(*rows: list[float]) -> torch.Tensor:
     return torch.tensor(rows)
+
+
+def sample(logits: torch.Tensor, rows: list[SamplingRow]) -> list[int]:
+    chosen: list[int] = sampler.sample(logits, rows).tolist()
+    return chosen
 
 
 LOGITS = [math.log(p) for p in PROBABILITIES]

@@ -11,22 +11,39 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from parrot.engine.batches import Span
+
 
 class AttentionRow(NamedTuple):
     """A sequence's part of the iteration: positions [start, stop), whose tokens are the next stop − start of the packed
-    ones. `pages`: its pages from position 0 on. `key`: whose it is, the same from iteration to iteration."""
+    ones. `pages`: its pages from position 0 on. `key`: whose it is, the same from iteration to iteration. `chain`: which
+    context each position belongs to, root first; only for functions that ask for it."""
 
     key: Hashable
     start: int
     stop: int
     pages: Sequence[int]
+    chain: Sequence[Span] = ()
 
 
 class Attention(Protocol):
     """Made for one KV cache and one model's heads."""
 
-    def plan(self, rows: Sequence[AttentionRow]) -> Any:
-        """What `attend` needs in this iteration. Called once an iteration, in the order in which they are computed."""
+    #: whether rows come with their chains
+    wants_chains: bool
+    #: numbers of decode rows that it can be captured for in a graph; empty: it cannot
+    buckets: Sequence[int]
+
+    def arrange(self, decode_rows: Sequence[AttentionRow]) -> list[int]:
+        """The order in which it wants decode rows, by their indices."""
+
+    def plan(self, rows: Sequence[AttentionRow], decode_rows: int = 0, padded_to: int = 0) -> Any:
+        """What `attend` needs in this iteration. Called once an iteration, in the order in which they are computed.
+
+        The first `decode_rows` rows compute one token each and are packed first, padded to `padded_to` tokens, one of
+        `buckets`; 0 and 0: rows of all kinds lie in any order, without padding. Plans of iterations that only decode, with
+        the same padding, are in the same memory: a captured `attend` follows them.
+        """
 
     def attend(self, plan: Any, layer: int, heads: Tensor) -> Tensor:
         """Writes the new keys and values, then attends causally.

@@ -42,6 +42,9 @@ class SdpaPlan(NamedTuple):
 class SdpaAttention:
     """See the module."""
 
+    wants_chains = False
+    buckets: Sequence[int] = ()
+
     def __init__(self, config: ModelConfig, cache: KVCache) -> None:
         self._heads = config.num_heads
         self._kv_heads = config.num_kv_heads
@@ -51,7 +54,10 @@ class SdpaAttention:
         self._device = cache.layers[0].device
         self._windows = Windows(cache, cache.num_pages * cache.page_tokens)
 
-    def plan(self, rows: Sequence[AttentionRow]) -> SdpaPlan:
+    def arrange(self, decode_rows: Sequence[AttentionRow]) -> list[int]:
+        return list(range(len(decode_rows)))
+
+    def plan(self, rows: Sequence[AttentionRow], decode_rows: int = 0, padded_to: int = 0) -> SdpaPlan:
         slots: list[int] = []
         single: list[tuple[int, AttentionRow]] = []
         several: list[tuple[int, AttentionRow]] = []

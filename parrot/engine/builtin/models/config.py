@@ -13,16 +13,11 @@ from typing import Any
 import msgspec
 
 from parrot.configuration import ConfigurationError
+from parrot.engine.builtin.models.families import FAMILIES, Family
 from parrot.model_files import ModelFiles, resolve_model
 
 _SHAPES = Path(__file__).parent / "shapes"
 
-#: Families that the decoder runs: model_type -> what their published configuration leaves unsaid.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"sliding_window": 4096},
-    "qwen2": {"attention_bias": True, "use_sliding_window": False},
-}
 _ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -40,7 +35,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Dimensions of a decoder of the Llama family. Lengths are tokens."""
+    """Dimensions of a decoder. Lengths are tokens. `family`: a key of FAMILIES, which says what differs beside them."""
 
     name: str
     family: str
@@ -57,9 +52,22 @@ class ModelConfig:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    activation: str = "silu"
     initializer_range: float = 0.02
     rope: RopeConfig = field(default_factory=RopeConfig)
     eos_ids: tuple[int, ...] = ()
+
+    @property
+    def kind(self) -> Family:
+        return FAMILIES[self.family]
+
+    @property
+    def num_parameters(self) -> int:
+        """Of all tensors, tied ones once. Exact but for norms and biases, which are left out."""
+        wide = self.intermediate_size * (2 if self.kind.names.gate is None else 3)
+        heads = (self.qkv_heads + self.num_heads) * self.head_dim
+        embeddings = self.vocab_size * (1 if self.tied_embeddings else 2)
+        return self.hidden_size * (embeddings + self.num_layers * (wide + heads))
 
     @property
     def qkv_heads(self) -> int:
@@ -112,8 +120,10 @@ def model_config(name: str, published: Mapping[str, Any], overrides: Mapping[str
             f"model {name!r}: architecture {architecture!r} is not one that the builtin engine runs yet; "
             f"it runs: {', '.join(FAMILIES)}"
         )
-    raw = {**FAMILIES[family], **raw}
-    _refuse_unsupported(name, raw)
+    kind = FAMILIES[family]
+    raw = {**kind.defaults, **raw}
+    raw |= {ours: raw[theirs] for ours, theirs in kind.renamed.items() if theirs in raw}
+    _refuse_unsupported(name, kind, raw)
     try:
         return _config(name, family, raw)
     except KeyError as error:
@@ -138,10 +148,19 @@ _OPTIONAL = (
 )
 
 
-def _refuse_unsupported(name: str, raw: Mapping[str, Any]) -> None:
-    activation = raw.get("hidden_act", "silu")
-    if activation != "silu":
-        raise ConfigurationError(f"model {name!r}: hidden_act is {activation!r}; the decoder has only 'silu'")
+def _refuse_unsupported(name: str, kind: Family, raw: Mapping[str, Any]) -> None:
+    activation = raw.get("hidden_act", kind.activations[0])
+    if activation not in kind.activations:
+        there = " and ".join(map(repr, kind.activations))
+        raise ConfigurationError(f"model {name!r}: hidden_act is {activation!r}; the decoder has only {there}")
+    for key, allowed in kind.only.items():
+        if raw[key] not in allowed:
+            raise ConfigurationError(f"model {name!r}: {key} is {raw[key]!r}; the decoder runs only {allowed[0]!r}")
+    if raw.get("word_embed_proj_dim", raw.get("hidden_size")) != raw.get("hidden_size"):
+        raise ConfigurationError(
+            f"model {name!r}: word_embed_proj_dim is {raw['word_embed_proj_dim']}; the decoder needs it to be hidden_size, "
+            f"{raw.get('hidden_size')}"
+        )
     window = raw.get("sliding_window")
     longest = raw.get("max_position_embeddings", 0)
     if window is not None and raw.get("use_sliding_window", True) and longest > window:
@@ -159,6 +178,7 @@ def _config(name: str, family: str, raw: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
     if not raw.get("head_dim") and hidden % heads:
         raise ValueError(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+    kind = FAMILIES[family]
     bias = bool(raw.get("attention_bias", False))
     eos = raw.get("eos_token_id")
     config = ModelConfig(
@@ -172,11 +192,12 @@ def _config(name: str, family: str, raw: Mapping[str, Any]) -> ModelConfig:
         num_kv_heads=kv_heads,
         head_dim=int(raw.get("head_dim") or hidden // heads),
         max_seq_len=int(raw["max_position_embeddings"]),
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        norm_eps=float(raw.get("rms_norm_eps", 1e-6)) if kind.norm == "rms" else 1e-5,
         tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
         qkv_bias=bias,
-        output_bias=bias and family == "llama",
+        output_bias=bias and kind.output_bias,
         mlp_bias=bool(raw.get("mlp_bias", False)),
+        activation=str(raw.get("hidden_act", kind.activations[0])),
         initializer_range=float(raw.get("initializer_range", 0.02)),
         rope=_rope(name, raw),
         eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
@@ -184,7 +205,7 @@ def _config(name: str, family: str, raw: Mapping[str, Any]) -> ModelConfig:
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "max_seq_len"):
         if getattr(config, key) < 1:
             raise ValueError(f"{key} is {getattr(config, key)}; at least 1 is expected")
-    if config.head_dim % 2:
+    if config.head_dim % 2 and kind.position_offset is None:
         raise ValueError(f"head_dim is {config.head_dim}; rotary positions need an even one")
     return config
 

@@ -1,7 +1,8 @@
-"""The decoder of the Llama family over packed rows: tokens of many sequences in one tensor, wherever they stand.
+"""The decoder of every family over packed rows: tokens of many sequences in one tensor, wherever they stand.
 
 It knows no batch and no cache: positions come with the tokens, and `attend` writes and reads the KV cache. Query, key
-and value are one product, gate and up another.
+and value are one product, gate and up another. What differs between families is data (families.py): which norm, rotary
+or learned positions, norms of single heads, a gated or a plain MLP.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as functional
@@ -20,33 +22,70 @@ from parrot.engine.builtin.models.config import ModelConfig, RopeConfig
 #: (layer, heads [tokens, heads + 2 × kv_heads, head_dim], rotated) -> [tokens, heads × head_dim]
 Attend = Callable[[int, Tensor], Tensor]
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+}
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Of the last dimension: by its root mean square, or by mean and variance with a bias."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    kind: Literal["rms", "layer"]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.kind == "rms":
+            return functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return functional.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
+
 
 @dataclass
 class Layer:
-    """One transformer block."""
+    """One transformer block. `up`: gate and up joined where the MLP is gated."""
 
-    attention_norm: Tensor
+    attention_norm: Norm
     qkv: Linear
+    query_norm: Norm | None
+    key_norm: Norm | None
     output: Linear
-    mlp_norm: Tensor
-    gate_up: Linear
+    mlp_norm: Norm
+    up: Linear
     down: Linear
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        return (self.qkv, self.output, self.gate_up, self.down)
+        return (self.qkv, self.output, self.up, self.down)
 
 
 class Decoder:
     """Weights and the forward pass. Activations are [tokens, hidden_size]."""
 
-    def __init__(self, config: ModelConfig, embedding: Tensor, layers: list[Layer], norm: Tensor, head: Linear) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        embedding: Tensor,
+        positions: Tensor | None,
+        layers: list[Layer],
+        norm: Norm,
+        head: Linear,
+    ) -> None:
         self.config = config
         self.embedding = embedding
+        self.positions = positions
         self.layers = layers
         self.norm = norm
         self.head = head
-        self.rope = Rope(config.rope, config.head_dim, config.max_seq_len, embedding.device)
+        self._activation = ACTIVATIONS[config.activation]
+        self._gated = config.kind.names.gate is not None
+        self._offset = config.kind.position_offset or 0
+        self.rope: Rope | None = None
+        if positions is None:
+            self.rope = Rope(config.rope, config.head_dim, config.max_seq_len, embedding.device)
 
     @property
     def linears(self) -> list[Linear]:
@@ -56,7 +95,8 @@ class Decoder:
     def nbytes(self) -> int:
         """Bytes of all weights; tied embeddings count once."""
         tied = self.head.weight.data_ptr() == self.embedding.data_ptr()
-        return sum(linear.nbytes for linear in self.linears) + (0 if tied else self.embedding.nbytes)
+        learned = 0 if self.positions is None else self.positions.nbytes
+        return sum(linear.nbytes for linear in self.linears) + learned + (0 if tied else self.embedding.nbytes)
 
     @torch.inference_mode()
     def forward(self, ids: Tensor, positions: Tensor, attend: Attend, sampled: Tensor) -> Tensor:
@@ -65,19 +105,30 @@ class Decoder:
         `ids`, `positions`: [tokens]. The KV of every token is computed, sampled or not.
         """
         config = self.config
-        rotated_heads = config.num_heads + config.num_kv_heads
-        cos, sin = self.rope.at(positions, self.embedding.dtype)
         x = functional.embedding(ids, self.embedding)
+        if self.positions is not None:
+            x = x + functional.embedding(positions + self._offset, self.positions)
+        turns = None if self.rope is None else self.rope.at(positions, self.embedding.dtype)
         for index, layer in enumerate(self.layers):
-            heads = layer.qkv(self._normed(x, layer.attention_norm)).view(-1, config.qkv_heads, config.head_dim)
-            rotate_(heads[:, :rotated_heads], cos, sin)
-            x = x + layer.output(attend(index, heads))
-            gate, up = layer.gate_up(self._normed(x, layer.mlp_norm)).chunk(2, dim=-1)
-            x = x + layer.down(functional.silu(gate) * up)
-        return self.head(self._normed(x.index_select(0, sampled), self.norm)).float()
+            heads = layer.qkv(layer.attention_norm(x)).view(-1, config.qkv_heads, config.head_dim)
+            x = x + layer.output(attend(index, self._placed(layer, heads, turns)))
+            inner = layer.up(layer.mlp_norm(x))
+            if self._gated:
+                gate, up = inner.chunk(2, dim=-1)
+                x = x + layer.down(self._activation(gate) * up)
+            else:
+                x = x + layer.down(self._activation(inner))
+        return self.head(self.norm(x.index_select(0, sampled))).float()
 
-    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        return functional.rms_norm(x, (x.shape[-1],), weight, self.config.norm_eps)
+    def _placed(self, layer: Layer, heads: Tensor, turns: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Query and key heads normed and rotated, where the family does so; [tokens, qkv_heads, head_dim]."""
+        queries, keys = self.config.num_heads, self.config.num_kv_heads
+        if layer.query_norm is not None and layer.key_norm is not None:
+            heads[:, :queries] = layer.query_norm(heads[:, :queries])
+            heads[:, queries : queries + keys] = layer.key_norm(heads[:, queries : queries + keys])
+        if turns is not None:
+            rotate_(heads[:, : queries + keys], *turns)
+        return heads
 
 
 class Rope:

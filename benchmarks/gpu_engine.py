@@ -1,0 +1,193 @@
+"""The builtin engine on a GPU: milliseconds of an iteration beside its floor, and many requests at once over HTTP.
+
+    python -m benchmarks.gpu_engine [sample_configs/engine/vicuna-7b-h200.json] [--attn_func NAME]... [--azure CSV]
+
+The floor of decoding is the reading of the weights and of every KV token once, at the rate of a large copy; that of prefill is
+its multiplications, at the rate of a large matrix product. Both rates are measured here, on the same GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import statistics
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.calibrate import at_once, azure_lengths
+from experiments.engine_load import send
+from parrot.engine.builtin.load import LoadedRunner, load_runner
+from parrot.engine.builtin.models.config import ModelConfig
+from parrot.engine.config import BuiltinEngineConfig, description_of, load_engine_config
+from parrot.engine.core import EngineCore, EngineTask, Link
+from parrot.engine.launch import bind, prepare_builtin, serve
+from parrot.engine.loop import BuiltinLoop
+from parrot.protocol.api import SamplingConfig
+
+#: name, rows, shared tokens, own tokens of each
+DECODES = [("decode 1 × 512", 1, 0, 512), ("decode 64 × 1,500", 64, 0, 1500), ("decode 256 × 500", 256, 0, 500),
+           ("decode 64 × 500 sharing 5,107", 64, 5107, 500)]  # fmt: skip
+ITERATIONS = 40
+
+
+def rates() -> tuple[float, float]:
+    """Bytes a second of a copy (read and written), multiplications and additions a second of a bfloat16 product."""
+    source = torch.empty(1 << 32, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy_s = _best(lambda to=target, of=source: to.copy_(of))
+    del source, target
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    return 2 * (1 << 32) / copy_s, 2 * 8192**3 / _best(lambda: a @ b)
+
+
+def _best(work: Any) -> float:
+    times = []
+    for _ in range(8):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return min(times)
+
+
+class Engine:
+    """EngineCore over a loaded runner, driven as the engine's loop drives it, one batch ahead."""
+
+    def __init__(self, loaded: LoadedRunner) -> None:
+        self.loaded = loaded
+        self.core = EngineCore(loaded.limits)
+        self.number = 0
+
+    def submit(self, chain: Sequence[tuple[int, int]], output: int) -> None:
+        self.number += 1
+        key = self.number
+        links = tuple(Link(context, tokens) for context, tokens in chain)
+        ids = [random.Random(context).choices(range(3, 32000), k=tokens) for context, tokens in chain]
+        task = EngineTask(key, links, 10**9 + key, output)
+        self.loaded.runner.add_task(task, ids, SamplingConfig(temperature=0.0, max_gen_length=output, output_length=output), ())
+        self.core.submit(task, 0.0)
+
+    def run(self) -> list[tuple[float, Any]]:
+        """(seconds, shape) of each iteration, from the end of the one before, until all tasks are done."""
+        runner, core = self.loaded.runner, self.core
+        issued: deque[Any] = deque()
+        edges: list[tuple[float, Any]] = []
+        before = time.perf_counter()
+        while True:
+            while (batch := core.next_batch(0.0)) is not None:
+                issued.append((batch, runner.launch(runner.prepare(batch, core))))
+            if not issued:
+                return edges
+            batch, launched = issued.popleft()
+            results = runner.finish(launched)
+            now = time.perf_counter()
+            edges.append((now - before, batch.shape))
+            before = now
+            core.complete(batch, {r.key: r.kept for r in results if r.reason is not None}, 0.0)
+
+    def close(self) -> None:
+        contexts = [context.id for context in self.core.contexts]
+        self.core.free_contexts(contexts)
+        self.loaded.runner.drop_contexts(contexts)
+        for key in range(self.number + 1):
+            self.loaded.runner.drop_task(key)
+
+
+def decode_s(loaded: LoadedRunner, rows: int, shared: int, own: int) -> float:
+    """Median seconds of the iterations in which all rows decode, from `own` tokens each on."""
+    engine = Engine(loaded)
+    for i in range(rows):
+        head = [(1, shared)] if shared else []
+        engine.submit([*head, (10 + i, own)], ITERATIONS + 24)  # the first goes on decoding until the last is filled
+    found = [seconds for seconds, shape in engine.run() if shape.decode_rows == rows and not shape.prefill_rows]
+    engine.close()
+    return statistics.median(found[2:ITERATIONS])
+
+
+def prefill_s(loaded: LoadedRunner, rows: int, tokens: int) -> float:
+    """Median seconds of an iteration that fills `rows` prompts of `tokens`."""
+    times = []
+    for _ in range(4):
+        engine = Engine(loaded)
+        for i in range(rows):
+            engine.submit([(10 + i, tokens)], 1)
+        times.append(sum(seconds for seconds, _ in engine.run()))
+        engine.close()
+    return statistics.median(times[1:])
+
+
+async def http_s(config: BuiltinEngineConfig, loaded: LoadedRunner, lengths: Sequence[tuple[int, int]]) -> float:
+    """Seconds of requests of these lengths, sent at once over HTTP."""
+    description = description_of(config, loaded.limits, tokenizer=loaded.tokenizer.name, accepts_output_length=loaded.dummy)
+    loop = BuiltinLoop(EngineCore(loaded.limits), loaded.runner, pipeline_depth=loaded.limits.pipeline_depth)
+    engine = await serve(config, description, loop, loaded.tokenizer, bind("127.0.0.1", 0), with_core=False)
+    outcome = await asyncio.to_thread(send, at_once("at-once", lengths), engine.url)
+    contexts = loop.context_ids()
+    await engine.close()
+    loaded.runner.drop_contexts(contexts)
+    if outcome.failed:
+        raise SystemExit(f"{len(outcome.failed)} requests failed; first: {outcome.failed[0]}")
+    return outcome.total_s
+
+
+def decode_floor_s(shape: ModelConfig, tokens: int, bandwidth: float) -> float:
+    weights = shape.num_parameters - shape.vocab_size * shape.hidden_size  # one embedding row a token is read, not the table
+    return (2 * weights + tokens * shape.kv_bytes_per_token(2)) / bandwidth
+
+
+def http_floor_s(shape: ModelConfig, lengths: Sequence[tuple[int, int]], rows: int, bandwidth: float, rate: float) -> float:
+    """Every token multiplied once, every KV token read at each step of its sequence, the weights at each step of `rows`."""
+    prompts, outputs = (sum(side) for side in zip(*lengths, strict=True))
+    kv = sum(output * (prompt + output / 2) for prompt, output in lengths)
+    multiplied = 2 * (shape.num_parameters - shape.vocab_size * shape.hidden_size) * prompts / rate
+    return multiplied + (kv * shape.kv_bytes_per_token(2) + outputs / rows * 2 * shape.num_parameters) / bandwidth
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("engine", nargs="?", default="sample_configs/engine/vicuna-7b-h200.json")
+    parser.add_argument("--attn_func", action="append", help="one or more; default: xformers_paged, xformers_shared_prefix")
+    parser.add_argument("--azure", help="a public Azure trace: its first 500 requests are sent at once over HTTP")
+    args = parser.parse_args()
+    bandwidth, rate = rates()
+    torch.cuda.empty_cache()
+    name = torch.cuda.get_device_name()
+    print(f"{name}, torch {torch.__version__}: copy {bandwidth / 1e12:.2f} TB/s, product {rate / 1e12:.0f} TFLOP/s")
+    print(f"{'':<24}{'':<32}{'floor ms':>10}{'ms':>10}{'ratio':>8}")
+    for function in args.attn_func or ["xformers_paged", "xformers_shared_prefix"]:
+        wider = {"scheduler.max_num_batched_tokens": 8192, "fill_chunk_size": 8192}
+        config = load_engine_config(Path(args.engine), {"instance.attn_func": function, **wider})
+        assert isinstance(config, BuiltinEngineConfig)
+        config = prepare_builtin(config)
+        began = time.perf_counter()
+        loaded = load_runner(config)
+        print(f"{function}: loaded and captured in {time.perf_counter() - began:.1f} s")
+        shape = loaded.runner.decoder.config
+        for what, rows, shared, own in DECODES:
+            once = 1 if function == "xformers_shared_prefix" else rows
+            floor = decode_floor_s(shape, rows * (own + ITERATIONS // 2) + shared * once, bandwidth)
+            line(function, what, floor, decode_s(loaded, rows, shared, own))
+        floor = 2 * 8192 * (shape.num_parameters - 2 * shape.vocab_size * shape.hidden_size) / rate
+        line(function, "prefill 8 × 1,024", floor, prefill_s(loaded, 8, 1024))
+        if args.azure:
+            lengths = azure_lengths(args.azure, 500)
+            floor = http_floor_s(shape, lengths, loaded.limits.max_batch_size, bandwidth, rate)
+            line(function, "500 Azure requests, HTTP", floor, asyncio.run(http_s(config, loaded, lengths)))
+        del loaded
+        torch.cuda.empty_cache()
+
+
+def line(function: str, what: str, floor_s: float, found_s: float) -> None:
+    print(f"{function:<24}{what:<32}{floor_s * 1e3:>10.2f}{found_s * 1e3:>10.2f}{found_s / floor_s:>8.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
