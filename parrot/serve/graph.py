@@ -120,11 +120,12 @@ class Task:
     """
 
     __slots__ = (
-        "activated", "aim", "alone", "attempt", "begin", "cached_tokens", "call", "contexts", "counted_latency", "criteria",
-        "deadline_s", "decode_s", "depth", "dispatched_s", "end", "engine", "engine_name", "finished_s", "first_token_s",
-        "granted", "group", "held", "id", "lends", "level", "links", "max_gap_s", "missing", "order", "output",
-        "output_tokens", "path", "pinned", "placed_tokens", "prompt_tokens", "rank", "ready_s", "refusals", "reserved",
-        "sampling", "sequence", "sources", "stage", "started_s", "state", "tokens", "touched", "tries", "wanted_until_s",
+        "activated", "aim", "alone", "attempt", "begin", "cached_tokens", "call", "contexts", "cost", "counted_latency",
+        "criteria", "deadline_s", "decode_s", "depth", "dispatched_s", "end", "engine", "engine_name", "finished_s",
+        "first_token_s", "granted", "group", "held", "id", "lends", "level", "links", "max_gap_s", "missing", "order",
+        "output", "output_tokens", "path", "pinned", "placed_tokens", "prompt_tokens", "rank", "ready_s", "refusals",
+        "reserved", "sampling", "sequence", "sources", "stage", "started_s", "state", "tokens", "touched", "tries",
+        "wanted_until_s",
     )  # fmt: skip
 
     def __init__(self, id: TaskId, call: Call, begin: int, end: int, output: Variable, sampling: SamplingConfig) -> None:
@@ -181,6 +182,7 @@ class Task:
         self.output_tokens = 0
         self.decode_s = 0.0
         self.max_gap_s = 0.0
+        self.cost = 0.0
 
     @property
     def ended(self) -> bool:
