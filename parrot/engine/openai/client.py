@@ -53,10 +53,9 @@ def check(config: OpenAIEngineConfig) -> None:
                 raise ConfigurationError(f"key 'instance.{name}' is given, but is_azure is false")
         if instance.base_url is None and not instance.api_key:
             raise ConfigurationError("missing key 'instance.api_key' (or 'instance.base_url', of a server of your own)")
-        if instance.base_url is not None:
-            if not instance.base_url.startswith(("http://", "https://")):
-                message = "expected a URL that begins with http:// or https://"
-                raise ConfigurationError(f"key 'instance.base_url' is {instance.base_url!r}; {message}")
+        if instance.base_url is not None and not instance.base_url.startswith(("http://", "https://")):
+            message = "expected a URL that begins with http:// or https://"
+            raise ConfigurationError(f"key 'instance.base_url' is {instance.base_url!r}; {message}")
     if instance.send_token_ids and instance.api_endpoint == "chat":
         raise ConfigurationError(
             "key 'instance.send_token_ids' is true, but api_endpoint 'chat' takes no ids; use 'completion'"
