@@ -118,7 +118,17 @@ class EmulatedInstance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class OpenAIInstance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Section `instance` of an engine behind a remote endpoint. `api_key`: the key, or `env:NAME`."""
+    """Section `instance` of an engine behind a remote endpoint. `api_key`: the key, or `env:NAME`; null: none is sent.
+
+    `base_url`: of any server that speaks OpenAI's protocol, up to and with its `/v1`. `timeout`: seconds without a byte.
+    `max_retries`: how often a request is sent again that was answered 408, 429 or 5xx, or not at all, before any text came.
+    `requests_per_minute`, `tokens_per_minute`: what this engine keeps to by itself (null: no limit); tokens are the prompt's
+    and `max_gen_length`, as Azure counts them. `stream_usage`: ask for the token counts with the stream (null: yes, but not of
+    Azure, whose older versions refuse it). `max_tokens_field`: newer models of OpenAI's take max_completion_tokens.
+    `extended_sampling`: the server knows top_k, repetition_penalty, stop_token_ids and ignore_eos. `send_token_ids`: send the
+    prompt as ids of `tokenizer` (api_endpoint "completion" alone). `max_seq_len`: the model's context window in tokens.
+    `prompt_price`, `output_price`: of a million tokens, in any currency.
+    """
 
     api_key: str | None = None
     api_endpoint: Literal["completion", "chat"] = "completion"
@@ -126,6 +136,17 @@ class OpenAIInstance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     is_azure: bool = False
     azure_api_version: str | None = None
     azure_endpoint: str | None = None
+    timeout: Seconds = 120.0
+    max_retries: NotNegative = 5
+    requests_per_minute: Positive | None = None
+    tokens_per_minute: Positive | None = None
+    stream_usage: bool | None = None
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    extended_sampling: bool = False
+    send_token_ids: bool = False
+    max_seq_len: Positive | None = None
+    prompt_price: Annotated[float, Meta(ge=0)] = 0.0
+    output_price: Annotated[float, Meta(ge=0)] = 0.0
 
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -188,6 +209,10 @@ KINDS: dict[str, type[EngineConfig]] = {
     "openai": OpenAIEngineConfig,
     "emulated": EmulatedEngineConfig,
 }
+
+
+#: Tokenizers of engines whose file names none; of a builtin engine it is the model's own.
+TOKENIZERS = {"emulated": "synthetic", "openai": "estimated"}
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -308,7 +333,7 @@ def limits_of(config: EngineConfig, *, max_seq_len: int | None = None, kv_tokens
     scheduler = config.scheduler
     capacity = kv_tokens_of(config) or kv_tokens or scheduler.max_total_tokens
     page = min(PAGE_TOKENS, capacity)
-    asked = None if isinstance(config.instance, OpenAIInstance) else config.instance.max_seq_len
+    asked = config.instance.max_seq_len
     if max_seq_len is None:
         max_seq_len = _published_max_seq_len(config)
     longest = min((n for n in (asked, max_seq_len) if n is not None), default=capacity)
@@ -360,7 +385,7 @@ def description_of(
     return EngineDescription(
         engine_name=config.name,
         model=config.model,
-        tokenizer=tokenizer or config.tokenizer or ("synthetic" if config.engine_type == "emulated" else config.model),
+        tokenizer=tokenizer or config.tokenizer or TOKENIZERS.get(config.engine_type, config.model),
         host=host or config.host,
         port=config.port if port is None else port,
         engine_type=config.engine_type,

@@ -24,6 +24,7 @@ from parrot.engine.config import (
     BuiltinEngineConfig,
     EmulatedEngineConfig,
     EngineConfig,
+    OpenAIEngineConfig,
     load_engine_config,
     profile_of,
     secret_of,
@@ -92,14 +93,16 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check(config: EngineConfig, args: argparse.Namespace) -> None:
-    if config.engine_type == "openai":
-        message = "engine_type 'openai' comes with a later release; use 'builtin' or 'emulated'"
-        raise ParrotError("not_implemented", f"{args.config_path}: {message}")
     if args.count > 1 and not isinstance(config, EmulatedEngineConfig):
         raise ConfigurationError(f"--count {args.count} is for emulated engines; {args.config_path} is {config.engine_type!r}")
     try:
         if isinstance(config, EmulatedEngineConfig) and profile_of(config) is None:
             raise ConfigurationError("missing key 'latency_profile': an emulated engine needs a file or a shipped one's name")
+        if isinstance(config, OpenAIEngineConfig):
+            from parrot.engine.openai.client import api_key_of, check
+
+            check(config)
+            api_key_of(config)
         if not args.without_core:
             secret_of(config)
     except ConfigurationError as error:
@@ -120,6 +123,10 @@ async def _serve(config: EngineConfig, count: int, with_core: bool) -> int:
             engines.append(await start_builtin(config, with_core=with_core, sockets=sockets[0]))
         elif isinstance(config, EmulatedEngineConfig):
             await _start_emulated(config, sockets, with_core, engines)
+        elif isinstance(config, OpenAIEngineConfig):
+            from parrot.engine.launch import start_openai
+
+            engines.append(await start_openai(config, with_core=with_core, sockets=sockets[0]))
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         gc.freeze()  # what was made up to here stays: a collection need not look at it again

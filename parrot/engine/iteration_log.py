@@ -60,6 +60,10 @@ class IterationLog:
             }
         )
 
+    def line(self, kind: str, fields: dict[str, Any]) -> None:
+        """Any other line, of a `kind` of its own."""
+        self._write({"kind": kind, **fields})
+
     def _write(self, line: dict[str, Any]) -> None:
         if self._file is None:
             return

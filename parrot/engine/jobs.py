@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 from parrot.engine.batches import EngineTask
 from parrot.engine.context_ids import ContextIds
 from parrot.protocol.api import SamplingConfig
 from parrot.protocol.engine import Failed, Finished, Rejected, Started, TaskEvent, Tokens
 from parrot.protocol.errors import ERRORS
+
+
+class Turn(NamedTuple):
+    """A part of a prompt as text. `role`: in a chat: system, user, assistant."""
+
+    role: str
+    text: str
 
 
 class TaskStream:
@@ -66,6 +74,7 @@ class Job:
         "sampling",
         "stream",
         "task",
+        "texts",
     )  # fmt: skip
 
     def __init__(
@@ -79,8 +88,10 @@ class Job:
         context_ids: ContextIds | None = None,
         forced_ids: tuple[int, ...] = (),
         forced_text: str = "",
+        texts: Sequence[Turn] = (),
     ) -> None:
-        """`sampling` None: only fills. `context_ids`: whose evictions its events carry (None: they carry none)."""
+        """`sampling` None: only fills. `context_ids`: whose evictions its events carry (None: they carry none). `texts`: what
+        `link_ids` stand for, of an engine that takes text."""
         self.key = key
         self.label = label
         self.task = task
@@ -89,6 +100,7 @@ class Job:
         self.arrived = arrived
         self.forced_ids = forced_ids
         self.forced_text = forced_text
+        self.texts = texts
         self.stream = TaskStream()
         self.cached_tokens = 0
         self._context_ids = context_ids
@@ -139,8 +151,25 @@ class Job:
     def finish_timed(self, ids: tuple[int, ...], text: str, reason: str, decode_s: float, max_gap_s: float) -> None:
         """The same with times that somebody else has measured. What was not streamed yet is streamed first."""
         self.show(ids, text)
-        event = Finished(ids, text, reason, self.prompt_tokens, self.cached_tokens, decode_s, max_gap_s, self._evicted())
-        self.stream.put(event, last=True)
+        counts = (self.prompt_tokens, self.cached_tokens)
+        self.stream.put(Finished(ids, text, reason, *counts, decode_s, max_gap_s, evicted=self._evicted()), last=True)
+
+    def finish_text(self, text: str, reason: str, prompt_tokens: int, output_tokens: int, cost: float) -> None:
+        """It ended with the whole output `text`, whose ids nobody knows; the counts are another's."""
+        self.show((), text)
+        decode_s = max(0.0, self._last_at - self._first_at)
+        counts = (prompt_tokens, self.cached_tokens, decode_s, self._max_gap_s, output_tokens, cost)
+        self.stream.put(Finished((), text, reason, *counts, self._evicted()), last=True)
+
+    @property
+    def max_gap_s(self) -> float:
+        """The longest wait between two of its tokens so far."""
+        return self._max_gap_s
+
+    @property
+    def first_token_at(self) -> float | None:
+        """When its first token came, of what this attempt generated; None before."""
+        return None if self._first_at < 0.0 else self._first_at
 
     def show(self, ids: tuple[int, ...], text: str) -> None:
         """The output so far, forced part included: what of it was not streamed yet goes out."""

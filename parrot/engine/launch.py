@@ -26,6 +26,7 @@ from parrot.engine.config import (
     BuiltinInstance,
     EmulatedEngineConfig,
     EngineConfig,
+    OpenAIEngineConfig,
     default_attention,
     description_of,
     limits_of,
@@ -42,7 +43,7 @@ from parrot.engine.server import EngineServer
 from parrot.engine.tasks import Tasks
 from parrot.latency import LatencyModel
 from parrot.protocol.engine import EngineDescription
-from parrot.tokenizer import Tokenizer, load_tokenizer
+from parrot.tokenizer import ESTIMATED, Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -169,6 +170,45 @@ def tokenizer_or_synthetic(name: str) -> Tokenizer:
 
 def bos_tokens(tokenizer: Tokenizer) -> int:
     return 0 if tokenizer.bos_id is None else 1
+
+
+# ------------------------------------------------------------------------------------------------------------ openai
+
+
+async def start_openai(
+    config: OpenAIEngineConfig, *, with_core: bool = True, sockets: Sequence[socket.socket] | None = None
+) -> RunningEngine:
+    """Starts the engine of a remote endpoint in this event loop; nothing is sent there yet. Raises ConfigurationError."""
+    from parrot.engine.openai.client import make_client
+    from parrot.engine.openai.loop import RemoteLoop
+
+    client = make_client(config)
+    tokenizer = load_tokenizer(config.tokenizer or ESTIMATED)
+    if tokenizer.name == ESTIMATED:
+        log.warning("tokens are estimated, since the file names no 'tokenizer': four bytes of text count as one")
+    limits = limits_of(config)
+    description = description_of(config, limits, tokenizer=tokenizer.name)
+    request_log = None
+    if config.iteration_log is not None:
+        request_log = IterationLog(config.iteration_log, _remote_header(config, description))
+    loop = RemoteLoop(client, config, tokenizer, request_log)
+    return await serve(config, description, loop, tokenizer, sockets, with_core)
+
+
+def _remote_header(config: OpenAIEngineConfig, description: EngineDescription) -> dict[str, object]:
+    instance = config.instance
+    return {
+        "engine": description.engine_name,
+        "engine_type": description.engine_type,
+        "model": description.model,
+        "tokenizer": description.tokenizer,
+        "endpoint": instance.azure_endpoint or instance.base_url or "OpenAI",
+        "api_endpoint": instance.api_endpoint,
+        "requests_per_minute": instance.requests_per_minute,
+        "tokens_per_minute": instance.tokens_per_minute,
+        "tasks_capacity": config.tasks_capacity,
+        "versions": versions("parrot-testbed", "openai"),
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------- builtin
@@ -301,7 +341,8 @@ async def serve(
     instance = secrets.token_hex(16)
     tasks = Tasks(loop, tokenizer, context_ids, instance)
     loop.on_evicted = tasks.note_evicted
-    app = EngineServer(loop, tasks, Primitives(loop, tokenizer, context_ids)).application()
+    takes_text = isinstance(config, OpenAIEngineConfig)
+    app = EngineServer(loop, tasks, Primitives(loop, tokenizer, context_ids, takes_text)).application()
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=STOP_S)
     await runner.setup()
     for listening in sockets:

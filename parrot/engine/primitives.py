@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from parrot.engine.batches import EngineTask, Link
 from parrot.engine.context_ids import ContextIds
-from parrot.engine.jobs import Job
+from parrot.engine.jobs import Job, Turn
 from parrot.engine.loop import EngineLoop
 from parrot.engine.tasks import encode
 from parrot.protocol.api import SamplingConfig
@@ -30,7 +31,13 @@ from parrot.protocol.engine import (
 from parrot.protocol.errors import ParrotError
 from parrot.tokenizer import Tokenizer
 
-Part = tuple[int, list[int]]  # an EngineCore context and the tokens that it adds
+
+class Part(NamedTuple):
+    """An EngineCore context and what it adds: tokens, and for an engine that takes text, that text with its role."""
+
+    context_id: int
+    ids: list[int]
+    turn: Turn | None = None
 
 
 @dataclass
@@ -47,7 +54,9 @@ class _Context:
 class Primitives:
     """Contexts of an engine used alone, by the number that the client gave."""
 
-    def __init__(self, loop: EngineLoop, tokenizer: Tokenizer, context_ids: ContextIds) -> None:
+    def __init__(self, loop: EngineLoop, tokenizer: Tokenizer, context_ids: ContextIds, takes_text: bool = False) -> None:
+        """`takes_text`: the engine knows texts alone."""
+        self._takes_text = takes_text
         self._loop = loop
         self._tokenizer = tokenizer
         self._ids = context_ids
@@ -58,6 +67,8 @@ class Primitives:
         """POST /fill: appends to the context, or makes it under its parent. Waits until its tokens are computed."""
         if (request.token_ids is None) == (request.text is None):
             raise ParrotError("bad_request", "a fill has exactly one of token_ids and text")
+        if self._takes_text and request.text is None:
+            raise ParrotError("bad_request", "this engine takes text: a fill with token_ids cannot be sent to its endpoint")
         context, is_new = self._open(request)
         ids = request.token_ids
         if ids is None:
@@ -65,7 +76,8 @@ class Primitives:
         if not ids:
             self._close(request.context_id, context, keep=True)
             return FillAnswer(0)
-        part = (self._ids.new_primitive(), list(ids))
+        turn = Turn("user", request.text) if self._takes_text and request.text is not None else None
+        part = Part(self._ids.new_primitive(), list(ids), turn)
         job = self._job(request, (*context.chain, part), None, None)
         done = False
         try:
@@ -75,7 +87,7 @@ class Primitives:
             context.own.append(part)
         finally:
             if not done:
-                self._loop.free_contexts([part[0]])
+                self._loop.free_contexts([part.context_id])
             self._close(request.context_id, context, keep=done or not is_new)
         return FillAnswer(len(ids))
 
@@ -101,8 +113,10 @@ class Primitives:
                 async for event in events:
                     if isinstance(event, Finished):
                         done = True
-                        if event.ids:
-                            context.own.append((internal, list(event.ids)))
+                        if event.ids or (self._takes_text and event.text):
+                            turn = Turn("assistant", event.text) if self._takes_text else None
+                            ids = list(event.ids) or self._tokenizer.encode(event.text)
+                            context.own.append(Part(internal, ids, turn))
                     yield event
         finally:
             self._close(request.context_id, context, keep=done or not is_new)
@@ -114,8 +128,8 @@ class Primitives:
             raise ParrotError("not_found", f"context {context_id} is not on this engine", context_id=context_id)
         self._refuse_busy(context_id, context)
         del self._contexts[context_id]
-        self._loop.free_contexts([internal for internal, _ in context.own])
-        return sum(len(ids) for _, ids in context.own)
+        self._loop.free_contexts([part.context_id for part in context.own])
+        return sum(len(part.ids) for part in context.own)
 
     def _open(self, request: PrimitiveRequest) -> tuple[_Context, bool]:
         context = self._contexts.get(request.context_id)
@@ -156,12 +170,13 @@ class Primitives:
         key = ("primitive", self._count)
         task = EngineTask(
             key=key,
-            links=tuple(Link(internal, len(ids)) for internal, ids in chain),
+            links=tuple(Link(part.context_id, len(part.ids)) for part in chain),
             generate_context_id=generate,
             max_gen_length=sampling.max_gen_length if sampling else 0,
         )
         label = f"primitive.{self._count}"
-        return Job(key, label, task, [ids for _, ids in chain], sampling, self._loop.now())
+        texts = [part.turn for part in chain if part.turn is not None]
+        return Job(key, label, task, [part.ids for part in chain], sampling, self._loop.now(), texts=texts)
 
     async def _events(self, job: Job) -> AsyncGenerator[TaskEvent, None]:
         """The events of a job that is submitted here and aborted when nobody reads on. Raises for a failure."""

@@ -13,7 +13,7 @@ import msgspec
 
 from parrot.engine.batches import EngineTask, Link
 from parrot.engine.context_ids import ContextIds
-from parrot.engine.jobs import Job
+from parrot.engine.jobs import Job, Turn
 from parrot.engine.loop import EngineLoop
 from parrot.protocol.engine import AbortRequest, FillSpec, TaskRequest
 from parrot.protocol.errors import ParrotError
@@ -78,6 +78,7 @@ class Tasks:
     def _job(self, request: TaskRequest, arrived: float) -> Job:
         generate = request.generate
         ids = [self._token_ids(fill, head=place == 0) for place, fill in enumerate(request.chain)]
+        texts = [turn_of(fill) for fill in request.chain if fill.text]
         # A link without tokens (an empty input) needs no context of its own.
         links = tuple(Link(self._ids.of_core(f.context_id), len(i)) for f, i in zip(request.chain, ids, strict=True) if i)
         key = (request.epoch, request.task, request.attempt)
@@ -92,7 +93,7 @@ class Tasks:
         label = f"{at.session_id}.{at.call}.{at.output}#{request.attempt}"
         link_ids = [i for i in ids if i]
         forced = (generate.forced_ids, generate.forced_text)
-        return Job(key, label, task, link_ids, generate.sampling, arrived, self._ids, *forced)
+        return Job(key, label, task, link_ids, generate.sampling, arrived, self._ids, *forced, texts)
 
     def _token_ids(self, fill: FillSpec, head: bool) -> list[int]:
         if fill.token_ids is not None:
@@ -152,6 +153,11 @@ class Tasks:
     def note_evicted(self, internal_ids: Iterable[int]) -> None:
         """The loop has given up these contexts."""
         self._ids.note_evicted(internal_ids)
+
+
+def turn_of(fill: FillSpec) -> Turn:
+    """The fill as a part of a chat: what was generated is the assistant's, what says nothing else is the user's."""
+    return Turn(fill.role or ("assistant" if fill.output else "user"), fill.text or "")
 
 
 def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:

@@ -213,6 +213,7 @@ class TaskReport(msgspec.Struct, frozen=True, omit_defaults=True):
     output_tokens: int = 0
     decode_s: float = 0.0
     max_gap_s: float = 0.0
+    cost: float = 0.0
 
 
 class CallReport(msgspec.Struct, frozen=True):
@@ -225,8 +226,17 @@ class CallReport(msgspec.Struct, frozen=True):
     tasks: tuple[TaskReport, ...]
 
 
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens as the engines counted them, and what remote endpoints charged, in the currency of the engines' files."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    cost: float = 0.0
+
+
 class SessionReport(msgspec.Struct, frozen=True, omit_defaults=True):
-    """GET /v1/session/{id}. `reports` only when asked for (`calls=true`)."""
+    """GET /v1/session/{id}. `reports` only when asked for (`calls=true`). `usage`: of its finished tasks."""
 
     session_id: int
     state: str
@@ -234,4 +244,5 @@ class SessionReport(msgspec.Struct, frozen=True, omit_defaults=True):
     variables: dict[str, int]
     age_s: float
     idle_s: float
+    usage: Usage = Usage()
     reports: tuple[CallReport, ...] | None = None

@@ -98,13 +98,15 @@ class HeartbeatRequest(msgspec.Struct, frozen=True):
 class FillSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     """One link of a chain: a context and the tokens (or, for text engines, the text) that it adds to its parent.
 
-    `output` says that this text was generated (its role in a chat is the assistant's).
+    `output` says that this text was generated (its role in a chat is the assistant's). `role`: the role that a client gave
+    it in a chat; "" for none, which is the user's.
     """
 
     context_id: int
     token_ids: list[int] | None = None
     text: str | None = None
     output: bool = False
+    role: str = ""
 
 
 class GenerateSpec(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -152,7 +154,9 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens", tag_field="event", omit_
 class Finished(msgspec.Struct, frozen=True, tag="finished", tag_field="event", omit_defaults=True):
     """The end of a task: the whole output, forced part included. `ids` and `text` are cut at the stop.
 
-    Times are the engine's: `decode_s` from the first to the last token, `max_gap_s` the largest between two.
+    An engine that knows no ids leaves them empty and gives their number as `output_tokens`. `cost`: what a remote endpoint
+    charges for the attempt, in the currency of its configuration. Times are the engine's: `decode_s` from the first to the
+    last token, `max_gap_s` the largest between two.
     """
 
     ids: tuple[int, ...]
@@ -162,6 +166,8 @@ class Finished(msgspec.Struct, frozen=True, tag="finished", tag_field="event", o
     cached_tokens: int = 0
     decode_s: float = 0.0
     max_gap_s: float = 0.0
+    output_tokens: int = 0
+    cost: float = 0.0
     evicted: tuple[int, ...] = ()
 
 

@@ -44,6 +44,8 @@ ERRORS: dict[str, ErrorKind] = {
     "no_engine": ErrorKind(503, True),  # none of its model was live for engine_wait_timeout
     "engine_failed": ErrorKind(502, True),  # max_attempts used up
     "generation_failed": ErrorKind(500, False),  # the engine says that another attempt would not help
+    "content_filtered": ErrorKind(422, False),  # a remote endpoint's filter refused the prompt or cut the output
+    "remote_refused": ErrorKind(502, False),  # a remote endpoint refused the request itself: its key, deployment, a value
     "engine_rejected": ErrorKind(503, True),  # the engine has no room now; the core tries elsewhere or later
     "context_missing": ErrorKind(409, True),  # the parent context is not (or no longer) on this engine
     "deadline_exceeded": ErrorKind(504, False),  # it was not ready when nobody could use it any more

@@ -189,7 +189,8 @@ class FirstToken(Event, frozen=True, gc=False):
 
 
 class TaskFinished(Event, frozen=True, gc=False):
-    """`content`: the output. `prompt_tokens`, `cached_tokens`: as the engine counted. Times are seconds, the engine's."""
+    """`content`: the output. `prompt_tokens`, `cached_tokens`: as the engine counted. Times are seconds, the engine's. `cost`:
+    what a remote endpoint charged."""
 
     epoch: int
     task: TaskId
@@ -200,6 +201,7 @@ class TaskFinished(Event, frozen=True, gc=False):
     cached_tokens: int = 0
     decode_s: float = 0.0
     max_gap_s: float = 0.0
+    cost: float = 0.0
 
 
 class TaskFailed(Event, frozen=True, gc=False):

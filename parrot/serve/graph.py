@@ -120,10 +120,10 @@ class Task:
     """
 
     __slots__ = (
-        "activated", "aim", "alone", "attempt", "begin", "cached_tokens", "call", "contexts", "counted_latency", "criteria",
-        "deadline_s", "decode_s", "depth", "dispatched_s", "end", "engine", "engine_name", "finished_s", "first_token_s",
-        "granted", "group", "held", "id", "lends", "level", "links", "max_gap_s", "missing", "order", "output",
-        "output_tokens", "path", "path_s", "pinned", "placed_tokens", "prompt_tokens", "rank", "ready_s", "refusals",
+        "activated", "aim", "alone", "attempt", "begin", "cached_tokens", "call", "contexts", "cost", "counted_latency",
+        "criteria", "deadline_s", "decode_s", "depth", "dispatched_s", "end", "engine", "engine_name", "finished_s",
+        "first_token_s", "granted", "group", "held", "id", "lends", "level", "links", "max_gap_s", "missing", "order",
+        "output", "output_tokens", "path", "path_s", "pinned", "placed_tokens", "prompt_tokens", "rank", "ready_s", "refusals",
         "reserved", "sampling", "sequence", "sources", "stage", "started_s", "state", "tokens", "touched", "tries",
         "wanted_until_s",
     )  # fmt: skip
@@ -182,7 +182,7 @@ class Task:
         self.output_tokens = 0
         self.decode_s = 0.0
         self.max_gap_s = 0.0
-        self.path_s = 0.0  # service along the longest path that led to it, its own included once it ends (`Service`)
+       
 
     @property
     def ended(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from parrot.protocol.api import CallAnswer, CallReport, ParamInfo, SessionReport, TaskReport
+from parrot.protocol.api import CallAnswer, CallReport, ParamInfo, SessionReport, TaskReport, Usage
 from parrot.protocol.errors import ErrorInfo
 from parrot.serve import events as ev
 from parrot.serve.graph import Call
@@ -42,8 +42,21 @@ def session_report(session: Session, now: float, calls: bool) -> SessionReport:
         variables=variable_states,
         age_s=now - session.opened_s,
         idle_s=0.0 if session.busy else now - session.last_access_s,
+        usage=_usage(session),
         reports=tuple(call_report(call) for call in session.calls) if calls else None,
     )
+
+
+def _usage(session: Session) -> Usage:
+    prompt_tokens = cached_tokens = output_tokens = 0
+    cost = 0.0
+    for call in session.calls:
+        for task in call.tasks:
+            prompt_tokens += task.prompt_tokens
+            cached_tokens += task.cached_tokens
+            output_tokens += task.output_tokens
+            cost += task.cost
+    return Usage(prompt_tokens, cached_tokens, output_tokens, cost)
 
 
 def call_report(call: Call) -> CallReport:
@@ -66,6 +79,7 @@ def call_report(call: Call) -> CallReport:
             output_tokens=task.output_tokens,
             decode_s=task.decode_s,
             max_gap_s=task.max_gap_s,
+            cost=task.cost,
         )
         for task in call.tasks
     )

@@ -535,6 +535,7 @@ class Scheduler:
         task.prompt_tokens, task.cached_tokens = event.prompt_tokens, event.cached_tokens
         task.output_tokens = event.output_tokens
         task.decode_s, task.max_gap_s = event.decode_s, event.max_gap_s
+        task.cost = event.cost
         task.finished_s = now
         self._forget(task)
         self._effects.append(TaskEnded(task.id, task.attempt, task.output.id, None, self.event))

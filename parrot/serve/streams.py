@@ -81,7 +81,7 @@ class OutputStreams:
     def leave(self, session_id: int, var_id: str, stream: OutputStream) -> None:
         """The getter is gone. A stream that no attempt has written goes with it."""
         stream.watchers -= 1
-        if not stream.watchers and not stream.ids and self._find(session_id, var_id) is stream:
+        if not stream.watchers and not stream.ids and not stream.text and self._find(session_id, var_id) is stream:
             self.finish(session_id, var_id)
 
     def finish(self, session_id: int, var_id: str) -> None:
@@ -113,6 +113,6 @@ class OutputStreams:
 
 def continued(generate: GenerateSpec, stream: OutputStream) -> GenerateSpec:
     """`generate`, made to go on behind what was shown of `stream`."""
-    if not stream.ids:
+    if not stream.ids and not stream.text:
         return generate
     return GenerateSpec(generate.context_id, generate.sampling, tuple(stream.ids), stream.text)

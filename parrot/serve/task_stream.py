@@ -89,7 +89,11 @@ class TaskStream:
     def request_body(self) -> bytes:
         """The task as JSON. Raises KeyError when a text of its chain is gone."""
         effect = self._effect
-        self._translate_shown()
+        if self._takes_text:
+            self._output.ids.clear()  # no ids go there, and none come back
+            self._output.tokenizer = self._engine.tokenizer
+        else:
+            self._translate_shown()
         generate = continued(GenerateSpec(effect.generate_context_id, effect.sampling), self._output)
         self._forced = generate.forced_ids
         chain = tuple(self._fill(link, index == 0) for index, link in enumerate(effect.chain))
@@ -105,7 +109,7 @@ class TaskStream:
         output.tokenizer = name
 
     def _fill(self, link: ChainLink, is_head: bool) -> FillSpec:
-        if self._engine.engine_type == "openai":
+        if self._takes_text:
             text = "".join(map(self._texts.text, link.keys))
             return FillSpec(link.context_id, text=text, output=link.output)
         name = self._engine.tokenizer
@@ -184,6 +188,11 @@ class TaskStream:
         self._end(TaskFailed(*self._attempt, code, message[:_MAX_MESSAGE], retryable))
 
     @property
+    def _takes_text(self) -> bool:
+        """Whether this engine knows texts alone, and no ids."""
+        return self._engine.engine_type == "openai"
+
+    @property
     def _most_tokens(self) -> int:
         # What was shown may be more tokens here than where it was generated.
         return max(self._effect.sampling.max_gen_length, len(self._forced))
@@ -204,11 +213,12 @@ class TaskStream:
             raise Nonsense(f"an output of {len(ids)} tokens, where max_gen_length is {most}")
         if ids and min(ids) < 0:
             raise Nonsense(f"token id {min(ids)} in an output")
-        if event.text and not ids and self._engine.engine_type != "openai":
+        if event.text and not ids and not self._takes_text:
             raise Nonsense("an output with text and without tokens")
-        counts = (event.prompt_tokens, event.cached_tokens, event.decode_s, event.max_gap_s)
-        if min(counts) < 0 or not isfinite(event.decode_s + event.max_gap_s):
-            raise Nonsense("prompt_tokens {}, cached_tokens {}, decode_s {}, max_gap_s {}".format(*counts))
+        counts = (event.prompt_tokens, event.cached_tokens, event.decode_s, event.max_gap_s, event.output_tokens, event.cost)
+        if min(counts) < 0 or not isfinite(event.decode_s + event.max_gap_s + event.cost):
+            names = "prompt_tokens {}, cached_tokens {}, decode_s {}, max_gap_s {}, output_tokens {}, cost {}"
+            raise Nonsense(names.format(*counts))
         # A stop string may begin in tokens that were sent with their text held back: then the cut takes them away.
         forced = self._forced[: len(ids)] if event.reason == "stop_str" else self._forced
         if ids[: len(forced)] != forced:
@@ -225,17 +235,21 @@ class TaskStream:
         if event.ids:
             self._first_token()
         session_id = self._effect.task.session_id
-        piece = await self._tokenization.output(self._engine.tokenizer, event.text, event.ids)
+        if self._takes_text:
+            (piece,) = await self._tokenization.pieces([event.text])
+        else:
+            piece = await self._tokenization.output(self._engine.tokenizer, event.text, event.ids)
         self._texts.hold(session_id, (piece,))
         self._post(
             TaskFinished(
                 *self._attempt,
                 piece.content(),
-                len(event.ids),
+                event.output_tokens if self._takes_text else len(event.ids),
                 event.prompt_tokens,
                 event.cached_tokens,
                 event.decode_s,
                 event.max_gap_s,
+                event.cost,
             )
         )
         self.ended = True

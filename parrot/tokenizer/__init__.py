@@ -7,13 +7,16 @@ first one is loaded.
 from __future__ import annotations
 
 from parrot.tokenizer.base import Message, Tokenizer
+from parrot.tokenizer.estimated import ESTIMATED, EstimatedTokenizer
 from parrot.tokenizer.stream import Delta, Detokenizer
 from parrot.tokenizer.synthetic import SYNTHETIC, SyntheticTokenizer, synthetic_text
 
 __all__ = [
+    "ESTIMATED",
     "SYNTHETIC",
     "Delta",
     "Detokenizer",
+    "EstimatedTokenizer",
     "Message",
     "SyntheticTokenizer",
     "Tokenizer",
@@ -25,13 +28,15 @@ _loaded: dict[str, Tokenizer] = {}
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of the model `name` (see `parrot.model_files.resolve_model`), or `synthetic`.
+    """The tokenizer of the model `name` (see `parrot.model_files.resolve_model`), `synthetic` or `estimated`.
 
     Loaded once a process. Raises ConfigurationError, in one line, when it cannot be had.
     """
     if name not in _loaded:
         if name == SYNTHETIC:
             _loaded[name] = SyntheticTokenizer()
+        elif name == ESTIMATED:
+            _loaded[name] = EstimatedTokenizer()
         else:
             from parrot.tokenizer.pretrained import PretrainedTokenizer
 

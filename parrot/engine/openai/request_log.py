@@ -1,0 +1,29 @@
+"""A line a request to a remote endpoint, for calibration: how long it waited, when its first token came, how the rest went."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class RequestLine(NamedTuple):
+    """Times in seconds.
+
+    `t`: when it was sent, on the engine's clock; `wait_s`: before that, for its turn and between tries; `running`: requests in
+    flight when it was sent, itself included; `ttft_s`: from then to its first text; `decode_s`: from there to its end;
+    `max_gap_s`: the longest wait between two pieces of text; `tries`: how often it was sent; `reason`: how it ended, or the
+    error's code; `counted`: the endpoint counted the tokens, else the engine did.
+    """
+
+    t: float
+    task: str
+    wait_s: float
+    running: int
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    counted: bool
+    ttft_s: float | None
+    decode_s: float
+    max_gap_s: float
+    tries: int
+    reason: str
