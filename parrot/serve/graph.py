@@ -182,7 +182,8 @@ class Task:
         self.output_tokens = 0
         self.decode_s = 0.0
         self.max_gap_s = 0.0
-       
+        self.cost = 0.0
+        self.path_s = 0.0  # service along the longest path that led to it, its own included once it ends (`Service`)
 
     @property
     def ended(self) -> bool:
