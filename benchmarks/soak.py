@@ -213,7 +213,7 @@ class _Hours:
     def sample(self) -> None:
         now_s, objects = self._timeline.now, sum(live_objects().values())
         self.memory.append(memory_bytes())
-        counts = [*self.held().values(), len(self._timeline._queue), objects]
+        counts = [*self.held().values(), len(self._timeline.calendar), objects]
         self.rows.append([f"{(now_s - self._begin_s) / 60:.0f}", self._done, *counts, f"{self.memory[-1] / MIB:.1f}"])
 
 

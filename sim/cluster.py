@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from parrot.engine.core import EngineLimits, EngineTask, Link
-from parrot.engine.emulated.engine import EmulatedEngine, EmulatedEvent
+from parrot.engine.emulated.engine import EmulatedEngine
+from parrot.engine.emulated.events import EmulatedEvent
 from parrot.latency import Coverage, LatencyModel, LatencyProfile, OutOfRange
 from parrot.protocol.api import SessionReport
 from parrot.protocol.engine import EngineDescription, TaskId
@@ -48,16 +49,17 @@ class EngineModel(NamedTuple):
     factor: float = 1.0
 
 
-_Key = tuple[TaskId, int]  #: a task and the number of the attempt: the engine's key of it
-
-
 class _Attempt:
     """What the shell keeps of a dispatch until its end. `content`: what gives the output that was generated, by its tokens."""
 
-    __slots__ = ("content", "epoch", "output_var")
+    __slots__ = ("content", "epoch", "number", "output_var", "task")
 
-    def __init__(self, epoch: int, output_var: str, content: Callable[[int], events.Content] | None) -> None:
+    def __init__(
+        self, epoch: int, task: TaskId, number: int, output_var: str, content: Callable[[int], events.Content] | None
+    ) -> None:
         self.epoch = epoch
+        self.task = task
+        self.number = number
         self.output_var = output_var
         self.content = content
 
@@ -77,6 +79,7 @@ class Cluster:
         strict: bool = False,
     ) -> None:
         self.timeline = timeline
+        self.calendar = timeline.calendar
         self.core = ServeCore(config)
         self.engines: dict[int, SimEngine] = {}
         #: says what engines generate, where a task's length and its output's name (`name_output`) do not say it
@@ -90,7 +93,9 @@ class Cluster:
         self._timer_s = float("inf")
         self._lengths: dict[int, dict[str, int]] = {}
         self._output_keys: dict[int, dict[str, str]] = {}
-        self._attempts: dict[_Key, _Attempt] = {}
+        self._dispatches = 0
+        self._attempts: dict[int, _Attempt] = {}  # by the number of the dispatch, which is the engine's key of the task
+        self._keys: dict[TaskId, int] = {}  # of each task's latest attempt
         self._carry: dict[type, Callable[[Any], None]] = {
             effects.Dispatch: self._dispatch,
             effects.Abort: self._abort,
@@ -115,7 +120,7 @@ class Cluster:
         self._pending.append(event)
         if not self._flushing:
             self._flushing = True
-            self.timeline.call_now(self._flush, priority)
+            self.calendar.call_now(self._flush, priority)
 
     def content(self, key: str, tokens: int) -> events.Content:
         """A text of `tokens` tokens under every tokenizer of the cluster."""
@@ -141,7 +146,7 @@ class Cluster:
     def report(self, session_id: int) -> SessionReport | None:
         """The session with its calls, None when it is gone."""
         try:
-            return self.core.session_report(session_id, self.timeline.now, calls=True)
+            return self.core.session_report(session_id, self.calendar.now, calls=True)
         except ParrotError:
             return None
 
@@ -149,7 +154,7 @@ class Cluster:
 
     def _flush(self) -> None:
         """Hands the instant's events to the core, then what follows from them in no time, until nothing more does."""
-        now = self.timeline.now
+        now = self.calendar.now
         self._flushing = True
         core, carry, waiting = self.core, self._carry, self._waiting
         while self._pending:
@@ -170,14 +175,14 @@ class Cluster:
 
     def _set_timer(self, deadline_s: float) -> None:
         self._timer_s = deadline_s
-        self.timeline.call_at(deadline_s, functools.partial(self._tick, deadline_s))
+        self.calendar.call_at(deadline_s, functools.partial(self._tick, deadline_s))
 
     def _tick(self, due_s: float) -> None:
         if due_s != self._timer_s:
             return  # an earlier deadline took this timer's place
         self._timer_s = float("inf")
         deadline_s = self.core.next_deadline()
-        if deadline_s is not None and deadline_s > self.timeline.now:
+        if deadline_s is not None and deadline_s > self.calendar.now:
             self._set_timer(deadline_s)
         elif deadline_s is not None:
             self.post(events.Tick())
@@ -201,29 +206,26 @@ class Cluster:
             if error is not None:
                 raise ParrotError.of(error)
             deliver = functools.partial(self._from_engine if self._delay_s else self._deliver, answer.engine_id)
-            self.engines[answer.engine_id] = SimEngine(self.timeline, emulated, deliver, len(self.engines))
+            self.engines[answer.engine_id] = SimEngine(self.calendar, emulated, deliver, len(self.engines))
 
         self._pending.append(events.RegisterEngine(self.expect(registered), model.description))
 
     def _to_engine(self, action: Callable[..., Any], *arguments: Any) -> None:
         if self._delay_s:
-            self.timeline.call_at(self.timeline.now + self._delay_s, functools.partial(action, *arguments))
+            self.calendar.call_at(self.calendar.now + self._delay_s, functools.partial(action, *arguments))
         else:
             action(*arguments)
 
     def _dispatch(self, effect: effects.Dispatch) -> None:
-        key = (effect.task, effect.attempt)
-        sampling = effect.sampling
-        output_tokens, content = sampling.output_length or sampling.max_gen_length, None
+        sampling, most = effect.sampling, effect.sampling.max_gen_length
+        output_tokens, content = sampling.output_length or most, None
         if self.generate is not None:
             output_tokens, content = self.generate(effect)
-        self._attempts[key] = _Attempt(effect.epoch, effect.output_var, content)
-        task = EngineTask(
-            key=key,
-            links=tuple([Link(link.context_id, link.tokens) for link in effect.chain]),
-            generate_context_id=effect.generate_context_id,
-            max_gen_length=sampling.max_gen_length,
-        )
+        self._dispatches += 1
+        key = self._keys[effect.task] = self._dispatches
+        self._attempts[key] = _Attempt(effect.epoch, effect.task, effect.attempt, effect.output_var, content)
+        links = tuple([Link(link.context_id, link.tokens) for link in effect.chain])
+        task = EngineTask(key, links, effect.generate_context_id, most)
         engine = self.engines[effect.engine_id]
         if self._delay_s:
             self._to_engine(engine.submit, task, output_tokens)
@@ -231,35 +233,41 @@ class Cluster:
             engine.submit(task, output_tokens)
 
     def _abort(self, effect: effects.Abort) -> None:
-        key = (effect.task, effect.attempt)
-        self._attempts.pop(key, None)
-        self._to_engine(self.engines[effect.engine_id].abort, key)
+        key = self._keys.get(effect.task)  # of the latest attempt: nobody gives up another
+        if key is not None:  # else it has ended, in this very instant
+            self._over(key, self._attempts[key])
+            self._to_engine(self.engines[effect.engine_id].abort, key)
 
     def _free(self, effect: effects.FreeContexts) -> None:
         self._to_engine(self.engines[effect.engine_id].free_contexts, effect.context_ids)
 
     def _from_engine(self, engine_id: int, emulated: Sequence[EmulatedEvent]) -> None:
         arrive = functools.partial(self._deliver, engine_id, emulated)
-        self.timeline.call_at(self.timeline.now + self._delay_s, arrive)
+        self.calendar.call_at(self.calendar.now + self._delay_s, arrive)
 
     def _deliver(self, engine_id: int, emulated: Sequence[EmulatedEvent]) -> None:
         """An engine's events in the core's terms. Those of an attempt that was given up go no further."""
         for event in emulated:
             if event.evicted:
                 self.post(events.ContextsEvicted(engine_id, event.evicted), FLUSH_EDGES)
-            key: _Key = event.key  # type: ignore[assignment]
+            key: int = event.key  # type: ignore[assignment]
             attempt = self._attempts.get(key)
             if attempt is not None:
                 self._pending.append(self._told(event, key, attempt))
         if self._pending and not self._flushing:
             self._flushing = True
-            self.timeline.call_now(self._flush, FLUSH_EDGES)
+            self.calendar.call_now(self._flush, FLUSH_EDGES)
 
-    def _told(self, event: EmulatedEvent, key: _Key, attempt: _Attempt) -> events.AnyEvent:
-        task, number = key
+    def _over(self, key: int, attempt: _Attempt) -> None:
+        """Nothing more is told of that attempt."""
+        del self._attempts[key]
+        del self._keys[attempt.task]
+
+    def _told(self, event: EmulatedEvent, key: int, attempt: _Attempt) -> events.AnyEvent:
+        task, number = attempt.task, attempt.number
         kind, epoch = event.kind, attempt.epoch
         if kind == "finished":
-            del self._attempts[key]
+            self._over(key, attempt)
             if attempt.content is not None:
                 content = attempt.content(event.output_tokens)
             else:
@@ -279,7 +287,7 @@ class Cluster:
             return events.FirstToken(epoch, task, number)
         if kind == "started":
             return events.TaskStarted(epoch, task, number, event.cached_tokens)
-        del self._attempts[key]
+        self._over(key, attempt)
         if kind == "rejected":
             return events.TaskRejected(epoch, task, number, event.message)
         assert kind == "failed", f"an emulated engine tells {kind!r} to nobody who asked for it"

@@ -34,8 +34,8 @@ from sim.actions import (
 )
 from sim.clients import Mode, Player, new_player
 from sim.cluster import AUTH, Cluster, EngineModel, Observe, Timeline
-from sim.metrics import Recorder
 from sim.network import Network
+from sim.recorder import Recorder
 from sim.workloads.program import Call, Program, Text
 
 RETRY_AFTER_S = 1.0  #: when a refusal does not say how long to wait
@@ -82,7 +82,7 @@ class Population:
         if clients is None:
             self._await_next()
         for _ in range(clients or 0):
-            self.cluster.timeline.call_at(0.0, self._arrive)
+            self.cluster.calendar.call_at(0.0, self._arrive)
 
     def ended(self, conversation: Conversation) -> None:
         """A program has ended, well or badly."""
@@ -91,9 +91,9 @@ class Population:
         if self._on_ended is not None:
             self._on_ended()
         if self.is_over():
-            self.cluster.timeline.stop()
+            self.cluster.calendar.stop()
         elif self._closed:
-            self.cluster.timeline.call_at(0.0, self._arrive)
+            self.cluster.calendar.call_at(0.0, self._arrive)
 
     def is_over(self) -> bool:
         """Whether every program has arrived and ended."""
@@ -115,7 +115,7 @@ class Population:
 
     def check_progress(self) -> None:
         """Raises StuckError when refusals are all that has come for a day."""
-        if self.cluster.timeline.now - self.answered_s > STUCK_AFTER_S:
+        if self.cluster.calendar.now - self.answered_s > STUCK_AFTER_S:
             raise StuckError(f"nothing but refusals for {STUCK_AFTER_S:g} simulated seconds; {self.waiting()}")
 
     def waiting(self) -> str:
@@ -128,26 +128,26 @@ class Population:
 
     def _await_next(self) -> None:
         if self._next is not None:
-            self.cluster.timeline.call_at(self._next.arrival_s, self._arrive)
+            self.cluster.calendar.call_at(self._next.arrival_s, self._arrive)
 
     def _arrive(self) -> None:
         program = self._next
-        timeline = self.cluster.timeline
+        calendar = self.cluster.calendar
         if program is None:  # more clients than programs
             return
         self._next = next(self._programs, None)
         if self._closed:
-            program = msgspec.structs.replace(program, arrival_s=timeline.now)
+            program = msgspec.structs.replace(program, arrival_s=calendar.now)
         serial = self._serial
         self._serial += 1
         far = not self.network.is_local
         player = new_player(program, self._mode, serial=serial, max_gen_length=self._max_gen_length, preallocate=far)
         if not self._live:
-            self.answered_s = timeline.now
+            self.answered_s = calendar.now
         conversation = self._live[serial] = Conversation(self, player)
         if not self._closed:
             self._await_next()
-        conversation.perform(player.start(timeline.now))
+        conversation.perform(player.start(calendar.now))
 
 
 class Conversation:
@@ -169,14 +169,14 @@ class Conversation:
         """Sends the player's actions on their way."""
         for action in actions:
             if type(action) is Wait:
-                timeline = self._cluster.timeline
-                timeline.call_at(timeline.now + action.delay_s, functools.partial(self._answer, action, None, None))
+                calendar = self._cluster.calendar
+                calendar.call_at(calendar.now + action.delay_s, functools.partial(self._answer, action, None, None))
             elif self._network is None:
                 self._arrive(action, 0.0)
             else:
-                timeline = self._cluster.timeline
+                calendar = self._cluster.calendar
                 half_s = self._network.round_trip_s() / 2
-                timeline.call_at(timeline.now + half_s, functools.partial(self._arrive, action, half_s))
+                calendar.call_at(calendar.now + half_s, functools.partial(self._arrive, action, half_s))
         if self.player.ended and not self._over:
             self._over = True
             for exchange in list(self.exchanges):  # a program that has failed drops its connections
@@ -280,20 +280,20 @@ class Conversation:
         if half_s or error is not None:
             self.send_back(action, half_s, answer, error)
         else:  # as `_answer` does: what happens most takes the fewest steps
-            now = self.population.answered_s = self._cluster.timeline.now
+            now = self.population.answered_s = self._cluster.calendar.now
             self.perform(self.player.answer(action, answer, now))
 
     def send_back(self, action: Action, half_s: float, answer: Any, error: ErrorInfo | None) -> None:
         if half_s:
-            timeline = self._cluster.timeline
-            timeline.call_at(timeline.now + half_s, functools.partial(self._answer, action, answer, error))
+            calendar = self._cluster.calendar
+            calendar.call_at(calendar.now + half_s, functools.partial(self._answer, action, answer, error))
         else:
             self._answer(action, answer, error)
 
     # -------------------------------------------------------------------------------------------- the client's end
 
     def _answer(self, action: Action, answer: Any, error: ErrorInfo | None) -> None:
-        now = self._cluster.timeline.now
+        now = self._cluster.calendar.now
         player = self.player
         if error is None:
             if type(action) is not Wait:
@@ -402,7 +402,7 @@ def simulate(
     cluster = Cluster(timeline, config, engines, engine_delay_s=engine_delay_s, jump=jump, observe=observe, strict=strict)
     recorder = Recorder(mode, tables)
     population = Population(cluster, iter(programs), mode, network, recorder, max_gen_length, on_ended, clients)
-    if not population.is_over() and not timeline.run_to_stop():
+    if not population.is_over() and not timeline.calendar.run_to_stop():
         raise StuckError(f"nothing more can happen, but {population.waiting()}")
     recorder.outside = cluster.outside()
     return recorder

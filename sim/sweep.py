@@ -21,11 +21,12 @@ from parrot.configuration import ConfigurationError
 from parrot.protocol.errors import ParrotError
 from sim.cluster import OutOfRange
 from sim.fit import check_programs
-from sim.metrics import Recorder, Summary, write_tables
+from sim.metrics import Summary, write_tables
 from sim.network import open_network
 from sim.objectives import within
 from sim.pool import Died, Progress, on_processes, shared_progress
 from sim.population import StuckError, simulate
+from sim.recorder import Recorder
 from sim.results import TRACE, ResultsError, write_finished
 from sim.spec import ENGINE_PREFIX, Run, check_files, core_config_of, engine_models_of, open_programs
 from sim.tables import engine_load

@@ -226,7 +226,7 @@ def _run(
     seen: list[tuple[Any, ...]] = []
 
     def observe(engine: str, run: Iterations) -> None:
-        seen.append((run.start, run.iterations, *run.shape))
+        seen.append((run.start, run.iterations, *run.shape.fields().values()))
 
     config = ServeCoreConfig(global_scheduler=msgspec.structs.replace(scheduler, max_queue_size=100_000))
     recorder = simulate(programs, config, models, mode=mode, network=network, observe=observe)
@@ -234,7 +234,7 @@ def _run(
     failed = tables["programs"][tables["programs"]["state"] != "finished"]
     if len(failed):
         raise RuntimeError(f"{len(failed)} programs failed in simulation: {failed['error'].iloc[0]}")
-    return _Run(tables, pd.DataFrame.from_records(seen, columns=["start", "iterations", *BatchShape._fields]))
+    return _Run(tables, pd.DataFrame.from_records(seen, columns=["start", "iterations", *BatchShape.FIELDS]))
 
 
 def _description(profile: LatencyProfile, limits: EngineLimits, number: int) -> EngineDescription:

@@ -54,7 +54,9 @@ class BlockPool:
 
     def give(self, blocks: array[int]) -> None:
         """The owner gives `blocks` back. Nobody shares them any more."""
-        if self._sharers and blocks and blocks[-1] in self._sharers:  # only a last block is ever shared
+        if not blocks:
+            return
+        if self._sharers and blocks[-1] in self._sharers:  # only a last block is ever shared
             raise ValueError("a block was given back while a context still shares it")
         self._returned.extend(blocks)
         self.free += len(blocks)

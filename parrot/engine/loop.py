@@ -115,7 +115,7 @@ class BuiltinLoop:
             job.fail("unavailable", "the engine is shutting down")
             return
         now = self.now()
-        job.task = self._core.limits.fit(job.task)
+        job.task = job.task.fitted(self._core.limits.largest_task)
         try:
             self._core.submit(job.task, now)
         except Refused as refusal:
