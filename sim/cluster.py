@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from parrot.engine.core import EngineLimits, EngineTask, Link
 from parrot.engine.emulated.engine import EmulatedEngine
@@ -28,13 +28,21 @@ from sim.timeline import Timeline
 
 __all__ = ["Cluster", "EngineModel", "OutOfRange", "Timeline"]
 
-AUTH = "simulated"
-FLUSH = 2  #: SimPy priority: after all clients of the instant (urgent 0, normal 1), before the engines' edges (3)
-FLUSH_EDGES = 3.5  #: after all engines' edges, before those at which nothing happens (4, only when stepping)
+AUTH: Final = "simulated"
+FLUSH: Final = 2  #: SimPy priority: after all clients of the instant (urgent 0, normal 1), before the engines' edges (3)
+FLUSH_EDGES: Final = 3.5  #: after all engines' edges, before those at which nothing happens (4, only when stepping)
 
-KEPT_LENGTHS = 65_536  #: contents of as many different lengths share what says their length
+KEPT_LENGTHS: Final = 65_536  #: contents of as many different lengths share what says their length
 
-OnReply = Callable[..., None]  #: called with payload, error, and what `expect` was given beside it
+# By names of this module's own that never change: the compiled module need not look up what each effect is.
+_REPLY: Final = effects.Reply
+_TASK_ENDED: Final = effects.TaskEnded
+_TASK_STARTED: Final = events.TaskStarted
+_FIRST_TOKEN: Final = events.FirstToken
+_TASK_FINISHED: Final = events.TaskFinished
+_CONTENT: Final = events.Content
+
+OnReply = Callable[[Any, ErrorInfo | None], None]  #: called with payload and error
 #: The tokens that an engine generates for a dispatch, and what gives the content of as many of them as it did generate.
 Generate = Callable[[effects.Dispatch], tuple[int, Callable[[int], events.Content]]]
 Observe = Callable[[str, Any], None]  #: engine name, what the engine shows of each iteration or run of iterations
@@ -47,6 +55,24 @@ class EngineModel(NamedTuple):
     limits: EngineLimits
     profile: LatencyProfile
     factor: float = 1.0
+
+
+class Asker:
+    """Who waits for the answer to a request."""
+
+    def replied(self, payload: Any, error: ErrorInfo | None) -> None:
+        """The core has answered."""
+        raise NotImplementedError
+
+
+class _Callback(Asker):
+    """A function that waits for an answer."""
+
+    def __init__(self, on_reply: OnReply) -> None:
+        self._on_reply = on_reply
+
+    def replied(self, payload: Any, error: ErrorInfo | None) -> None:
+        self._on_reply(payload, error)
 
 
 class _Attempt:
@@ -86,7 +112,7 @@ class Cluster:
         self.generate: Generate | None = None
         self._tokenizers = tuple(dict.fromkeys(model.description.tokenizer for model in engines))
         self._delay_s = engine_delay_s
-        self._waiting: dict[int, tuple[OnReply, tuple[Any, ...]]] = {}
+        self._waiting: dict[int, Asker] = {}
         self._requests = 0
         self._pending: list[events.AnyEvent] = []
         self._flushing = False
@@ -109,11 +135,15 @@ class Cluster:
 
     # ------------------------------------------------------------------------------------------------ for clients
 
-    def expect(self, on_reply: OnReply, *context: Any) -> int:
-        """A new request number, whose answer goes to `on_reply(payload, error, *context)`."""
+    def ask(self, asker: Asker) -> int:
+        """A new request number, whose answer goes to `asker`."""
         self._requests += 1
-        self._waiting[self._requests] = (on_reply, context)
+        self._waiting[self._requests] = asker
         return self._requests
+
+    def expect(self, on_reply: OnReply) -> int:
+        """A new request number, whose answer goes to `on_reply(payload, error)`."""
+        return self.ask(_Callback(on_reply))
 
     def post(self, event: events.AnyEvent, priority: float = FLUSH) -> None:
         """Hands the core an event of this instant, with the others of it."""
@@ -129,7 +159,7 @@ class Cluster:
             if len(self._lengths) >= KEPT_LENGTHS:
                 self._lengths.clear()
             lengths = self._lengths[tokens] = dict.fromkeys(self._tokenizers, tokens)
-        return events.Content(key, lengths)
+        return _CONTENT(key, lengths)
 
     def name_output(self, session_id: int, var_id: str, key: str) -> None:
         """What engines generate into that variable has this content key."""
@@ -160,12 +190,11 @@ class Cluster:
         while self._pending:
             batch, self._pending = self._pending, []
             for effect in core.handle(batch, now):
-                if type(effect) is effects.Reply:
-                    asked = waiting.pop(effect.request, None)
-                    if asked is not None:
-                        on_reply, context = asked
-                        on_reply(effect.payload, effect.error, *context)
-                elif type(effect) is not effects.TaskEnded:
+                if type(effect) is _REPLY:
+                    asker = waiting.pop(effect.request, None)
+                    if asker is not None:
+                        asker.replied(effect.payload, effect.error)
+                elif type(effect) is not _TASK_ENDED:
                     carry[type(effect)](effect)
             if core.scheduler.faults:
                 raise core.take_faults()[0].error  # a simulation stops where a server would log and go on
@@ -272,7 +301,7 @@ class Cluster:
                 content = attempt.content(event.output_tokens)
             else:
                 content = self.content(self._output_keys[task.session_id][attempt.output_var], event.output_tokens)
-            return events.TaskFinished(
+            return _TASK_FINISHED(
                 epoch,
                 task,
                 number,
@@ -284,9 +313,9 @@ class Cluster:
                 event.max_gap_s,
             )
         if kind == "first_token":
-            return events.FirstToken(epoch, task, number)
+            return _FIRST_TOKEN(epoch, task, number)
         if kind == "started":
-            return events.TaskStarted(epoch, task, number, event.cached_tokens)
+            return _TASK_STARTED(epoch, task, number, event.cached_tokens)
         self._over(key, attempt)
         if kind == "rejected":
             return events.TaskRejected(epoch, task, number, event.message)

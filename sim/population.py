@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -33,14 +33,24 @@ from sim.actions import (
     Wait,
 )
 from sim.clients import Mode, Player, new_player
-from sim.cluster import AUTH, Cluster, EngineModel, Observe, Timeline
+from sim.cluster import AUTH, Asker, Cluster, EngineModel, Observe, Timeline
 from sim.network import Network
 from sim.recorder import Recorder
-from sim.workloads.program import Call, Program, Text
+from sim.workloads.program import Call, Program
 
-RETRY_AFTER_S = 1.0  #: when a refusal does not say how long to wait
-STUCK_AFTER_S = 24 * 3600.0  #: of simulated time in which every answer was a refusal
-KEPT_SAMPLINGS = 65_536  #: outputs of the same lengths share what says so
+RETRY_AFTER_S: Final = 1.0  #: when a refusal does not say how long to wait
+STUCK_AFTER_S: Final = 24 * 3600.0  #: of simulated time in which every answer was a refusal
+KEPT_SAMPLINGS: Final = 65_536  #: outputs of the same lengths share what says so
+
+
+# By names of this module's own that never change: the compiled module need not look up what each event is.
+_OPEN_SESSION: Final = events.OpenSession
+_CLOSE_SESSION: Final = events.CloseSession
+_SUBMIT_CALL: Final = events.SubmitCall
+_GET_VARIABLE: Final = events.GetVariable
+_CONSTANT: Final = events.Constant
+_INPUT: Final = events.Input
+_OUTPUT: Final = events.Output
 
 
 class StuckError(Exception):
@@ -168,7 +178,7 @@ class Conversation:
     def perform(self, actions: Iterable[Action]) -> None:
         """Sends the player's actions on their way."""
         for action in actions:
-            if type(action) is Wait:
+            if isinstance(action, Wait):
                 calendar = self._cluster.calendar
                 calendar.call_at(calendar.now + action.delay_s, functools.partial(self._answer, action, None, None))
             elif self._network is None:
@@ -193,30 +203,28 @@ class Conversation:
 
     def _arrive(self, action: Action, half_s: float) -> None:
         """The action's request reaches the core."""
-        cluster, kind, session_id = self._cluster, type(action), self._session_id
-        if kind is Complete:
+        cluster, session_id = self._cluster, self._session_id
+        if isinstance(action, Complete):
             if not self._over:
-                Exchange(self, action, half_s)  # type: ignore[arg-type]
+                Exchange(self, action, half_s)
             return
-        request = cluster.expect(self._replied, action, half_s)
+        request = cluster.ask(_Asked(self, action, half_s))
         event: events.AnyEvent
-        if kind is Fetch:
-            assert type(action) is Fetch
-            event = events.GetVariable(
-                request, session_id, AUTH, action.var_id, action.criteria, None, False, action.deadline_s
-            )
-        elif kind is Submit:
-            event = self.submit_call(request, session_id, action.spec, action.pieces)  # type: ignore[union-attr]
-        elif kind is Open:
+        if isinstance(action, Fetch):
+            deadline_s = action.deadline_s
+            event = _GET_VARIABLE(request, session_id, AUTH, action.var_id, action.criteria, None, False, deadline_s)
+        elif isinstance(action, Submit):
+            event = self.submit_call(request, session_id, action.spec, action.pieces)
+        elif isinstance(action, Open):
             self._session_id = self.population.new_session_id()
-            event = events.OpenSession(request, self._session_id, AUTH, action.tenant)  # type: ignore[union-attr]
-        elif kind is Close:
+            event = _OPEN_SESSION(request, self._session_id, AUTH, action.tenant)
+        elif isinstance(action, Close):
             self.record(session_id)
-            event = events.CloseSession(request, session_id, AUTH)
-        elif kind is Create:
-            event = events.CreateVariable(request, session_id, AUTH, action.var)  # type: ignore[union-attr]
+            event = _CLOSE_SESSION(request, session_id, AUTH)
+        elif isinstance(action, Create):
+            event = events.CreateVariable(request, session_id, AUTH, action.var)
         else:
-            assert type(action) is Assign
+            assert isinstance(action, Assign)
             content = cluster.content(action.value.key, action.value.tokens)
             event = events.SetVariable(request, session_id, AUTH, action.var_id, content)
         cluster.post(event)
@@ -225,25 +233,17 @@ class Conversation:
         content = self._cluster.content
         segments: list[events.Segment] = []
         for piece in pieces:
-            kind = type(piece)
-            if kind is Text:
-                segments.append(events.Constant(content(piece.key, piece.tokens)))  # type: ignore[union-attr]
-            elif kind is Into:
-                sampling = self.population.sampling(piece)  # type: ignore[arg-type]
-                segments.append(events.Output(piece.name, sampling, piece.var_id))  # type: ignore[union-attr]
-            elif kind is Reference:
-                segments.append(events.Input(piece.name, piece.var_id))  # type: ignore[union-attr]
+            if isinstance(piece, Into):
+                segments.append(_OUTPUT(piece.name, self.population.sampling(piece), piece.var_id))
+            elif isinstance(piece, Reference):
+                segments.append(_INPUT(piece.name, piece.var_id))
+            elif isinstance(piece, Given):
+                segments.append(_INPUT(piece.name, None, content(piece.value.key, piece.value.tokens)))
             else:
-                assert type(piece) is Given
-                segments.append(events.Input(piece.name, value=content(piece.value.key, piece.value.tokens)))
-        return events.SubmitCall(
-            request,
-            session_id,
-            AUTH,
-            tuple(segments),
-            func_name=call.name,
-            models=call.models,
-            cache_prefix=call.cache_prefix,
+                segments.append(_CONSTANT(content(piece.key, piece.tokens)))
+        # by place: a name would cost as much as its value
+        return _SUBMIT_CALL(
+            request, session_id, AUTH, tuple(segments), call.name, call.models, "token_id", call.cache_prefix
         )
 
     def submitted(
@@ -256,7 +256,7 @@ class Conversation:
             known = self._outputs[session_id] = {}
         place = 0
         for piece in pieces:
-            if type(piece) is Into:
+            if isinstance(piece, Into):
                 known[var_ids[place]] = (call, output + place)
                 self._cluster.name_output(session_id, var_ids[place], piece.key)
                 place += 1
@@ -267,15 +267,15 @@ class Conversation:
         outputs = self._outputs.pop(session_id, {})
         self.population.recorder.calls_ended(self.player.serial, self._cluster.calls(session_id), outputs)
 
-    def _replied(self, payload: Any, error: ErrorInfo | None, action: Action, half_s: float) -> None:
+    def replied(self, payload: Any, error: ErrorInfo | None, action: Action, half_s: float) -> None:
         """The core has answered; the answer goes back."""
         answer: Any = None
         if error is None:
-            if type(action) is Submit:
+            if isinstance(action, Submit):
                 answer = self.submitted(self._session_id, action.call, 0, action.pieces, payload)
-            elif type(action) is Create:
+            elif isinstance(action, Create):
                 answer = payload["var_id"]
-            elif type(action) is Fetch:
+            elif isinstance(action, Fetch):
                 answer = Value(payload, 0)
         if half_s or error is not None:
             self.send_back(action, half_s, answer, error)
@@ -296,7 +296,7 @@ class Conversation:
         now = self._cluster.calendar.now
         player = self.player
         if error is None:
-            if type(action) is not Wait:
+            if not isinstance(action, Wait):
                 self.population.answered_s = now
             self.perform(player.answer(action, answer, now))
         elif ERRORS[error.code].status == 429:
@@ -304,6 +304,20 @@ class Conversation:
             self.perform(player.refuse(action, float(error.details.get("retry_after_s", RETRY_AFTER_S)), now))
         else:
             self.perform(player.fail(action, error, now))
+
+
+class _Asked(Asker):
+    """An action at the core, and how long its answer is under way."""
+
+    __slots__ = ("_action", "_conversation", "_half_s")
+
+    def __init__(self, conversation: Conversation, action: Action, half_s: float) -> None:
+        self._conversation = conversation
+        self._action = action
+        self._half_s = half_s
+
+    def replied(self, payload: Any, error: ErrorInfo | None) -> None:
+        self._conversation.replied(payload, error, self._action, self._half_s)
 
 
 class Exchange:
@@ -321,7 +335,7 @@ class Exchange:
         cluster = population.cluster
         self._session_id = population.new_session_id()
         request = cluster.expect(self._opened)
-        cluster.post(events.OpenSession(request, self._session_id, AUTH, action.tenant))
+        cluster.post(_OPEN_SESSION(request, self._session_id, AUTH, action.tenant))
         request = cluster.expect(self._submitted)
         cluster.post(conversation.submit_call(request, self._session_id, action.spec, action.pieces))
 
@@ -341,7 +355,7 @@ class Exchange:
         (var_id,) = self._conversation.submitted(self._session_id, action.call, action.output, action.pieces, answer)
         request = cluster.expect(self._fetched)
         deadline_s = action.deadline_s
-        cluster.post(events.GetVariable(request, self._session_id, AUTH, var_id, action.criteria, None, False, deadline_s))
+        cluster.post(_GET_VARIABLE(request, self._session_id, AUTH, var_id, action.criteria, None, False, deadline_s))
 
     def _fetched(self, key: str | None, error: ErrorInfo | None) -> None:
         if self._over:
@@ -351,7 +365,7 @@ class Exchange:
             return
         assert key is not None
         into = self._action.pieces[-1]
-        assert type(into) is Into
+        assert isinstance(into, Into)
         self._close(Value(key, into.output_length), None)
 
     def give_up(self) -> None:
@@ -359,7 +373,7 @@ class Exchange:
         conversation, cluster = self._conversation, self._conversation.population.cluster
         self._end()
         conversation.record(self._session_id)
-        cluster.post(events.CloseSession(cluster.expect(_ignore), self._session_id, AUTH))
+        cluster.post(_CLOSE_SESSION(cluster.expect(_ignore), self._session_id, AUTH))
 
     def _close(self, value: Value | None, error: ErrorInfo | None) -> None:
         self.give_up()
