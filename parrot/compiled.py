@@ -56,6 +56,7 @@ MODULES = (
     "parrot.serve.submission",
     "parrot.serve.tenants",
     "parrot.serve.variables",
+    "sim.actions",
     "sim.calendar",
     "sim.clients",
     "sim.cluster",

@@ -14,6 +14,10 @@ NORMAL: Final = 1
 
 Callback = Callable[[], object]
 
+# By names of this module's own that never change: the compiled module need not look them up.
+_push: Final = heappush
+_pop: Final = heappop
+
 
 class Calendar:
     """`now`: seconds of virtual time. Callbacks come exactly at their time: now + (t − now) may not be t."""
@@ -32,7 +36,7 @@ class Calendar:
     def call_at(self, time_s: float, callback: Callback, priority: Any = NORMAL) -> None:
         """Calls `callback` at `time_s`, or now when that has passed. `priority`: a number."""
         self._numbers += 1
-        heappush(self._queue, (time_s if time_s > self.now else self.now, priority, self._numbers, callback))
+        _push(self._queue, (time_s if time_s > self.now else self.now, priority, self._numbers, callback))
 
     def call_now(self, callback: Callback, priority: float) -> None:
         """Calls `callback` in this instant, when all that has no greater priority has happened. The heap is spared where
@@ -59,7 +63,7 @@ class Calendar:
                 return True
         elif not queue:
             return False
-        entry = heappop(queue)
+        entry = _pop(queue)
         self.now = entry[0]
         entry[3]()
         return True

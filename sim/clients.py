@@ -37,8 +37,7 @@ from sim.actions import (
 )
 from sim.workloads.program import Call, Get, Program, Read, Set, Text, Write
 
-_ROUNDING_S = 1e-9  #: an answer at the deadline itself is in time, however its moment was added up
-
+_ROUNDING_S: Final = 1e-9  #: an answer at the deadline itself is in time, however its moment was added up
 
 # By names of this module's own that never change: the compiled module need not look up what each segment is.
 _TEXT: Final = Text

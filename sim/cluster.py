@@ -116,6 +116,7 @@ class Cluster:
         self._requests = 0
         self._pending: list[events.AnyEvent] = []
         self._flushing = False
+        self._flush_soon: Callable[[], None] = self._flush  # made once: every instant names it
         self._timer_s = float("inf")
         self._lengths: dict[int, dict[str, int]] = {}
         self._output_keys: dict[int, dict[str, str]] = {}
@@ -150,7 +151,7 @@ class Cluster:
         self._pending.append(event)
         if not self._flushing:
             self._flushing = True
-            self.calendar.call_now(self._flush, priority)
+            self.calendar.call_now(self._flush_soon, priority)
 
     def content(self, key: str, tokens: int) -> events.Content:
         """A text of `tokens` tokens under every tokenizer of the cluster."""
@@ -285,7 +286,7 @@ class Cluster:
                 self._pending.append(self._told(event, key, attempt))
         if self._pending and not self._flushing:
             self._flushing = True
-            self.calendar.call_now(self._flush, FLUSH_EDGES)
+            self.calendar.call_now(self._flush_soon, FLUSH_EDGES)
 
     def _over(self, key: int, attempt: _Attempt) -> None:
         """Nothing more is told of that attempt."""

@@ -34,6 +34,7 @@ class SimEngine:
         # The call that counts, by its time and whether its edge is quiet; those planned before it are stale.
         self._planned_s = -1.0
         self._quiet = False
+        self._at_edge: Callable[[], None] = self._on_edge  # made once: every plan names it
 
     def submit(self, task: EngineTask, output_tokens: int) -> None:
         """Hands the engine a task and the tokens that it would generate. Whether it is taken is told by an event."""
@@ -67,7 +68,7 @@ class SimEngine:
             if quiet:
                 self._clock.call_at(edge, self._on_quiet_edge, QUIET_EDGE)
             else:
-                self._clock.call_at(edge, self._on_edge, self._priority)
+                self._clock.call_at(edge, self._at_edge, self._priority)
 
     def _on_edge(self) -> None:
         if self._planned_s == self._clock.now and not self._quiet:

@@ -168,7 +168,7 @@ class Conversation:
     def __init__(self, population: Population, player: Player) -> None:
         self.player = player
         self.population = population
-        self.exchanges: dict[Exchange, None] = {}  # requests of the baseline that are at the core
+        self.exchanges: dict[Exchange, None] | None = None  # requests of the baseline that are at the core
         self._cluster = population.cluster
         self._network = None if population.network.is_local else population.network
         self._session_id = 0
@@ -189,7 +189,7 @@ class Conversation:
                 calendar.call_at(calendar.now + half_s, functools.partial(self._arrive, action, half_s))
         if self.player.ended and not self._over:
             self._over = True
-            for exchange in list(self.exchanges):  # a program that has failed drops its connections
+            for exchange in list(self.exchanges or ()):  # a program that has failed drops its connections
                 exchange.give_up()
             self.population.ended(self)
 
@@ -330,6 +330,8 @@ class Exchange:
         self._action = action
         self._half_s = half_s
         self._over = False
+        if conversation.exchanges is None:
+            conversation.exchanges = {}
         conversation.exchanges[self] = None
         population = conversation.population
         cluster = population.cluster
@@ -381,7 +383,8 @@ class Exchange:
 
     def _end(self) -> None:
         self._over = True
-        del self._conversation.exchanges[self]
+        if self._conversation.exchanges is not None:
+            del self._conversation.exchanges[self]
 
 
 def _ignore(_: Any, __: ErrorInfo | None) -> None:

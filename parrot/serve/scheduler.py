@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Final
 
 from parrot.protocol.engine import EngineDescription
 from parrot.protocol.errors import ErrorInfo
@@ -33,6 +33,8 @@ from parrot.serve.service import Service
 from parrot.serve.sessions import Session
 from parrot.serve.states import IN_FLIGHT, TASK
 from parrot.serve.tenants import Tenant, Tenants
+
+_NO_MORE: Final = object()  #: what a policy's placements end with
 
 
 class Scheduler:
@@ -263,14 +265,14 @@ class Scheduler:
         self.cluster.forget()
         placements: Iterator[Placement] | None = None
         while True:
-            placement: Placement | None = None
+            placement: Any = None
             try:
                 if placements is None:
                     placements = iter(self.policy.place(self.queue, self.cluster, now))
-                placement = next(placements)
+                placement = next(placements, _NO_MORE)
+                if placement is _NO_MORE:
+                    return
                 self._check(placement)
-            except StopIteration:
-                break
             except Exception as error:  # a third party's policy may raise anything
                 self._policy_failed(error)
                 placements = None
