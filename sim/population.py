@@ -86,7 +86,7 @@ class Population:
         self._live: dict[int, Conversation] = {}
         self._serial = 0
         self._sessions = 0
-        self._samplings: dict[tuple[int, int], SamplingConfig] = {}
+        self._samplings: dict[int, SamplingConfig] = {}
         self._next: Program | None = next(self._programs, None)
         self._closed = clients is not None
         if clients is None:
@@ -114,7 +114,7 @@ class Population:
         return self._sessions
 
     def sampling(self, into: Into) -> SamplingConfig:
-        lengths = (into.max_gen_length, into.output_length)
+        lengths = into.max_gen_length << 32 | into.output_length  # one number: it is hashed faster than two
         found = self._samplings.get(lengths)
         if found is None:
             if len(self._samplings) >= KEPT_SAMPLINGS:

@@ -376,7 +376,8 @@ class Scheduler:
         new_tokens, whole, parent, cached_links = 0, 0, -1, 0
         engine_id, prefixes = engine.id, self.prefixes
         bos_tokens = engine.description.bos_tokens
-        for depth, (node, link) in enumerate(zip(task.path, task.links, strict=True)):
+        for depth, node in enumerate(task.path):
+            link = task.links[depth]
             contents = link.contents
             context = node.contexts.get(engine_id) if node.contexts else None
             if context is None:
