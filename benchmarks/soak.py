@@ -131,8 +131,8 @@ class _KeyedCluster(Cluster):
         if isinstance(event, events.OpenSession | events.SubmitCall | events.CreateVariable | events.SetVariable):
             event = msgspec.structs.replace(event, idempotency_key=f"key{next(self._key)}")
         elif isinstance(event, events.CloseSession) and self._rng.random() < ABANDONED:
-            on_reply, context = self._waiting.pop(event.request)
-            self.timeline.call_at(self.timeline.now, functools.partial(on_reply, None, None, *context))
+            asker = self._waiting.pop(event.request)
+            self.timeline.call_at(self.timeline.now, functools.partial(asker.replied, None, None))
             return
         super().post(event, *priority)
 
@@ -213,7 +213,7 @@ class _Hours:
     def sample(self) -> None:
         now_s, objects = self._timeline.now, sum(live_objects().values())
         self.memory.append(memory_bytes())
-        counts = [*self.held().values(), len(self._timeline._queue), objects]
+        counts = [*self.held().values(), len(self._timeline.calendar), objects]
         self.rows.append([f"{(now_s - self._begin_s) / 60:.0f}", self._done, *counts, f"{self.memory[-1] / MIB:.1f}"])
 
 

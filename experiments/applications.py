@@ -16,7 +16,7 @@ import numpy as np
 from parrot import P
 from parrot.protocol.api import CallReport
 from sim.clients import Mode
-from sim.metrics import Recorder
+from sim.recorder import Recorder
 
 #: the applications, as modules of examples/
 APPLICATIONS = ("map_reduce", "chain_summary", "chat")

@@ -89,6 +89,7 @@ _MYPY = """[mypy]
 follow_imports = silent
 [mypy-numpy.*,scipy.*,torch.*,transformers.*,simpy.*,pandas.*,pyarrow.*,aiohttp.*,matplotlib.*,rich.*]
 follow_imports = skip
+ignore_missing_imports = True
 """
 
 _SETUP = """import os, sys

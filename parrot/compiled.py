@@ -29,6 +29,8 @@ MODULES = (
     "parrot.engine.contexts",
     "parrot.engine.core",
     "parrot.engine.emulated.engine",
+    "parrot.engine.emulated.events",
+    "parrot.engine.emulated.jobs",
     "parrot.engine.lockstep",
     "parrot.engine.running",
     "parrot.latency",
@@ -54,10 +56,13 @@ MODULES = (
     "parrot.serve.submission",
     "parrot.serve.tenants",
     "parrot.serve.variables",
+    "sim.actions",
+    "sim.calendar",
     "sim.clients",
     "sim.cluster",
     "sim.engines",
     "sim.population",
+    "sim.recorder",
 )
 
 

@@ -13,7 +13,7 @@ non-negative seconds, found by `sim.calibrate` with non-negative least squares o
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 from parrot.latency_profile import FixedCost, Hinge, LatencyProfile
 
@@ -22,7 +22,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-class BatchShape(NamedTuple):
+class BatchShape:
     """What the duration of an iteration depends on; counts only, no token values.
 
     A row is a task's part of the iteration: a decode row computes one token and samples, a prefill row computes a
@@ -31,13 +31,56 @@ class BatchShape(NamedTuple):
     counted once. `graph`: whether the runner replays a captured graph for it.
     """
 
-    decode_rows: int = 0
-    prefill_rows: int = 0
-    prefill_tokens: int = 0
-    prefill_pairs: int = 0
-    decode_kv: int = 0
-    decode_kv_unique: int = 0
-    graph: bool = False
+    FIELDS: ClassVar[tuple[str, ...]] = (
+        "decode_rows", "prefill_rows", "prefill_tokens", "prefill_pairs", "decode_kv", "decode_kv_unique", "graph",
+    )  # fmt: skip
+    __slots__ = (
+        "decode_kv", "decode_kv_unique", "decode_rows", "graph", "prefill_pairs", "prefill_rows", "prefill_tokens",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        decode_rows: int = 0,
+        prefill_rows: int = 0,
+        prefill_tokens: int = 0,
+        prefill_pairs: int = 0,
+        decode_kv: int = 0,
+        decode_kv_unique: int = 0,
+        graph: bool = False,
+    ) -> None:
+        self.decode_rows = decode_rows
+        self.prefill_rows = prefill_rows
+        self.prefill_tokens = prefill_tokens
+        self.prefill_pairs = prefill_pairs
+        self.decode_kv = decode_kv
+        self.decode_kv_unique = decode_kv_unique
+        self.graph = graph
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BatchShape) and self.fields() == other.fields()
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.fields().values()))
+
+    def __repr__(self) -> str:
+        return f"BatchShape({', '.join(f'{name}={value}' for name, value in self.fields().items() if value)})"
+
+    def fields(self) -> dict[str, int]:
+        """Its fields by name, in order."""
+        return {name: getattr(self, name) for name in self.FIELDS}
+
+    def after(self, iterations: int) -> BatchShape:
+        """What it is so many iterations later, when only the same rows decode."""
+        more = iterations * self.decode_rows
+        return BatchShape(
+            self.decode_rows,
+            self.prefill_rows,
+            self.prefill_tokens,
+            self.prefill_pairs,
+            self.decode_kv + more,
+            self.decode_kv_unique + more,
+            self.graph,
+        )
 
     @property
     def rows(self) -> int:
@@ -60,7 +103,7 @@ class LatencyModel:
             path: tuple(sorted((c.max_rows, c.seconds * factor) for c in profile.fixed if c.graph is path))
             for path in (False, True)
         }
-        self._fixed_of: dict[tuple[int, bool], float] = {}  # as asked for
+        self._fixed_of: tuple[list[float], list[float]] = ([], [])  # by rows, without and with a graph: as asked for
         self._shared_kv_once = profile.shared_kv_once
         self._hinges = tuple((h.knot, h.slope * factor) for h in profile.hinges)
         self._pair_s = profile.pair_s * factor
@@ -69,12 +112,12 @@ class LatencyModel:
 
     def fixed_s(self, rows: int, graph: bool = False) -> float:
         """The fixed cost of an iteration of `rows` rows; beyond the largest bucket, the largest bucket's."""
-        found = self._fixed_of.get((rows, graph))
-        if found is None:
+        known = self._fixed_of[1] if graph else self._fixed_of[0]
+        while rows >= len(known):
             buckets = self._fixed[graph] or self._fixed[not graph]
-            found = next((seconds for most, seconds in buckets if rows <= most), buckets[-1][1] if buckets else 0.0)
-            self._fixed_of[rows, graph] = found
-        return found
+            least = len(known)
+            known.append(next((seconds for most, seconds in buckets if least <= most), buckets[-1][1] if buckets else 0.0))
+        return known[rows]
 
     def tokens_s(self, tokens: int) -> float:
         """The cost of computing `tokens` tokens in one iteration."""
@@ -84,21 +127,22 @@ class LatencyModel:
                 seconds += slope * (tokens - knot)
         return seconds
 
-    def duration(self, shape: BatchShape) -> float:
-        """Seconds that an iteration of `shape` takes."""
-        decode_rows, prefill_rows, prefill_tokens, prefill_pairs, decode_kv, decode_kv_unique, graph = shape
+    def duration(self, shape: BatchShape, graph: bool = False) -> float:
+        """Seconds that an iteration of `shape` takes; with `graph`, if it replays a captured graph."""
+        decode_rows = shape.decode_rows
         seconds = (
-            self.fixed_s(decode_rows + prefill_rows, graph)
-            + self.tokens_s(decode_rows + prefill_tokens)
-            + self._pair_s * prefill_pairs
+            self.fixed_s(decode_rows + shape.prefill_rows, graph or shape.graph)
+            + self.tokens_s(decode_rows + shape.prefill_tokens)
+            + self._pair_s * shape.prefill_pairs
         )
         if self._reread_s >= 0.0:
-            return seconds + self._kv_s * decode_kv_unique + self._reread_s * (decode_kv - decode_kv_unique)
-        return seconds + self._kv_s * (decode_kv_unique if self._shared_kv_once else decode_kv)
+            again = shape.decode_kv - shape.decode_kv_unique
+            return seconds + self._kv_s * shape.decode_kv_unique + self._reread_s * again
+        return seconds + self._kv_s * (shape.decode_kv_unique if self._shared_kv_once else shape.decode_kv)
 
-    def decode_run(self, shape: BatchShape) -> DecodeRun:
+    def decode_run(self, shape: BatchShape, graph: bool = False) -> DecodeRun:
         """The run of iterations that begins with `shape`, all of whose rows decode (`prefill_rows` 0)."""
-        return DecodeRun(self.duration(shape), self._kv_s * shape.decode_rows)
+        return DecodeRun(self.duration(shape, graph), self._kv_s * shape.decode_rows)
 
 
 class OutOfRange(Exception):
@@ -119,6 +163,7 @@ class Coverage:
         self.outside: dict[str, tuple[float, float, float]] = {}
         self._profile = profile
         self._strict = strict
+        self._shared_kv_once = profile.shared_kv_once
         self._kv = "decode_kv_unique" if profile.shared_kv_once else "decode_kv"
         ranges = [profile.seen.get(self._kv if name == "decode_kv" else name, (0.0, math.inf)) for name in self.INPUTS]
         (self._rows, self._most_rows), (self._tokens, self._most_tokens) = ranges[:2]
@@ -126,9 +171,9 @@ class Coverage:
 
     def note(self, shape: BatchShape, later: int = 0) -> None:
         """An iteration of `shape`, and `later` more in which the same rows decode. Raises OutOfRange (strict)."""
-        decode_rows, prefill_rows, prefill_tokens, pairs, decode_kv, decode_kv_unique, _ = shape
-        rows, tokens = decode_rows + prefill_rows, decode_rows + prefill_tokens
-        kv = (decode_kv if self._kv == "decode_kv" else decode_kv_unique) + later * decode_rows
+        decode_rows, pairs = shape.decode_rows, shape.prefill_pairs
+        rows, tokens = decode_rows + shape.prefill_rows, decode_rows + shape.prefill_tokens
+        kv = (shape.decode_kv_unique if self._shared_kv_once else shape.decode_kv) + later * decode_rows
         if not self._rows <= rows <= self._most_rows:
             self._beyond("rows", rows, self._rows, self._most_rows)
         if not self._tokens <= tokens <= self._most_tokens:
@@ -178,7 +223,7 @@ def seen_ranges(shapes: list[BatchShape]) -> dict[str, tuple[float, float]]:
     """For `LatencyProfile.seen`: the least and most of each feature in `shapes`."""
     if not shapes:
         return {}
-    columns: dict[str, list[Any]] = {name: [getattr(s, name) for s in shapes] for name in BatchShape._fields if name != "graph"}
+    columns: dict[str, list[Any]] = {name: [getattr(s, name) for s in shapes] for name in BatchShape.FIELDS if name != "graph"}
     columns["rows"] = [s.rows for s in shapes]
     columns["tokens"] = [s.tokens for s in shapes]
     return {name: (float(min(values)), float(max(values))) for name, values in columns.items()}

@@ -5,115 +5,156 @@ Each action says in its first line what is asked for and which answer its player
 
 from __future__ import annotations
 
-from typing import Any
-
-import msgspec
-
 from parrot.protocol.api import Criteria
 from sim.workloads.program import Call, Text
 
 
-class Value(msgspec.Struct, frozen=True, gc=False):
+class Value:
     """A text at the client: its key and tokens, and the text itself where there is one (over HTTP)."""
 
-    key: str
-    tokens: int
-    text: str | None = None
+    __slots__ = ("key", "text", "tokens")
+
+    def __init__(self, key: str, tokens: int, text: str | None = None) -> None:
+        self.key = key
+        self.tokens = tokens
+        self.text = text
 
 
-# ---------------------------------------------------------------------------------------------- pieces of a prompt
+# --------------------------------------------------------------------------------------------------------- pieces of a prompt
 
 
-class Given(msgspec.Struct, frozen=True, gc=False):
+class Given:
     """A value that the client fills in."""
 
-    name: str
-    value: Value
+    __slots__ = ("name", "value")
+
+    def __init__(self, name: str, value: Value) -> None:
+        self.name = name
+        self.value = value
 
 
-class Reference(msgspec.Struct, frozen=True, gc=False):
+class Reference:
     """The content of a variable that the core knows."""
 
-    name: str
-    var_id: str
+    __slots__ = ("name", "var_id")
+
+    def __init__(self, name: str, var_id: str) -> None:
+        self.name = name
+        self.var_id = var_id
 
 
-class Into(msgspec.Struct, frozen=True, gc=False):
+class Into:
     """An output, into a preallocated variable or (`var_id` None) a new one. Lengths are tokens."""
 
-    name: str
-    key: str
-    output_length: int
-    max_gen_length: int
-    var_id: str | None = None
+    __slots__ = ("key", "max_gen_length", "name", "output_length", "var_id")
+
+    def __init__(self, name: str, key: str, output_length: int, max_gen_length: int, var_id: str | None = None) -> None:
+        self.name = name
+        self.key = key
+        self.output_length = output_length
+        self.max_gen_length = max_gen_length
+        self.var_id = var_id
 
 
 Piece = Text | Given | Reference | Into
 
+# ------------------------------------------------------------------------------------------------- actions, and their answers
 
-# --------------------------------------------------------------------------------------- actions, and their answers
 
-
-class Open(msgspec.Struct, frozen=True, gc=False):
+class Open:
     """Open the session. Answer: None."""
 
-    tenant: str
+    __slots__ = ("tenant",)
+
+    def __init__(self, tenant: str) -> None:
+        self.tenant = tenant
 
 
-class Create(msgspec.Struct, frozen=True, gc=False):
+class Create:
     """Create a variable. Answer: its id."""
 
-    var: str
+    __slots__ = ("var",)
+
+    def __init__(self, var: str) -> None:
+        self.var = var
 
 
-class Assign(msgspec.Struct, frozen=True, gc=False):
+class Assign:
     """Give the variable `var_id` a content. Answer: None."""
 
-    var_id: str
-    value: Value
+    __slots__ = ("value", "var_id")
+
+    def __init__(self, var_id: str, value: Value) -> None:
+        self.var_id = var_id
+        self.value = value
 
 
-class Submit(msgspec.Struct, frozen=True, gc=False):
+class Submit:
     """Submit call number `call` of the program. Answer: the ids of its outputs, in order."""
 
-    call: int
-    spec: Call
-    pieces: tuple[Piece, ...]
+    __slots__ = ("call", "pieces", "spec")
+
+    def __init__(self, call: int, spec: Call, pieces: tuple[Piece, ...]) -> None:
+        self.call = call
+        self.spec = spec
+        self.pieces = pieces
 
 
-class Fetch(msgspec.Struct, frozen=True, gc=False):
+class Fetch:
     """Wait for a variable's content. `deadline_s`: seconds from now. Answer: its Value."""
 
-    get: int
-    var_id: str
-    criteria: Criteria
-    deadline_s: float | None = None
+    __slots__ = ("criteria", "deadline_s", "get", "var_id")
+
+    def __init__(self, get: int, var_id: str, criteria: Criteria, deadline_s: float | None = None) -> None:
+        self.get = get
+        self.var_id = var_id
+        self.criteria = criteria
+        self.deadline_s = deadline_s
 
 
-class Complete(msgspec.Struct, frozen=True, gc=False):
+
+class Complete:
     """One request of the baseline: open a session, submit, get, close; one round trip in all. Answer: the Value.
 
-    `output`: which output of call number `call` it is. `deadline_s`: seconds from now."""
+    `output`: which output of call number `call` it is. `deadline_s`: seconds from now.
+    """
 
-    call: int
-    output: int
-    spec: Call
-    tenant: str
-    pieces: tuple[Piece, ...]
-    criteria: Criteria
-    deadline_s: float | None = None
+    __slots__ = ("call", "criteria", "deadline_s", "output", "pieces", "spec", "tenant")
+
+    def __init__(
+        self,
+        call: int,
+        output: int,
+        spec: Call,
+        tenant: str,
+        pieces: tuple[Piece, ...],
+        criteria: Criteria,
+        deadline_s: float | None = None,
+    ) -> None:
+        self.call = call
+        self.output = output
+        self.spec = spec
+        self.tenant = tenant
+        self.pieces = pieces
+        self.criteria = criteria
+        self.deadline_s = deadline_s
 
 
-class Close(msgspec.Struct, frozen=True, gc=False):
+class Close:
     """Close the session. Answer: None."""
 
+    __slots__ = ()
 
-class Wait(msgspec.Struct, frozen=True, gc=False):
+
+class Wait:
     """Let `delay_s` pass. Answer: None. Then `then` is tried again, or the steps `nodes` lose one of their edges."""
 
-    delay_s: float
-    then: Any = None
-    nodes: tuple[int, ...] = ()
+    __slots__ = ("delay_s", "nodes", "then")
+
+    def __init__(self, delay_s: float, then: Action | None = None, nodes: tuple[int, ...] = ()) -> None:
+        self.delay_s = delay_s
+        self.then = then
+        self.nodes = nodes
 
 
 Action = Open | Create | Assign | Submit | Fetch | Complete | Close | Wait

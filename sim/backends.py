@@ -24,10 +24,10 @@ from parrot.serve.policies import is_clairvoyant
 from sim.clients import new_player
 from sim.fit import check_programs
 from sim.http_client import MODEL, TOLD, Api, HttpClient, Refusal, Style
-from sim.metrics import Recorder
 from sim.network import open_network
 from sim.processes import local_cluster
 from sim.programs import play_programs
+from sim.recorder import Recorder
 from sim.spec import (
     KEPT_PLACEMENTS,
     Run,

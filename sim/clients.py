@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
 from parrot.protocol.api import Criteria
 from parrot.protocol.errors import ErrorInfo
@@ -37,7 +37,12 @@ from sim.actions import (
 )
 from sim.workloads.program import Call, Get, Program, Read, Set, Text, Write
 
-_ROUNDING_S = 1e-9  #: an answer at the deadline itself is in time, however its moment was added up
+_ROUNDING_S: Final = 1e-9  #: an answer at the deadline itself is in time, however its moment was added up
+
+# By names of this module's own that never change: the compiled module need not look up what each segment is.
+_TEXT: Final = Text
+_READ: Final = Read
+_WRITE: Final = Write
 
 
 class Mode(enum.StrEnum):
@@ -65,11 +70,15 @@ class Player:
         self._max_gen_length = max_gen_length
         self._first_call = len(program.sets)
         self._first_get = self._first_call + len(program.calls)
+        self._calls = program.calls
+        self._gets = program.gets
         self._steps: tuple[Set | Call | Get, ...] = (*program.sets, *program.calls, *program.gets)
         self._blocked = [len(step.after) for step in self._steps]
         self._left = len(self._steps)
-        self._on_get: dict[str, list[tuple[int, float]]] = {}
+        self._returned_s = -1.0  # when a get last returned; below 0: none has
+        self._on_get: dict[str, list[tuple[int, float]]] | None = None
         if any(self._blocked):
+            self._on_get = {}
             for node, step in enumerate(self._steps):
                 for edge in step.after:
                     if edge.get is not None:
@@ -84,13 +93,13 @@ class Player:
         """`action` was carried out and gave `answer`."""
         if self.ended:
             return []
-        if type(action) is Close:
+        if isinstance(action, Close):
             self.ended = True
             return []
         if self.error is not None:
             return []
         out: list[Action] = []
-        if type(action) is Wait:
+        if isinstance(action, Wait):
             if action.then is not None:
                 return [action.then]
             self._unblock(action.nodes, now, out)
@@ -100,14 +109,14 @@ class Player:
 
     def refuse(self, action: Action, retry_after_s: float, now: float) -> list[Action]:
         """`action` was refused for lack of room (429): it waits and tries again."""
-        if self.ended or (self.error is not None and type(action) is not Close):
+        if self.ended or (self.error is not None and not isinstance(action, Close)):
             return []
         self.refusals += 1
         return [Wait(retry_after_s, then=action)]
 
     def fail(self, action: Action, error: ErrorInfo, now: float) -> list[Action]:
         """`action` failed for good: so does the program, as one that does not catch the exception."""
-        if type(action) is Close:
+        if isinstance(action, Close):
             self.ended = True
         if self.ended or self.error is not None:
             return []
@@ -161,7 +170,8 @@ class Player:
 
     def _get_returned(self, number: int, now: float, out: list[Action]) -> None:
         self.returned[number] = now
-        edges = self._on_get.get(self.program.gets[number].id)
+        self._returned_s = now
+        edges = self._on_get.get(self._gets[number].id) if self._on_get is not None else None
         if edges is None:
             return
         at_once: list[int] = []
@@ -224,9 +234,9 @@ class SemanticPlayer(Player):
         reads: dict[tuple[int, str], None] = {}
         for number, call in enumerate(program.calls):
             for segment in call.segments:
-                if type(segment) is Write:
+                if type(segment) is _WRITE:
                     producers[segment.var] = number
-                elif type(segment) is Read:
+                elif type(segment) is _READ:
                     reads[number, segment.var] = None
         fed: list[str] = []
         for number, var in reads:
@@ -255,63 +265,67 @@ class SemanticPlayer(Player):
         self._on_id.setdefault(var, []).append(node)
 
     def _advance(self, action: Action, answer: Any, now: float, out: list[Action]) -> None:
-        if type(action) is Fetch:
+        if isinstance(action, Fetch):
             if self._is_late(action.get, now):
                 out.append(Close())
                 return
             self._left -= 1
             self._get_returned(action.get, now, out)
-        elif type(action) is Submit:
+        elif isinstance(action, Submit):
             self._left -= 1
             place = 0
-            for segment in action.spec.segments:
-                if type(segment) is Write:
-                    self._identified(segment.var, answer[place], now, out)
+            for piece in action.pieces:
+                if isinstance(piece, Into):
+                    self._identified(piece.name, answer[place], now, out)
                     place += 1
-        elif type(action) is Create:
+        elif isinstance(action, Create):
             self._identified(action.var, answer, now, out)
-        elif type(action) is Assign:
+        elif isinstance(action, Assign):
             self._left -= 1
         else:
             out += [Create(var) for var in self._to_create]
             self._begin(now, out)
         if not self._left and self.ended_s is None:
-            self.ended_s = max(self.returned.values(), default=now)
+            self.ended_s = self._returned_s if self.returned else now
             out.append(Close())
 
     def _identified(self, var: str, var_id: str, now: float, out: list[Action]) -> None:
         if var not in self._ids:
             self._ids[var] = var_id
-            self._unblock(self._on_id.get(var, ()), now, out)
+            nodes = self._on_id.get(var)
+            if nodes is not None:
+                self._unblock(nodes, now, out)
 
     def _release(self, node: int, now: float, out: list[Action]) -> None:
-        step = self._steps[node]
-        if type(step) is Get:
+        if node >= self._first_get:
             number = node - self._first_get
+            get = self._gets[number]
             self.issued[number] = now
-            deadline_s = None if step.deadline_s is None else max(self._left_s(number, now) or 0.0, 0.0)
-            out.append(Fetch(number, self._ids[step.var], step.criteria, deadline_s))
-        elif type(step) is Call:
-            out.append(Submit(node - self._first_call, step, tuple(self._pieces(step))))
+            deadline_s = None if get.deadline_s is None else max(self._left_s(number, now) or 0.0, 0.0)
+            out.append(Fetch(number, self._ids[get.var], get.criteria, deadline_s))
+        elif node >= self._first_call:
+            number = node - self._first_call
+            call = self._calls[number]
+            out.append(Submit(number, call, tuple(self._pieces(call))))
         else:
-            assert type(step) is Set
-            out.append(Assign(self._ids[step.var], Value(step.key, step.tokens)))
+            source = self.program.sets[node]
+            out.append(Assign(self._ids[source.var], Value(source.key, source.tokens)))
 
     def _pieces(self, call: Call) -> list[Piece]:
         pieces: list[Piece] = []
         for segment in call.segments:
-            if type(segment) is Text:
+            if type(segment) is _TEXT:
                 if segment.tokens:
                     pieces.append(segment)
-            elif type(segment) is Read:
+            elif type(segment) is _READ:
                 pieces.append(Reference(segment.var, self._ids[segment.var]))
             else:
-                assert type(segment) is Write
+                assert type(segment) is _WRITE
                 pieces.append(self._into(segment, self._ids.get(segment.var)))
         return pieces
 
     def _leave(self, failed: Action) -> list[Action]:
-        if type(failed) is Open:
+        if isinstance(failed, Open):
             self.ended = True
             return []
         return [Close()]
@@ -366,7 +380,7 @@ class RequestPlayer(Player):
         return wanted
 
     def _advance(self, action: Action, answer: Any, now: float, out: list[Action]) -> None:
-        assert type(action) is Complete
+        assert isinstance(action, Complete)
         var = _writes(action.spec)[action.output].var
         self._values[var] = answer
         if action.output + 1 < self._wanted[action.call]:

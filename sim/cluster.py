@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from parrot.engine.core import EngineLimits, EngineTask, Link
-from parrot.engine.emulated.engine import EmulatedEngine, EmulatedEvent
+from parrot.engine.emulated.engine import EmulatedEngine
+from parrot.engine.emulated.events import EmulatedEvent
 from parrot.latency import Coverage, LatencyModel, LatencyProfile, OutOfRange
 from parrot.protocol.api import SessionReport
 from parrot.protocol.engine import EngineDescription, TaskId
@@ -24,18 +25,26 @@ from parrot.serve.core import ServeCore
 from parrot.serve.fault import PolicyFault
 from parrot.serve.graph import Call
 from sim.engines import SimEngine
-from sim.metrics import Recorder
+from sim.recorder import Recorder
 from sim.timeline import Timeline
 
 __all__ = ["Cluster", "EngineModel", "OutOfRange", "Timeline"]
 
-AUTH = "simulated"
-FLUSH = 2  #: SimPy priority: after all clients of the instant (urgent 0, normal 1), before the engines' edges (3)
-FLUSH_EDGES = 3.5  #: after all engines' edges, before those at which nothing happens (4, only when stepping)
+AUTH: Final = "simulated"
+FLUSH: Final = 2  #: SimPy priority: after all clients of the instant (urgent 0, normal 1), before the engines' edges (3)
+FLUSH_EDGES: Final = 3.5  #: after all engines' edges, before those at which nothing happens (4, only when stepping)
 
-KEPT_LENGTHS = 65_536  #: contents of as many different lengths share what says their length
+KEPT_LENGTHS: Final = 65_536  #: contents of as many different lengths share what says their length
 
-OnReply = Callable[..., None]  #: called with payload, error, and what `expect` was given beside it
+# By names of this module's own that never change: the compiled module need not look up what each effect is.
+_REPLY: Final = effects.Reply
+_TASK_ENDED: Final = effects.TaskEnded
+_TASK_STARTED: Final = events.TaskStarted
+_FIRST_TOKEN: Final = events.FirstToken
+_TASK_FINISHED: Final = events.TaskFinished
+_CONTENT: Final = events.Content
+
+OnReply = Callable[[Any, ErrorInfo | None], None]  #: called with payload and error
 #: The tokens that an engine generates for a dispatch, and what gives the content of as many of them as it did generate.
 Generate = Callable[[effects.Dispatch], tuple[int, Callable[[int], events.Content]]]
 Observe = Callable[[str, Any], None]  #: engine name, what the engine shows of each iteration or run of iterations
@@ -50,16 +59,35 @@ class EngineModel(NamedTuple):
     factor: float = 1.0
 
 
-_Key = tuple[TaskId, int]  #: a task and the number of the attempt: the engine's key of it
+class Asker:
+    """Who waits for the answer to a request."""
+
+    def replied(self, payload: Any, error: ErrorInfo | None) -> None:
+        """The core has answered."""
+        raise NotImplementedError
+
+
+class _Callback(Asker):
+    """A function that waits for an answer."""
+
+    def __init__(self, on_reply: OnReply) -> None:
+        self._on_reply = on_reply
+
+    def replied(self, payload: Any, error: ErrorInfo | None) -> None:
+        self._on_reply(payload, error)
 
 
 class _Attempt:
     """What the shell keeps of a dispatch until its end. `content`: what gives the output that was generated, by its tokens."""
 
-    __slots__ = ("content", "epoch", "output_var")
+    __slots__ = ("content", "epoch", "number", "output_var", "task")
 
-    def __init__(self, epoch: int, output_var: str, content: Callable[[int], events.Content] | None) -> None:
+    def __init__(
+        self, epoch: int, task: TaskId, number: int, output_var: str, content: Callable[[int], events.Content] | None
+    ) -> None:
         self.epoch = epoch
+        self.task = task
+        self.number = number
         self.output_var = output_var
         self.content = content
 
@@ -79,20 +107,24 @@ class Cluster:
         strict: bool = False,
     ) -> None:
         self.timeline = timeline
+        self.calendar = timeline.calendar
         self.core = ServeCore(config)
         self.engines: dict[int, SimEngine] = {}
         #: says what engines generate, where a task's length and its output's name (`name_output`) do not say it
         self.generate: Generate | None = None
         self._tokenizers = tuple(dict.fromkeys(model.description.tokenizer for model in engines))
         self._delay_s = engine_delay_s
-        self._waiting: dict[int, tuple[OnReply, tuple[Any, ...]]] = {}
+        self._waiting: dict[int, Asker] = {}
         self._requests = 0
         self._pending: list[events.AnyEvent] = []
         self._flushing = False
+        self._flush_soon: Callable[[], None] = self._flush  # made once: every instant names it
         self._timer_s = float("inf")
         self._lengths: dict[int, dict[str, int]] = {}
         self._output_keys: dict[int, dict[str, str]] = {}
-        self._attempts: dict[_Key, _Attempt] = {}
+        self._dispatches = 0
+        self._attempts: dict[int, _Attempt] = {}  # by the number of the dispatch, which is the engine's key of the task
+        self._keys: dict[TaskId, int] = {}  # of each task's latest attempt
         self._carry: dict[type, Callable[[Any], None]] = {
             effects.Dispatch: self._dispatch,
             effects.Abort: self._abort,
@@ -106,18 +138,22 @@ class Cluster:
 
     # ------------------------------------------------------------------------------------------------ for clients
 
-    def expect(self, on_reply: OnReply, *context: Any) -> int:
-        """A new request number, whose answer goes to `on_reply(payload, error, *context)`."""
+    def ask(self, asker: Asker) -> int:
+        """A new request number, whose answer goes to `asker`."""
         self._requests += 1
-        self._waiting[self._requests] = (on_reply, context)
+        self._waiting[self._requests] = asker
         return self._requests
+
+    def expect(self, on_reply: OnReply) -> int:
+        """A new request number, whose answer goes to `on_reply(payload, error)`."""
+        return self.ask(_Callback(on_reply))
 
     def post(self, event: events.AnyEvent, priority: float = FLUSH) -> None:
         """Hands the core an event of this instant, with the others of it."""
         self._pending.append(event)
         if not self._flushing:
             self._flushing = True
-            self.timeline.call_now(self._flush, priority)
+            self.calendar.call_now(self._flush_soon, priority)
 
     def content(self, key: str, tokens: int) -> events.Content:
         """A text of `tokens` tokens under every tokenizer of the cluster."""
@@ -126,7 +162,7 @@ class Cluster:
             if len(self._lengths) >= KEPT_LENGTHS:
                 self._lengths.clear()
             lengths = self._lengths[tokens] = dict.fromkeys(self._tokenizers, tokens)
-        return events.Content(key, lengths)
+        return _CONTENT(key, lengths)
 
     def name_output(self, session_id: int, var_id: str, key: str) -> None:
         """What engines generate into that variable has this content key."""
@@ -150,7 +186,7 @@ class Cluster:
     def report(self, session_id: int) -> SessionReport | None:
         """The session with its calls, None when it is gone."""
         try:
-            return self.core.session_report(session_id, self.timeline.now, calls=True)
+            return self.core.session_report(session_id, self.calendar.now, calls=True)
         except ParrotError:
             return None
 
@@ -158,18 +194,17 @@ class Cluster:
 
     def _flush(self) -> None:
         """Hands the instant's events to the core, then what follows from them in no time, until nothing more does."""
-        now = self.timeline.now
+        now = self.calendar.now
         self._flushing = True
         core, carry, waiting = self.core, self._carry, self._waiting
         while self._pending:
             batch, self._pending = self._pending, []
             for effect in core.handle(batch, now):
-                if type(effect) is effects.Reply:
-                    asked = waiting.pop(effect.request, None)
-                    if asked is not None:
-                        on_reply, context = asked
-                        on_reply(effect.payload, effect.error, *context)
-                elif type(effect) is not effects.TaskEnded:
+                if type(effect) is _REPLY:
+                    asker = waiting.pop(effect.request, None)
+                    if asker is not None:
+                        asker.replied(effect.payload, effect.error)
+                elif type(effect) is not _TASK_ENDED:
                     carry[type(effect)](effect)
             if core.scheduler.faults:
                 for fault in core.take_faults():
@@ -181,14 +216,14 @@ class Cluster:
 
     def _set_timer(self, deadline_s: float) -> None:
         self._timer_s = deadline_s
-        self.timeline.call_at(deadline_s, functools.partial(self._tick, deadline_s))
+        self.calendar.call_at(deadline_s, functools.partial(self._tick, deadline_s))
 
     def _tick(self, due_s: float) -> None:
         if due_s != self._timer_s:
             return  # an earlier deadline took this timer's place
         self._timer_s = float("inf")
         deadline_s = self.core.next_deadline()
-        if deadline_s is not None and deadline_s > self.timeline.now:
+        if deadline_s is not None and deadline_s > self.calendar.now:
             self._set_timer(deadline_s)
         elif deadline_s is not None:
             self.post(events.Tick())
@@ -212,29 +247,26 @@ class Cluster:
             if error is not None:
                 raise ParrotError.of(error)
             deliver = functools.partial(self._from_engine if self._delay_s else self._deliver, answer.engine_id)
-            self.engines[answer.engine_id] = SimEngine(self.timeline, emulated, deliver, len(self.engines))
+            self.engines[answer.engine_id] = SimEngine(self.calendar, emulated, deliver, len(self.engines))
 
         self._pending.append(events.RegisterEngine(self.expect(registered), model.description))
 
     def _to_engine(self, action: Callable[..., Any], *arguments: Any) -> None:
         if self._delay_s:
-            self.timeline.call_at(self.timeline.now + self._delay_s, functools.partial(action, *arguments))
+            self.calendar.call_at(self.calendar.now + self._delay_s, functools.partial(action, *arguments))
         else:
             action(*arguments)
 
     def _dispatch(self, effect: effects.Dispatch) -> None:
-        key = (effect.task, effect.attempt)
-        sampling = effect.sampling
-        output_tokens, content = sampling.output_length or sampling.max_gen_length, None
+        sampling, most = effect.sampling, effect.sampling.max_gen_length
+        output_tokens, content = sampling.output_length or most, None
         if self.generate is not None:
             output_tokens, content = self.generate(effect)
-        self._attempts[key] = _Attempt(effect.epoch, effect.output_var, content)
-        task = EngineTask(
-            key=key,
-            links=tuple([Link(link.context_id, link.tokens) for link in effect.chain]),
-            generate_context_id=effect.generate_context_id,
-            max_gen_length=sampling.max_gen_length,
-        )
+        self._dispatches += 1
+        key = self._keys[effect.task] = self._dispatches
+        self._attempts[key] = _Attempt(effect.epoch, effect.task, effect.attempt, effect.output_var, content)
+        links = tuple([Link(link.context_id, link.tokens) for link in effect.chain])
+        task = EngineTask(key, links, effect.generate_context_id, most)
         engine = self.engines[effect.engine_id]
         if self._delay_s:
             self._to_engine(engine.submit, task, output_tokens)
@@ -242,40 +274,46 @@ class Cluster:
             engine.submit(task, output_tokens)
 
     def _abort(self, effect: effects.Abort) -> None:
-        key = (effect.task, effect.attempt)
-        self._attempts.pop(key, None)
-        self._to_engine(self.engines[effect.engine_id].abort, key)
+        key = self._keys.get(effect.task)  # of the latest attempt: nobody gives up another
+        if key is not None:  # else it has ended, in this very instant
+            self._over(key, self._attempts[key])
+            self._to_engine(self.engines[effect.engine_id].abort, key)
 
     def _free(self, effect: effects.FreeContexts) -> None:
         self._to_engine(self.engines[effect.engine_id].free_contexts, effect.context_ids)
 
     def _from_engine(self, engine_id: int, emulated: Sequence[EmulatedEvent]) -> None:
         arrive = functools.partial(self._deliver, engine_id, emulated)
-        self.timeline.call_at(self.timeline.now + self._delay_s, arrive)
+        self.calendar.call_at(self.calendar.now + self._delay_s, arrive)
 
     def _deliver(self, engine_id: int, emulated: Sequence[EmulatedEvent]) -> None:
         """An engine's events in the core's terms. Those of an attempt that was given up go no further."""
         for event in emulated:
             if event.evicted:
                 self.post(events.ContextsEvicted(engine_id, event.evicted), FLUSH_EDGES)
-            key: _Key = event.key  # type: ignore[assignment]
+            key: int = event.key  # type: ignore[assignment]
             attempt = self._attempts.get(key)
             if attempt is not None:
                 self._pending.append(self._told(event, key, attempt))
         if self._pending and not self._flushing:
             self._flushing = True
-            self.timeline.call_now(self._flush, FLUSH_EDGES)
+            self.calendar.call_now(self._flush_soon, FLUSH_EDGES)
 
-    def _told(self, event: EmulatedEvent, key: _Key, attempt: _Attempt) -> events.AnyEvent:
-        task, number = key
+    def _over(self, key: int, attempt: _Attempt) -> None:
+        """Nothing more is told of that attempt."""
+        del self._attempts[key]
+        del self._keys[attempt.task]
+
+    def _told(self, event: EmulatedEvent, key: int, attempt: _Attempt) -> events.AnyEvent:
+        task, number = attempt.task, attempt.number
         kind, epoch = event.kind, attempt.epoch
         if kind == "finished":
-            del self._attempts[key]
+            self._over(key, attempt)
             if attempt.content is not None:
                 content = attempt.content(event.output_tokens)
             else:
                 content = self.content(self._output_keys[task.session_id][attempt.output_var], event.output_tokens)
-            return events.TaskFinished(
+            return _TASK_FINISHED(
                 epoch,
                 task,
                 number,
@@ -287,10 +325,10 @@ class Cluster:
                 event.max_gap_s,
             )
         if kind == "first_token":
-            return events.FirstToken(epoch, task, number)
+            return _FIRST_TOKEN(epoch, task, number)
         if kind == "started":
-            return events.TaskStarted(epoch, task, number, event.cached_tokens)
-        del self._attempts[key]
+            return _TASK_STARTED(epoch, task, number, event.cached_tokens)
+        self._over(key, attempt)
         if kind == "rejected":
             return events.TaskRejected(epoch, task, number, event.message)
         assert kind == "failed", f"an emulated engine tells {kind!r} to nobody who asked for it"

@@ -9,22 +9,15 @@ edges at which nothing can change, which only stepping knows, come last of all.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
-from typing import Protocol
+from typing import Final
 
 from parrot.engine.batches import EngineTask
-from parrot.engine.emulated.engine import EmulatedEngine, EmulatedEvent
+from parrot.engine.emulated.engine import EmulatedEngine
+from parrot.engine.emulated.events import EmulatedEvent
+from sim.calendar import Calendar
 
-EDGE = 3.0  #: SimPy priority of edges, behind the cluster's flush (2); each engine has its own between this and 3.5
-QUIET_EDGE = 4.0
-
-
-class Clock(Protocol):
-    """Virtual time, as sim.cluster.Timeline keeps it."""
-
-    @property
-    def now(self) -> float: ...
-
-    def call_at(self, time_s: float, callback: Callable[[], object], priority: float = 1) -> None: ...
+EDGE: Final = 3.0  #: SimPy priority of edges, behind the cluster's flush (2); each engine has its own between this and 3.5
+QUIET_EDGE: Final = 4.0
 
 
 class SimEngine:
@@ -32,15 +25,16 @@ class SimEngine:
     an edge at the same instant."""
 
     def __init__(
-        self, clock: Clock, engine: EmulatedEngine, deliver: Callable[[list[EmulatedEvent]], None], rank: int = 0
+        self, clock: Calendar, engine: EmulatedEngine, deliver: Callable[[list[EmulatedEvent]], None], rank: int = 0
     ) -> None:
         self.engine = engine
         self._clock = clock
         self._deliver = deliver
-        self._priority = EDGE + rank * 2.0**-40
+        self._priority: object = EDGE + rank * 2.0**-40  # an object, which every entry of the calendar shares
         # The call that counts, by its time and whether its edge is quiet; those planned before it are stale.
         self._planned_s = -1.0
         self._quiet = False
+        self._at_edge: Callable[[], None] = self._on_edge  # made once: every plan names it
 
     def submit(self, task: EngineTask, output_tokens: int) -> None:
         """Hands the engine a task and the tokens that it would generate. Whether it is taken is told by an event."""
@@ -74,7 +68,7 @@ class SimEngine:
             if quiet:
                 self._clock.call_at(edge, self._on_quiet_edge, QUIET_EDGE)
             else:
-                self._clock.call_at(edge, self._on_edge, self._priority)
+                self._clock.call_at(edge, self._at_edge, self._priority)
 
     def _on_edge(self) -> None:
         if self._planned_s == self._clock.now and not self._quiet:

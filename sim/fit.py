@@ -1,4 +1,5 @@
-"""Whether a workload fits a cluster: each call has an engine of its model, with room for its prompt and one token more.
+"""Whether a workload fits a cluster: each call has an engine of its model, with room for its prompt and one token more, and a
+session has room for what its program submits before anything in it is wanted.
 
 Decides what is refused before a run starts; nothing is changed on the way.
 """
@@ -12,27 +13,66 @@ from sim.cluster import EngineModel
 from sim.workloads.program import Call, Program, Read, Text, Write
 
 
-def check_programs(programs: Iterator[Program], engines: Sequence[EngineModel], workload: str) -> Iterator[Program]:
-    """Passes `programs` on. Raises ConfigurationError for one that no engine can run: its model, or the longest prompt."""
+def check_programs(
+    programs: Iterator[Program], engines: Sequence[EngineModel], workload: str, most_tasks: int | None = None
+) -> Iterator[Program]:
+    """Passes `programs` on. Raises ConfigurationError for one that cannot run: its model, its longest prompt, its tasks.
+
+    most_tasks: unfinished tasks that a session may have; None: no program is one session (mode `request`), or it is not known.
+    """
     longest: dict[tuple[str, ...], int] = {}
     for program in programs:
-        lengths = {source.var: source.tokens for source in program.sets}
-        lengths |= {s.var: s.tokens for call in program.calls for s in call.segments if type(s) is Write}
+        lengths: dict[str, int] | None = None
         for number, call in enumerate(program.calls):
             room = longest.get(call.models)
             if room is None:
                 room = longest[call.models] = _room(engines, call.models)
+            if len(call.segments) == 2:  # a prompt and its answer, as in most of a large trace: nothing to add up
+                prompt, answer = call.segments
+                if type(prompt) is Text and type(answer) is Write and prompt.tokens < room:
+                    continue
             where = f"{workload}: program {program.id!r}, call {number}"
             if room < 0:
                 have = ", ".join(sorted({engine.description.model for engine in engines}))
                 wanted = " or ".join(call.models)
                 raise ConfigurationError(f"{where}: needs model {wanted}, which no engine has (they have: {have})")
+            if lengths is None:
+                lengths = {source.var: source.tokens for source in program.sets}
+                lengths |= {s.var: s.tokens for c in program.calls for s in c.segments if type(s) is Write}
             needed = _prompt_tokens(call, lengths, where)
             if needed + 1 > room:
                 raise ConfigurationError(
                     f"{where}: its prompt has {needed} tokens; the largest engine takes {room} with at least one generated"
                 )
+        if most_tasks is not None and (len(program.calls) > 1 or lengths is not None):
+            _check_tasks(program, most_tasks, f"{workload}: program {program.id!r}")
         yield program
+
+
+def _check_tasks(program: Program, most: int, where: str) -> None:
+    """Raises ConfigurationError for a call that no session has room for, and for a program whose session is full before one of
+    its gets has a variable: nothing in it is wanted then, so that nothing runs and nothing ends. Calls are submitted in the
+    order of the file; those that wait for a get are not yet, and of those that wait for a time nothing is said."""
+    if sum(len(call.segments) for call in program.calls) <= most:
+        return
+    written = [[segment.var for segment in call.segments if type(segment) is Write] for call in program.calls]
+    for number, outputs in enumerate(written):
+        if len(outputs) > most:
+            raise ConfigurationError(f"{where}, call {number}: has {len(outputs)} outputs; max_tasks_per_session is {most}")
+    fetched = {get.var for get in program.gets if all(edge.get is None for edge in get.after)}
+    tasks = 0
+    for call, outputs in zip(program.calls, written, strict=True):
+        if any(edge.get is not None for edge in call.after):
+            continue
+        if call.after:
+            return
+        tasks += len(outputs)
+        if tasks > most:
+            raise ConfigurationError(
+                f"{where}: submits more than {most} tasks, which is max_tasks_per_session, before the first that is fetched"
+            )
+        if not fetched.isdisjoint(outputs):
+            return
 
 
 def _room(engines: Sequence[EngineModel], models: tuple[str, ...]) -> int:

@@ -38,8 +38,8 @@ from sim.actions import (
     Wait,
 )
 from sim.clients import Player
-from sim.metrics import Recorder
 from sim.network import Network
+from sim.recorder import Recorder
 from sim.workloads.program import Text
 
 

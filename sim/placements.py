@@ -30,7 +30,7 @@ import pandas as pd
 
 from parrot.protocol.engine import TaskId
 from parrot.serve.explanations import PlacementReport
-from sim.metrics import Recorder
+from sim.recorder import Recorder
 
 _KINDS = {
     "placement": "int64",

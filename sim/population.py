@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -33,14 +33,24 @@ from sim.actions import (
     Wait,
 )
 from sim.clients import Mode, Player, new_player
-from sim.cluster import AUTH, Cluster, EngineModel, Observe, Timeline
-from sim.metrics import Recorder
+from sim.cluster import AUTH, Asker, Cluster, EngineModel, Observe, Timeline
 from sim.network import Network
-from sim.workloads.program import Call, Program, Text
+from sim.recorder import Recorder
+from sim.workloads.program import Call, Program
 
-RETRY_AFTER_S = 1.0  #: when a refusal does not say how long to wait
-STUCK_AFTER_S = 24 * 3600.0  #: of simulated time in which every answer was a refusal
-KEPT_SAMPLINGS = 65_536  #: outputs of the same lengths share what says so
+RETRY_AFTER_S: Final = 1.0  #: when a refusal does not say how long to wait
+STUCK_AFTER_S: Final = 24 * 3600.0  #: of simulated time in which every answer was a refusal
+KEPT_SAMPLINGS: Final = 65_536  #: outputs of the same lengths share what says so
+
+
+# By names of this module's own that never change: the compiled module need not look up what each event is.
+_OPEN_SESSION: Final = events.OpenSession
+_CLOSE_SESSION: Final = events.CloseSession
+_SUBMIT_CALL: Final = events.SubmitCall
+_GET_VARIABLE: Final = events.GetVariable
+_CONSTANT: Final = events.Constant
+_INPUT: Final = events.Input
+_OUTPUT: Final = events.Output
 
 
 class StuckError(Exception):
@@ -76,13 +86,13 @@ class Population:
         self._live: dict[int, Conversation] = {}
         self._serial = 0
         self._sessions = 0
-        self._samplings: dict[tuple[int, int], SamplingConfig] = {}
+        self._samplings: dict[int, SamplingConfig] = {}
         self._next: Program | None = next(self._programs, None)
         self._closed = clients is not None
         if clients is None:
             self._await_next()
         for _ in range(clients or 0):
-            self.cluster.timeline.call_at(0.0, self._arrive)
+            self.cluster.calendar.call_at(0.0, self._arrive)
 
     def ended(self, conversation: Conversation) -> None:
         """A program has ended, well or badly."""
@@ -91,9 +101,9 @@ class Population:
         if self._on_ended is not None:
             self._on_ended()
         if self.is_over():
-            self.cluster.timeline.stop()
+            self.cluster.calendar.stop()
         elif self._closed:
-            self.cluster.timeline.call_at(0.0, self._arrive)
+            self.cluster.calendar.call_at(0.0, self._arrive)
 
     def is_over(self) -> bool:
         """Whether every program has arrived and ended."""
@@ -104,7 +114,7 @@ class Population:
         return self._sessions
 
     def sampling(self, into: Into) -> SamplingConfig:
-        lengths = (into.max_gen_length, into.output_length)
+        lengths = into.max_gen_length << 32 | into.output_length  # one number: it is hashed faster than two
         found = self._samplings.get(lengths)
         if found is None:
             if len(self._samplings) >= KEPT_SAMPLINGS:
@@ -115,7 +125,7 @@ class Population:
 
     def check_progress(self) -> None:
         """Raises StuckError when refusals are all that has come for a day."""
-        if self.cluster.timeline.now - self.answered_s > STUCK_AFTER_S:
+        if self.cluster.calendar.now - self.answered_s > STUCK_AFTER_S:
             raise StuckError(f"nothing but refusals for {STUCK_AFTER_S:g} simulated seconds; {self.waiting()}")
 
     def waiting(self) -> str:
@@ -128,26 +138,26 @@ class Population:
 
     def _await_next(self) -> None:
         if self._next is not None:
-            self.cluster.timeline.call_at(self._next.arrival_s, self._arrive)
+            self.cluster.calendar.call_at(self._next.arrival_s, self._arrive)
 
     def _arrive(self) -> None:
         program = self._next
-        timeline = self.cluster.timeline
+        calendar = self.cluster.calendar
         if program is None:  # more clients than programs
             return
         self._next = next(self._programs, None)
         if self._closed:
-            program = msgspec.structs.replace(program, arrival_s=timeline.now)
+            program = msgspec.structs.replace(program, arrival_s=calendar.now)
         serial = self._serial
         self._serial += 1
         far = not self.network.is_local
         player = new_player(program, self._mode, serial=serial, max_gen_length=self._max_gen_length, preallocate=far)
         if not self._live:
-            self.answered_s = timeline.now
+            self.answered_s = calendar.now
         conversation = self._live[serial] = Conversation(self, player)
         if not self._closed:
             self._await_next()
-        conversation.perform(player.start(timeline.now))
+        conversation.perform(player.start(calendar.now))
 
 
 class Conversation:
@@ -158,7 +168,7 @@ class Conversation:
     def __init__(self, population: Population, player: Player) -> None:
         self.player = player
         self.population = population
-        self.exchanges: dict[Exchange, None] = {}  # requests of the baseline that are at the core
+        self.exchanges: dict[Exchange, None] | None = None  # requests of the baseline that are at the core
         self._cluster = population.cluster
         self._network = None if population.network.is_local else population.network
         self._session_id = 0
@@ -168,18 +178,18 @@ class Conversation:
     def perform(self, actions: Iterable[Action]) -> None:
         """Sends the player's actions on their way."""
         for action in actions:
-            if type(action) is Wait:
-                timeline = self._cluster.timeline
-                timeline.call_at(timeline.now + action.delay_s, functools.partial(self._answer, action, None, None))
+            if isinstance(action, Wait):
+                calendar = self._cluster.calendar
+                calendar.call_at(calendar.now + action.delay_s, functools.partial(self._answer, action, None, None))
             elif self._network is None:
                 self._arrive(action, 0.0)
             else:
-                timeline = self._cluster.timeline
+                calendar = self._cluster.calendar
                 half_s = self._network.round_trip_s() / 2
-                timeline.call_at(timeline.now + half_s, functools.partial(self._arrive, action, half_s))
+                calendar.call_at(calendar.now + half_s, functools.partial(self._arrive, action, half_s))
         if self.player.ended and not self._over:
             self._over = True
-            for exchange in list(self.exchanges):  # a program that has failed drops its connections
+            for exchange in list(self.exchanges or ()):  # a program that has failed drops its connections
                 exchange.give_up()
             self.population.ended(self)
 
@@ -193,30 +203,28 @@ class Conversation:
 
     def _arrive(self, action: Action, half_s: float) -> None:
         """The action's request reaches the core."""
-        cluster, kind, session_id = self._cluster, type(action), self._session_id
-        if kind is Complete:
+        cluster, session_id = self._cluster, self._session_id
+        if isinstance(action, Complete):
             if not self._over:
-                Exchange(self, action, half_s)  # type: ignore[arg-type]
+                Exchange(self, action, half_s)
             return
-        request = cluster.expect(self._replied, action, half_s)
+        request = cluster.ask(_Asked(self, action, half_s))
         event: events.AnyEvent
-        if kind is Fetch:
-            assert type(action) is Fetch
-            event = events.GetVariable(
-                request, session_id, AUTH, action.var_id, action.criteria, None, False, action.deadline_s
-            )
-        elif kind is Submit:
-            event = self.submit_call(request, session_id, action.spec, action.pieces)  # type: ignore[union-attr]
-        elif kind is Open:
+        if isinstance(action, Fetch):
+            deadline_s = action.deadline_s
+            event = _GET_VARIABLE(request, session_id, AUTH, action.var_id, action.criteria, None, False, deadline_s)
+        elif isinstance(action, Submit):
+            event = self.submit_call(request, session_id, action.spec, action.pieces)
+        elif isinstance(action, Open):
             self._session_id = self.population.new_session_id()
-            event = events.OpenSession(request, self._session_id, AUTH, action.tenant)  # type: ignore[union-attr]
-        elif kind is Close:
+            event = _OPEN_SESSION(request, self._session_id, AUTH, action.tenant)
+        elif isinstance(action, Close):
             self.record(session_id)
-            event = events.CloseSession(request, session_id, AUTH)
-        elif kind is Create:
-            event = events.CreateVariable(request, session_id, AUTH, action.var)  # type: ignore[union-attr]
+            event = _CLOSE_SESSION(request, session_id, AUTH)
+        elif isinstance(action, Create):
+            event = events.CreateVariable(request, session_id, AUTH, action.var)
         else:
-            assert type(action) is Assign
+            assert isinstance(action, Assign)
             content = cluster.content(action.value.key, action.value.tokens)
             event = events.SetVariable(request, session_id, AUTH, action.var_id, content)
         cluster.post(event)
@@ -225,25 +233,17 @@ class Conversation:
         content = self._cluster.content
         segments: list[events.Segment] = []
         for piece in pieces:
-            kind = type(piece)
-            if kind is Text:
-                segments.append(events.Constant(content(piece.key, piece.tokens)))  # type: ignore[union-attr]
-            elif kind is Into:
-                sampling = self.population.sampling(piece)  # type: ignore[arg-type]
-                segments.append(events.Output(piece.name, sampling, piece.var_id))  # type: ignore[union-attr]
-            elif kind is Reference:
-                segments.append(events.Input(piece.name, piece.var_id))  # type: ignore[union-attr]
+            if isinstance(piece, Into):
+                segments.append(_OUTPUT(piece.name, self.population.sampling(piece), piece.var_id))
+            elif isinstance(piece, Reference):
+                segments.append(_INPUT(piece.name, piece.var_id))
+            elif isinstance(piece, Given):
+                segments.append(_INPUT(piece.name, None, content(piece.value.key, piece.value.tokens)))
             else:
-                assert type(piece) is Given
-                segments.append(events.Input(piece.name, value=content(piece.value.key, piece.value.tokens)))
-        return events.SubmitCall(
-            request,
-            session_id,
-            AUTH,
-            tuple(segments),
-            func_name=call.name,
-            models=call.models,
-            cache_prefix=call.cache_prefix,
+                segments.append(_CONSTANT(content(piece.key, piece.tokens)))
+        # by place: a name would cost as much as its value
+        return _SUBMIT_CALL(
+            request, session_id, AUTH, tuple(segments), call.name, call.models, "token_id", call.cache_prefix
         )
 
     def submitted(
@@ -256,7 +256,7 @@ class Conversation:
             known = self._outputs[session_id] = {}
         place = 0
         for piece in pieces:
-            if type(piece) is Into:
+            if isinstance(piece, Into):
                 known[var_ids[place]] = (call, output + place)
                 self._cluster.name_output(session_id, var_ids[place], piece.key)
                 place += 1
@@ -267,36 +267,36 @@ class Conversation:
         outputs = self._outputs.pop(session_id, {})
         self.population.recorder.calls_ended(self.player.serial, self._cluster.calls(session_id), outputs)
 
-    def _replied(self, payload: Any, error: ErrorInfo | None, action: Action, half_s: float) -> None:
+    def replied(self, payload: Any, error: ErrorInfo | None, action: Action, half_s: float) -> None:
         """The core has answered; the answer goes back."""
         answer: Any = None
         if error is None:
-            if type(action) is Submit:
+            if isinstance(action, Submit):
                 answer = self.submitted(self._session_id, action.call, 0, action.pieces, payload)
-            elif type(action) is Create:
+            elif isinstance(action, Create):
                 answer = payload["var_id"]
-            elif type(action) is Fetch:
+            elif isinstance(action, Fetch):
                 answer = Value(payload, 0)
         if half_s or error is not None:
             self.send_back(action, half_s, answer, error)
         else:  # as `_answer` does: what happens most takes the fewest steps
-            now = self.population.answered_s = self._cluster.timeline.now
+            now = self.population.answered_s = self._cluster.calendar.now
             self.perform(self.player.answer(action, answer, now))
 
     def send_back(self, action: Action, half_s: float, answer: Any, error: ErrorInfo | None) -> None:
         if half_s:
-            timeline = self._cluster.timeline
-            timeline.call_at(timeline.now + half_s, functools.partial(self._answer, action, answer, error))
+            calendar = self._cluster.calendar
+            calendar.call_at(calendar.now + half_s, functools.partial(self._answer, action, answer, error))
         else:
             self._answer(action, answer, error)
 
     # -------------------------------------------------------------------------------------------- the client's end
 
     def _answer(self, action: Action, answer: Any, error: ErrorInfo | None) -> None:
-        now = self._cluster.timeline.now
+        now = self._cluster.calendar.now
         player = self.player
         if error is None:
-            if type(action) is not Wait:
+            if not isinstance(action, Wait):
                 self.population.answered_s = now
             self.perform(player.answer(action, answer, now))
         elif ERRORS[error.code].status == 429:
@@ -304,6 +304,20 @@ class Conversation:
             self.perform(player.refuse(action, float(error.details.get("retry_after_s", RETRY_AFTER_S)), now))
         else:
             self.perform(player.fail(action, error, now))
+
+
+class _Asked(Asker):
+    """An action at the core, and how long its answer is under way."""
+
+    __slots__ = ("_action", "_conversation", "_half_s")
+
+    def __init__(self, conversation: Conversation, action: Action, half_s: float) -> None:
+        self._conversation = conversation
+        self._action = action
+        self._half_s = half_s
+
+    def replied(self, payload: Any, error: ErrorInfo | None) -> None:
+        self._conversation.replied(payload, error, self._action, self._half_s)
 
 
 class Exchange:
@@ -316,12 +330,14 @@ class Exchange:
         self._action = action
         self._half_s = half_s
         self._over = False
+        if conversation.exchanges is None:
+            conversation.exchanges = {}
         conversation.exchanges[self] = None
         population = conversation.population
         cluster = population.cluster
         self._session_id = population.new_session_id()
         request = cluster.expect(self._opened)
-        cluster.post(events.OpenSession(request, self._session_id, AUTH, action.tenant))
+        cluster.post(_OPEN_SESSION(request, self._session_id, AUTH, action.tenant))
         request = cluster.expect(self._submitted)
         cluster.post(conversation.submit_call(request, self._session_id, action.spec, action.pieces))
 
@@ -341,7 +357,7 @@ class Exchange:
         (var_id,) = self._conversation.submitted(self._session_id, action.call, action.output, action.pieces, answer)
         request = cluster.expect(self._fetched)
         deadline_s = action.deadline_s
-        cluster.post(events.GetVariable(request, self._session_id, AUTH, var_id, action.criteria, None, False, deadline_s))
+        cluster.post(_GET_VARIABLE(request, self._session_id, AUTH, var_id, action.criteria, None, False, deadline_s))
 
     def _fetched(self, key: str | None, error: ErrorInfo | None) -> None:
         if self._over:
@@ -351,7 +367,7 @@ class Exchange:
             return
         assert key is not None
         into = self._action.pieces[-1]
-        assert type(into) is Into
+        assert isinstance(into, Into)
         self._close(Value(key, into.output_length), None)
 
     def give_up(self) -> None:
@@ -359,7 +375,7 @@ class Exchange:
         conversation, cluster = self._conversation, self._conversation.population.cluster
         self._end()
         conversation.record(self._session_id)
-        cluster.post(events.CloseSession(cluster.expect(_ignore), self._session_id, AUTH))
+        cluster.post(_CLOSE_SESSION(cluster.expect(_ignore), self._session_id, AUTH))
 
     def _close(self, value: Value | None, error: ErrorInfo | None) -> None:
         self.give_up()
@@ -367,7 +383,8 @@ class Exchange:
 
     def _end(self) -> None:
         self._over = True
-        del self._conversation.exchanges[self]
+        if self._conversation.exchanges is not None:
+            del self._conversation.exchanges[self]
 
 
 def _ignore(_: Any, __: ErrorInfo | None) -> None:
@@ -402,7 +419,7 @@ def simulate(
     cluster = Cluster(timeline, config, engines, engine_delay_s=engine_delay_s, jump=jump, observe=observe, strict=strict)
     recorder = Recorder(mode, tables, names=config.global_scheduler.explain_placements > 0)
     population = Population(cluster, iter(programs), mode, network, recorder, max_gen_length, on_ended, clients)
-    if not population.is_over() and not timeline.run_to_stop():
+    if not population.is_over() and not timeline.calendar.run_to_stop():
         raise StuckError(f"nothing more can happen, but {population.waiting()}")
     recorder.outside = cluster.outside()
     cluster.explain(recorder)

@@ -19,14 +19,16 @@ import msgspec
 
 from parrot.configuration import ConfigurationError
 from parrot.protocol.errors import ParrotError
+from sim.clients import Mode
 from sim.cluster import OutOfRange
 from sim.fit import check_programs
-from sim.metrics import Recorder, Summary, write_tables
+from sim.metrics import Summary, write_tables
 from sim.network import open_network
 from sim.objectives import within
 from sim.placements import placements_table
 from sim.pool import Died, Progress, on_processes, shared_progress
 from sim.population import StuckError, simulate
+from sim.recorder import Recorder
 from sim.results import PLACEMENTS, TRACE, ResultsError, write_finished
 from sim.spec import ENGINE_PREFIX, Run, check_files, core_config_of, engine_models_of, open_programs
 from sim.tables import engine_load
@@ -248,7 +250,7 @@ def _simulate(run: Run, expect: Callable[[int], None], ended: Callable[[], None]
 
 def _programs(run: Run, engines: Sequence[Any], expect: Callable[[int], None]) -> Iterator[Program]:
     """The workload, read to its end once before anything runs, so that what is wrong with it is known first."""
-    checked = check_programs(open_programs(run), engines, run.workload)
+    checked = check_programs(open_programs(run), engines, run.workload, _most_tasks(run))
     kept = list(itertools.islice(checked, KEPT_PROGRAMS + 1))
     if not kept:
         raise ConfigurationError(f"workload {run.workload!r} has no programs")
@@ -257,6 +259,11 @@ def _programs(run: Run, engines: Sequence[Any], expect: Callable[[int], None]) -
         return iter(kept)
     expect(len(kept) + sum(1 for _ in checked))
     return open_programs(run)
+
+
+def _most_tasks(run: Run) -> int | None:
+    """Unfinished tasks that a program's session may have; None when a program is not one session."""
+    return core_config_of(run).max_tasks_per_session if run.client is Mode.SEMANTIC else None
 
 
 def _checked(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -303,6 +310,6 @@ def _of_engines(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _check_workload(run: Run, looked_at: int) -> None:
     programs = open_programs(run)
     if run.backend != "real" and run.core_url is None:
-        programs = check_programs(programs, engine_models_of(run), run.workload)
+        programs = check_programs(programs, engine_models_of(run), run.workload, _most_tasks(run))
     for _ in itertools.islice(programs, looked_at):
         pass

@@ -108,7 +108,7 @@ def _values(rows: Sequence[Row]) -> dict[Experiment, dict[str, float]]:
 def _priced(experiment: Experiment, values: dict[str, float], workloads: str | Path) -> _Priced:
     profile = profile_for(experiment.profile, START)
     outcome = simulated(experiment, profile, Setting(str(workloads)))
-    columns = list(BatchShape._fields)
+    columns = list(BatchShape.FIELDS)
     shapes = [BatchShape(*row) for row in outcome.iterations[columns].itertuples(index=False, name=None)]
     runs = list(zip(shapes, outcome.iterations["iterations"].astype(int).tolist(), strict=True))
     metric = "run_s" if "run_s" in outcome.metrics else "jct_s"
@@ -149,11 +149,5 @@ def _total_s(model: LatencyModel, iterations: Sequence[tuple[BatchShape, int]]) 
 
 def _ends(run: _Priced) -> list[tuple[BatchShape, int]]:
     """The first and the last iteration of each run of iterations."""
-    last = [
-        shape._replace(
-            decode_kv=shape.decode_kv + (n - 1) * shape.decode_rows,
-            decode_kv_unique=shape.decode_kv_unique + (n - 1) * shape.decode_rows,
-        )
-        for shape, n in run.iterations
-    ]
+    last = [shape.after(n - 1) for shape, n in run.iterations]
     return [*run.iterations, *((shape, 1) for shape in last)]

@@ -64,7 +64,7 @@ def run(
     seen: list[tuple[Any, ...]] = []
 
     def observe(engine: str, edges: Iterations) -> None:
-        seen.append((edges.start, edges.iterations, *edges.shape))
+        seen.append((edges.start, edges.iterations, *edges.shape.fields().values()))
 
     config = ServeCoreConfig(global_scheduler=msgspec.structs.replace(scheduler, max_queue_size=100_000))
     recorder = simulate(programs, config, models, mode=mode, network=network, observe=observe)
@@ -72,7 +72,7 @@ def run(
     failed = tables["programs"][tables["programs"]["state"] != "finished"]
     if len(failed):
         raise RuntimeError(f"{len(failed)} programs failed in simulation: {failed['error'].iloc[0]}")
-    return Ran(tables, pd.DataFrame.from_records(seen, columns=["start", "iterations", *BatchShape._fields]))
+    return Ran(tables, pd.DataFrame.from_records(seen, columns=["start", "iterations", *BatchShape.FIELDS]))
 
 
 def _description(profile: LatencyProfile, of: EngineLimits, tokens: int, number: int) -> EngineDescription:

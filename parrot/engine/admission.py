@@ -3,22 +3,23 @@ output of an earlier attempt."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from parrot.engine.batches import EngineLimits, EngineTask, Link, Refused
 from parrot.engine.contexts import Context, ContextTree
 from parrot.engine.running import Task
 
 
-class Need(NamedTuple):
+class Need:
     """What a waiting task needs to run: the contexts that it finds, and room beyond them."""
 
-    found: list[Context]
-    gen: Context | None
-    blocks: int
-    reclaimed: int  # retained blocks that it uses itself
-    tokens: int
-    start: int  # the first position to compute
+    __slots__ = ("blocks", "found", "gen", "reclaimed", "start", "tokens")
+
+    def __init__(self, found: list[Context], gen: Context | None, blocks: int, reclaimed: int, tokens: int, start: int) -> None:
+        self.found = found
+        self.gen = gen
+        self.blocks = blocks
+        self.reclaimed = reclaimed  # retained blocks that it uses itself
+        self.tokens = tokens
+        self.start = start  # the first position to compute
 
 
 def need_of(task: Task, contexts: ContextTree) -> Need:
@@ -45,13 +46,12 @@ def need_of(task: Task, contexts: ContextTree) -> Need:
         tokens += task.target - end
         blocks += -(-task.target // block_size) - -(-end // block_size)
         blocks += end % block_size > 0 and last is not None and last.tail is not None
-    return Need(found, gen, blocks, reclaimed, tokens, min(end if start is None else start, task.target - 1))
+    first = end if start is None else start
+    return Need(found, gen, blocks, reclaimed, tokens, first if first < task.target else task.target - 1)
 
 
-def given_links(parent_id: int | None, contexts: ContextTree) -> tuple[Link, ...]:
+def given_links(parent_id: int, contexts: ContextTree) -> tuple[Link, ...]:
     """The chain down to the context that a task continues."""
-    if parent_id is None:
-        return ()
     parent = contexts.get(parent_id)
     if parent is None:
         raise Refused("context_missing", f"parent context {parent_id} is not on this engine")
@@ -60,11 +60,14 @@ def given_links(parent_id: int | None, contexts: ContextTree) -> tuple[Link, ...
     return tuple(Link(context.id, context.tokens) for context in parent.path())
 
 
-def check_form(task: EngineTask, links: tuple[Link, ...], prompt: int, limits: EngineLimits) -> None:
-    """Refuses what could never run here."""
-    if prompt < 1 or any(link.tokens < 0 for link in links):
+def check_form(task: EngineTask, links: tuple[Link, ...], prompt: int, limits: EngineLimits, largest: int) -> None:
+    """Refuses what could never run here. `largest`: tokens of the largest task, `limits.largest_task`."""
+    negative = False
+    for link in links:
+        negative = negative or link.tokens < 0
+    if prompt < 1 or negative:
         raise Refused("bad_request", f"task {task.key!r} has a prompt of {prompt} tokens; at least 1 is needed")
-    if len({link.context_id for link in links}) < len(links):
+    if len(links) > 1 and len({link.context_id for link in links}) < len(links):
         raise Refused("conflict", f"task {task.key!r} names a context twice in its chain")
     if task.generate_context_id is not None and not 0 <= task.forced_tokens < task.max_gen_length:
         raise Refused(
@@ -73,7 +76,7 @@ def check_form(task: EngineTask, links: tuple[Link, ...], prompt: int, limits: E
             "at least one token must be left to generate",
         )
     output = task.max_gen_length if task.generate_context_id is not None else 0
-    if prompt + output > limits.largest_task:
+    if prompt + output > largest:
         raise Refused(
             "task_too_large",
             f"a prompt of {prompt} tokens and an output of up to {output} are more than this engine can ever hold: "
@@ -85,7 +88,10 @@ def check_form(task: EngineTask, links: tuple[Link, ...], prompt: int, limits: E
 def claim_output(output_id: int, links: tuple[Link, ...], outputs: set[int], contexts: ContextTree) -> None:
     """Refuses an output context that is something else; an unused one of an earlier attempt goes."""
     held = contexts.get(output_id)
-    if output_id in outputs or any(link.context_id == output_id for link in links):
+    taken = output_id in outputs
+    for link in links:
+        taken = taken or link.context_id == output_id
+    if taken:
         raise Refused("conflict", f"context {output_id} is the output or a part of another task")
     if held is not None:
         if held.users or held.children:
@@ -97,12 +103,13 @@ def found_of(links: tuple[Link, ...], contexts: ContextTree, given: int = 0) -> 
     """The leading contexts of a chain that are on this engine, found from its deep end. Raises Refused when one of
     them is not what the chain says, or when one of the first `given`, whose tokens the engine was never told, is gone."""
     path: list[Context] = []
-    for link in reversed(links):
-        context = contexts.get(link.context_id)
-        if context is not None:
-            path = context.path()
+    for place in range(len(links) - 1, -1, -1):
+        deepest = contexts.get(links[place].context_id)
+        if deepest is not None:
+            path = deepest.path()
             break
-    for context, link in zip(path, links, strict=False):
+    for place in range(min(len(path), len(links))):
+        context, link = path[place], links[place]
         if context.id != link.context_id or context.tokens != link.tokens or context.generating:
             raise Refused(
                 "conflict",

@@ -1,11 +1,13 @@
-"""What EngineCore says: batches and what they changed; and, by the same names, what it is told (`parrot.engine.limits`)."""
+"""What EngineCore is told, and what it says: tasks; batches, and what they changed. Plain data (`parrot.engine.limits` has the
+limits); slots and no tuples with names, for an iteration makes a few of each.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, NamedTuple
 
-from parrot.engine.limits import EngineLimits, EngineTask, Link
+from parrot.engine.limits import EngineLimits
 from parrot.latency import BatchShape
 
 if TYPE_CHECKING:
@@ -23,16 +25,74 @@ class Refused(Exception):
         self.message = message
 
 
-class Row(NamedTuple):
+class Link:
+    """A context of a chain and the tokens that it adds to its parent."""
+
+    __slots__ = ("context_id", "tokens")
+
+    def __init__(self, context_id: int, tokens: int) -> None:
+        self.context_id = context_id
+        self.tokens = tokens
+
+
+class EngineTask:
+    """One task: fill a chain and generate behind it.
+
+    `links`: the whole chain, head first; or, with `parent_context_id`, what goes on behind that context, which the engine
+    must then hold. `generate_context_id` None: fill only. `forced_tokens`: tokens of the output that are known already;
+    they are filled, and count in `max_gen_length`.
+    """
+
+    __slots__ = ("forced_tokens", "generate_context_id", "key", "links", "max_gen_length", "parent_context_id")
+
+    def __init__(
+        self,
+        key: Hashable,
+        links: tuple[Link, ...],
+        generate_context_id: int | None,
+        max_gen_length: int = 0,
+        forced_tokens: int = 0,
+        parent_context_id: int | None = None,
+    ) -> None:
+        self.key = key
+        self.links = links
+        self.generate_context_id = generate_context_id
+        self.max_gen_length = max_gen_length
+        self.forced_tokens = forced_tokens
+        self.parent_context_id = parent_context_id
+
+    def with_most(self, max_gen_length: int) -> EngineTask:
+        """The same task, with another limit of its output."""
+        return EngineTask(
+            self.key, self.links, self.generate_context_id, max_gen_length, self.forced_tokens, self.parent_context_id
+        )
+
+    def fitted(self, largest: int) -> EngineTask:
+        """The task, its max_gen_length cut to what is left behind its prompt of the `largest` tokens that a task may have: an
+        output ends there as at any limit. A prompt that leaves no room for one token stays as it is, to be refused."""
+        if self.parent_context_id is not None:
+            return self
+        room = largest
+        for link in self.links:
+            room -= link.tokens
+        if not self.forced_tokens < room < self.max_gen_length:
+            return self
+        return self.with_most(room)
+
+
+class Row:
     """A task's part of an iteration: it computes the chain's positions [start, stop). `context_id` is the deepest context
     among them. `samples`: the last position's output is sampled. `decode`: it is one token, sampled before."""
 
-    key: Hashable
-    context_id: int
-    start: int
-    stop: int
-    samples: bool
-    decode: bool
+    __slots__ = ("context_id", "decode", "key", "samples", "start", "stop")
+
+    def __init__(self, key: Hashable, context_id: int, start: int, stop: int, samples: bool, decode: bool) -> None:
+        self.key = key
+        self.context_id = context_id
+        self.start = start
+        self.stop = stop
+        self.samples = samples
+        self.decode = decode
 
 
 class Batch:
@@ -52,8 +112,6 @@ class Batch:
         decoders: tuple[Task, ...],
         fills: list[tuple[Task, Row]],
         copies: tuple[tuple[int, int], ...],
-        admitted: tuple[tuple[Hashable, int], ...],
-        preempted: tuple[Hashable, ...],
         shape: BatchShape,
     ) -> None:
         self.number = number
@@ -61,20 +119,15 @@ class Batch:
         self.decoders = decoders
         self.fills = fills
         self.copies = copies
-        self.admitted = admitted
-        self.preempted = preempted
+        self.admitted: tuple[tuple[Hashable, int], ...] = ()
+        self.preempted: tuple[Hashable, ...] = ()
         self._shape = shape
         self._shifted = 0  # iterations since it had that shape
 
     @property
     def shape(self) -> BatchShape:
         """What its duration depends on."""
-        shape = self._shape
-        if self._shifted:
-            more = self._shifted * shape.decode_rows
-            rows, fills, tokens, pairs, kv, kv_unique, graph = shape
-            return BatchShape(rows, fills, tokens, pairs, kv + more, kv_unique + more, graph)
-        return shape
+        return self._shape.after(self._shifted) if self._shifted else self._shape
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -100,13 +153,18 @@ class Batch:
         self._shifted += k
 
 
-class Progress(NamedTuple):
+class Progress:
     """What a complete iteration changed: tasks whose first token came, tasks that ended (fill-only ones too), and those
     preempted since the last complete iteration."""
 
-    first_tokens: tuple[Hashable, ...]
-    finished: tuple[Hashable, ...]
-    preempted: tuple[Hashable, ...]
+    __slots__ = ("finished", "first_tokens", "preempted")
+
+    def __init__(
+        self, first_tokens: tuple[Hashable, ...], finished: tuple[Hashable, ...], preempted: tuple[Hashable, ...]
+    ) -> None:
+        self.first_tokens = first_tokens
+        self.finished = finished
+        self.preempted = preempted
 
 
 class Span(NamedTuple):

@@ -8,6 +8,16 @@ only shared ones need a count.
 from __future__ import annotations
 
 from array import array
+from typing import Final
+
+_NUMBERED: Final[array[int]] = array("i")  #: each number at its own place, as far as any pool has needed them
+
+
+def _numbers(first: int, end: int) -> array[int]:
+    """The numbers from `first` up to `end`. They are cut from a table, for an array takes numbers one by one slowly."""
+    if end > len(_NUMBERED):
+        _NUMBERED.extend(range(len(_NUMBERED), max(end, 2 * len(_NUMBERED))))
+    return _NUMBERED[first:end]
 
 
 class BlockPool:
@@ -32,7 +42,7 @@ class BlockPool:
         taken = self._returned[len(self._returned) - reused :]
         del self._returned[len(self._returned) - reused :]
         if fresh := count - reused:
-            taken.extend(range(self._fresh, self._fresh + fresh))
+            taken.extend(_numbers(self._fresh, self._fresh + fresh))
             self._fresh += fresh
         self.free -= count
         return taken
@@ -54,7 +64,9 @@ class BlockPool:
 
     def give(self, blocks: array[int]) -> None:
         """The owner gives `blocks` back. Nobody shares them any more."""
-        if self._sharers and blocks and blocks[-1] in self._sharers:  # only a last block is ever shared
+        if not blocks:
+            return
+        if self._sharers and blocks[-1] in self._sharers:  # only a last block is ever shared
             raise ValueError("a block was given back while a context still shares it")
         self._returned.extend(blocks)
         self.free += len(blocks)

@@ -14,11 +14,11 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
-from typing import Any
+from typing import Any, Final
 
 from parrot.engine.blocks import BlockPool
 
-_NOTHING: array[int] = array("i")
+NO_BLOCKS: Final[array[int]] = array("i")  #: shared by all that have none: it is replaced, never added to
 
 
 class Context:
@@ -36,7 +36,7 @@ class Context:
         self.tokens: int = tokens
         self.computed = 0
         self.size = 0
-        self.blocks = array("i")
+        self.blocks = NO_BLOCKS
         self.lender: Context | None = None  # the predecessor whose last block is our first
         self.tail: Context | None = None  # the context that goes on in our last block
         self.copy_from: int | None = None  # our first block begins as a copy of this one, still to be made
@@ -58,6 +58,13 @@ class Context:
     def owned(self) -> int:
         """Its blocks that nobody held before it."""
         return len(self.blocks) - (self.lender is not None)
+
+    def add_blocks(self, blocks: array[int]) -> None:
+        """They come behind those that it has; `blocks` is the context's from now on."""
+        if self.blocks:
+            self.blocks.extend(blocks)
+        else:
+            self.blocks = blocks
 
     def predecessor(self) -> Context | None:
         """The nearest ancestor with tokens."""
@@ -134,26 +141,27 @@ class ContextTree:
         to evict."""
         if size <= context.size:
             return
-        first, within = divmod(context.start, self.pool.block_size)
-        if not context.blocks and within:
+        block_size = self.pool.block_size
+        first = context.start // block_size
+        if not context.blocks and context.start % block_size:
             before = context.predecessor()
             assert before is not None, "a context that starts inside a block has a predecessor"
             if before.tail is None:
                 before.tail, context.lender = context, before
-                context.blocks.append(before.blocks[-1])
+                context.blocks = before.blocks[-1:]
                 self.pool.share(before.blocks[-1])
             else:
-                context.blocks.extend(self._take(1))
+                context.blocks = self._take(1)
                 context.copy_from = before.blocks[-1]
-        if more := -(-(context.start + size) // self.pool.block_size) - first - len(context.blocks):
-            context.blocks.extend(self._take(more))
+        if more := -(-(context.start + size) // block_size) - first - len(context.blocks):
+            context.add_blocks(self._take(more))
         self._resize(context, size)
 
     def shrink(self, context: Context, size: int) -> array[int]:
         """Gives up the room beyond `size` tokens; the blocks that this frees are the caller's to give back. Never called
         for a retained context, whose blocks are counted."""
         if size >= context.size:
-            return _NOTHING
+            return NO_BLOCKS
         keep = -(-(context.start + size) // self.pool.block_size) - context.start // self.pool.block_size if size else 0
         if not keep:
             context.copy_from = None
@@ -162,8 +170,11 @@ class ContextTree:
                 context.lender.tail = None
                 context.lender = None
                 del context.blocks[0]
-        dropped = context.blocks[keep:]
-        del context.blocks[keep:]
+        if keep:
+            dropped = context.blocks[keep:]
+            del context.blocks[keep:]
+        else:
+            dropped, context.blocks = context.blocks, NO_BLOCKS
         self._resize(context, size)
         return dropped
 
@@ -269,7 +280,9 @@ class ContextTree:
     def _remove(self, context: Context) -> None:
         """Takes a context that is counted nowhere any more out of the tree, and the freed ancestors that it kept alive."""
         while True:
-            if self._nameless.pop(context, self) is self:
+            if self._nameless and context in self._nameless:
+                del self._nameless[context]
+            else:
                 del self._index[context.id]
             self.pool.give(self.shrink(context, 0))
             parent, context.parent, context.stamp = context.parent, None, -1

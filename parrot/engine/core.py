@@ -16,14 +16,14 @@ With `pipeline_depth` batches issued ahead, rows are issued as if nothing had en
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 
 from parrot.engine.admission import Need, check_form, claim_output, found_of, given_links, need_of
 from parrot.engine.batches import Batch, EngineLimits, EngineTask, Link, Progress, Refused, Row, Span
 from parrot.engine.blocks import BlockPool
 from parrot.engine.contexts import Context, ContextTree
 from parrot.engine.lockstep import Lockstep
-from parrot.engine.running import State, Task, fill_row, ready_tokens
+from parrot.engine.running import DECODING, DRAINING, ENDED, FILLING, WAITING, Task, fill_row, ready_tokens
 from parrot.latency import BatchShape
 
 __all__ = ["Batch", "EngineCore", "EngineLimits", "EngineTask", "Link", "Progress", "Refused", "Row", "Span"]
@@ -44,8 +44,14 @@ class EngineCore:
         self._maxed: deque[tuple[int, Task]] = deque()  # tasks at max_gen_length, with the decode iteration that ends each
         self._joining: list[Task] = []  # decode from the batch after the one that is being made on
         self._lingering: list[Task] = []  # ended, while a batch in flight touches what they used
-        self.in_flight: deque[Batch] = deque()  #: issued and not complete, oldest first; to be read only
+        self.in_flight: list[Batch] = []  #: issued and not complete, oldest first; to be read only
         self._running_most = min(limits.max_batch_size, limits.max_num_batched_tokens)
+        self._depth = limits.pipeline_depth
+        self._most_held = limits.max_total_tokens
+        self._most_batched = limits.max_num_batched_tokens
+        self._chunk_size = limits.fill_chunk_size
+        self._tasks_capacity = limits.tasks_capacity
+        self._largest_task = limits.largest_task
         self._arrivals = 0
         self._number = 0
         self._stuck = False  # the head of the queue has no room, and nothing was let go since that was found
@@ -61,19 +67,23 @@ class EngineCore:
         in the queue), task_too_large, context_missing, conflict (a context or key is something else already), bad_request."""
         if task.key in self._tasks:
             raise Refused("conflict", f"task {task.key!r} is on this engine already")
-        if len(self._tasks) >= self.limits.tasks_capacity:
+        if len(self._tasks) >= self._tasks_capacity:
             raise Refused("engine_rejected", f"the engine has {len(self._tasks)} tasks; its tasks_capacity is no more")
-        before = given_links(task.parent_context_id, self._contexts)
-        links = (*before, *task.links)
-        prompt = sum(link.tokens for link in links)
-        check_form(task, links, prompt, self.limits)
+        links, given = task.links, 0
+        if task.parent_context_id is not None:
+            before = given_links(task.parent_context_id, self._contexts)
+            links, given = (*before, *links), len(before)
+        prompt = 0
+        for link in links:
+            prompt += link.tokens
+        check_form(task, links, prompt, self.limits, self._largest_task)
         found_of(links, self._contexts)
         output_id = task.generate_context_id
         if output_id is not None:
             claim_output(output_id, links, self._outputs, self._contexts)
             self._outputs.add(output_id)
         self._arrivals += 1
-        accepted = Task(task, links, len(before), prompt, self._arrivals)
+        accepted = Task(task, links, given, prompt, self._arrivals)
         self._tasks[task.key] = accepted
         self._waiting.append(accepted)
         return prompt
@@ -115,7 +125,7 @@ class EngineCore:
     @property
     def can_issue(self) -> bool:
         """Whether `pipeline_depth` lets another batch be issued now."""
-        return len(self.in_flight) <= self.limits.pipeline_depth
+        return len(self.in_flight) <= self._depth
 
     @property
     def waits(self) -> bool:
@@ -184,7 +194,7 @@ class EngineCore:
 
     def next_batch(self, now: float) -> Batch | None:
         """What to compute next; None when there is nothing, or pipeline_depth forbids to issue before a completion."""
-        if len(self.in_flight) > self.limits.pipeline_depth or not self._make_decode_room():
+        if len(self.in_flight) > self._depth or not self._make_decode_room():
             return None
         number = self._number + 1
         lockstep = self._lockstep
@@ -199,9 +209,10 @@ class EngineCore:
                 self._drain(task)
         elif not fills:
             return None
-        for task in self._joining:
-            lockstep.join(task)
-        self._joining.clear()
+        if self._joining:
+            for task in self._joining:
+                lockstep.join(task)
+            self._joining.clear()
         prefill = pairs = 0
         for task, row in fills:
             count = row.stop - row.start
@@ -210,10 +221,13 @@ class EngineCore:
             task.in_flight += 1
         shape = BatchShape(len(decoders), len(fills), prefill, pairs, kv, kv_unique)
         step = lockstep.steps if decoders else 0
-        batch = Batch(number, step, decoders, fills, tuple(copies), tuple(self._admitted), tuple(self._preempted), shape)
+        batch = Batch(number, step, decoders, fills, tuple(copies) if copies else (), shape)
         self._number = number
-        self._admitted.clear()
+        if self._admitted:
+            batch.admitted = tuple(self._admitted)
+            self._admitted.clear()
         if self._preempted:
+            batch.preempted = tuple(self._preempted)
             self._preempted_untold += self._preempted
             self._preempted.clear()
         self.in_flight.append(batch)
@@ -227,26 +241,26 @@ class EngineCore:
         finished: list[Hashable] = []
         if batch.decoders:
             self._lockstep.done += 1
-        filling = set()
+        filling: list[Task] = []
         for task, row in batch.fills:
             task.in_flight -= 1
-            if row.samples and task.state is not State.ENDED:
-                filling.add(task.key)
+            if row.samples and task.state != ENDED:
+                filling.append(task)
                 task.known += 1
                 if not task.first_token:
                     task.first_token = True
                     first_tokens.append(task.key)
         for key, kept in ended.items():
-            if key not in filling and (named := self._tasks.get(key)) is not None:
+            if (named := self._tasks.get(key)) is not None and named not in filling:
                 self._end(named, kept)
                 finished.append(key)
         while self._maxed and self._maxed[0][0] <= self._lockstep.done:
             _, task = self._maxed.popleft()
-            if task.state is State.DRAINING:
+            if task.state == DRAINING:
                 self._end(task, task.max_gen)
                 finished.append(task.key)
         for task, row in batch.fills:
-            if task.state is State.ENDED:
+            if task.state == ENDED:
                 continue
             if row.samples:
                 if task.key in ended or task.known >= task.max_gen:
@@ -256,8 +270,10 @@ class EngineCore:
                 self._end(task, 0)
                 finished.append(task.key)
         self._sweep()
-        preempted = tuple(self._preempted_untold)
-        self._preempted_untold.clear()
+        preempted: tuple[Hashable, ...] = ()
+        if self._preempted_untold:
+            preempted = tuple(self._preempted_untold)
+            self._preempted_untold.clear()
         return Progress(tuple(first_tokens), tuple(finished), preempted)
 
     def fail(self, batch: Batch) -> tuple[Hashable, ...]:
@@ -269,7 +285,7 @@ class EngineCore:
             self._lockstep.done += 1
         for task, _ in batch.fills:
             task.in_flight -= 1
-        lost = [t for t in dict.fromkeys(t for b in issued for t in b.tasks) if t.state is not State.ENDED]
+        lost = [t for t in dict.fromkeys(t for b in issued for t in b.tasks) if t.state != ENDED]
         for task in lost:
             self._leave(task)
         starts: dict[Task, int] = {}
@@ -293,15 +309,15 @@ class EngineCore:
         """For how many iterations, from the oldest batch in flight on, only the same tasks decode: at least 1, and in all
         but the last nothing can end, be admitted or be preempted. `remaining`: tokens still to be sampled by that of them
         which ends first, that batch's included."""
-        limits, lockstep = self.limits, self._lockstep
+        lockstep = self._lockstep
         rows = len(lockstep.tasks)
-        if len(self.in_flight) <= limits.pipeline_depth or self._filling or (self._waiting and not self._stuck) or not rows:
+        if len(self.in_flight) <= self._depth or self._filling or (self._waiting and not self._stuck) or not rows:
             return 1
         members = lockstep.members
         for issued in self.in_flight:
             if issued.decoders is not members or issued.fills:
                 return 1
-        steps = min(remaining - 1, (limits.max_total_tokens - self._contexts.held_tokens) // rows)
+        steps = min(remaining - 1, (self._most_held - self._contexts.held_tokens) // rows)
         return 1 + lockstep.horizon(steps) if steps > 0 else 1
 
     def advance(self, k: int) -> None:
@@ -316,7 +332,7 @@ class EngineCore:
 
     def _make_decode_room(self) -> bool:
         """Room for one more token of every decoding task. False: there is none before a batch in flight is complete."""
-        while not self._lockstep.make_room(self.limits.max_total_tokens):
+        while not self._lockstep.make_room(self._most_held):
             if self.in_flight:
                 return False
             alone = self._running == 1
@@ -337,7 +353,7 @@ class EngineCore:
     def _preempt(self, task: Task) -> None:
         """Takes a task's room away; no batch in flight has a row of it. What it has generated becomes forced."""
         if task.gen is not None:
-            if task.state is State.DECODING:
+            if task.state == DECODING:
                 task.known = self._lockstep.known(task)
             task.forced = task.known
         self._leave(task)
@@ -346,7 +362,7 @@ class EngineCore:
         self._contexts.release(task.chain)
         task.chain = []
         task.cursor = 0
-        task.state = State.WAITING
+        task.state = WAITING
         task.joined = task.last_step = 0
         self._waiting.appendleft(task)
         self._preempted.append(task.key)
@@ -356,29 +372,36 @@ class EngineCore:
 
     def _fill_rows(self, number: int, fills: list[tuple[Task, Row]], copies: list[tuple[int, int]]) -> bool:
         """Adds the fills of this iteration, running ones first, then newly admitted ones. Whether one runs alone."""
-        left = budget = self.limits.max_num_batched_tokens - len(self._lockstep.tasks)
-        for task in self._candidates(budget, fills):
+        left = self._most_batched - len(self._lockstep.tasks)
+        running = list(self._filling) if self._filling else []
+        place = 0
+        while True:
+            if place < len(running):
+                task = running[place]
+                place += 1
+            elif (admitted := self._admit_next(left, fills)) is not None:
+                task = admitted
+            else:
+                return False
             ready = ready_tokens(task, number)
             if not ready:
                 continue
             chunk = self._chunk(ready, left, alone=not fills)
             if not chunk:
-                break
+                return False
             fills.append((task, self._fill(task, chunk, number, copies)))
             left -= chunk
             if left <= 0:
                 return left < 0
-        return False
 
-    def _candidates(self, budget: int, fills: list[tuple[Task, Row]]) -> Iterator[Task]:
-        """Tasks that may fill, first come first; admits waiting ones as it comes to them."""
+    def _admit_next(self, left: int, fills: list[tuple[Task, Row]]) -> Task | None:
+        """The first of the waiting tasks, admitted to this iteration, in which there is room for `left` more tokens. None:
+        nobody waits, or who comes next must go on waiting."""
         rows = len(self._lockstep.tasks)
-        if self._filling:
-            yield from list(self._filling)
         while self._waiting and rows + len(fills) < self._running_most:
             if self._stuck or self._running >= self._running_most:
                 self._stuck = True
-                return
+                return None
             task = self._waiting[0]
             try:
                 need = need_of(task, self._contexts)
@@ -386,17 +409,18 @@ class EngineCore:
                 self._drop(task)
                 self.failed.append((task.key, refusal))
                 continue
-            if fills and self._chunk(task.target - need.start, budget - sum(r.stop - r.start for _, r in fills), False) == 0:
-                return
+            if fills and self._chunk(task.target - need.start, left, False) == 0:
+                return None
             if fills or self._filling or rows or self._joining or self.in_flight:
                 if not self._has_room(need):
                     self._stuck = True
-                    return
+                    return None
             elif need.blocks > self._contexts.available - need.reclaimed:  # what it would share is split by copies
                 self._evict_all()
                 continue
             self._admit(task, need)
-            yield task
+            return task
+        return None
 
     @property
     def _running(self) -> int:
@@ -405,8 +429,9 @@ class EngineCore:
 
     def _chunk(self, ready: int, budget: int, alone: bool) -> int:
         """How much of a fill of `ready` tokens is computed; more than `budget` means that it runs alone, where it may."""
-        if self.limits.fill_chunk_size > 0:
-            return min(ready, self.limits.fill_chunk_size, budget)
+        if self._chunk_size > 0:
+            chunk = self._chunk_size if self._chunk_size < ready else ready
+            return chunk if chunk < budget else budget
         return ready if ready <= budget or alone else 0
 
     def _fill(self, task: Task, chunk: int, number: int, copies: list[tuple[int, int]]) -> Row:
@@ -430,18 +455,21 @@ class EngineCore:
         spare = self._running + 1
         return (
             need.blocks + spare <= self._contexts.available - need.reclaimed
-            and self._contexts.held_tokens + need.tokens + spare <= self.limits.max_total_tokens
+            and self._contexts.held_tokens + need.tokens + spare <= self._most_held
         )
 
     def _admit(self, task: Task, need: Need) -> None:
         contexts = self._contexts
         self._waiting.popleft()
-        chain = list(need.found)
-        for link in task.links[len(chain) :]:
-            chain.append(contexts.create(link.context_id, chain[-1] if chain else None, link.tokens))
+        chain = need.found[:]
+        parent = chain[-1] if chain else None
+        for place in range(len(chain), len(task.links)):
+            link = task.links[place]
+            parent = contexts.create(link.context_id, parent, link.tokens)
+            chain.append(parent)
         if task.output_id is not None:
             if need.gen is None:
-                task.gen = contexts.create(task.output_id, chain[-1], task.forced)
+                task.gen = contexts.create(task.output_id, parent, task.forced)
                 task.gen.generating, task.gen.task = True, task
             assert task.gen is not None
             chain.append(task.gen)
@@ -449,7 +477,7 @@ class EngineCore:
         for context in chain:
             contexts.grow(context, context.tokens)
         task.chain = chain
-        task.state = State.FILLING
+        task.state = FILLING
         self._filling[task] = None
         if not task.admitted:
             task.admitted = True
@@ -461,18 +489,18 @@ class EngineCore:
         if not self.in_flight or self.in_flight[0].number != batch.number:
             oldest = self.in_flight[0].number if self.in_flight else None
             raise ValueError(f"batch {batch.number} is not the oldest in flight, which is {oldest}")
-        self.in_flight.popleft()
+        del self.in_flight[0]
 
     def _leave(self, task: Task) -> None:
         """The task is issued no more rows: it drains."""
-        if task.state is State.DECODING:
+        if task.state == DECODING:
             self._lockstep.leave(task)
-        elif task.state is State.FILLING:
+        elif task.state == FILLING:
             del self._filling[task]
             for context in task.chain:
                 if context.filler is task:
                     context.filler = None
-        task.state = State.DRAINING
+        task.state = DRAINING
         self._stuck = False
 
     def _end(self, task: Task, kept: int) -> None:
@@ -491,7 +519,7 @@ class EngineCore:
 
     def _drop(self, task: Task) -> None:
         """The task is given up, and its output with it."""
-        waits = task.state is State.WAITING
+        waits = task.state == WAITING
         if waits:
             self._waiting.remove(task)
         else:
@@ -504,7 +532,7 @@ class EngineCore:
 
     def _forget(self, task: Task) -> None:
         """The task has ended: what it used is let go when no batch in flight touches it."""
-        task.state = State.ENDED
+        task.state = ENDED
         del self._tasks[task.key]
         if task.output_id is not None:
             self._outputs.discard(task.output_id)

@@ -41,7 +41,7 @@ class IterationLog:
         """One completed iteration that began at `t`."""
         line: dict[str, Any] = {"kind": "iteration", "t": round(t, 6), "duration_s": round(duration_s, 6)}
         line["run_s"] = round(run_s, 6)
-        line.update(shape._asdict())
+        line.update(shape.fields())
         line["tasks"] = list(tasks)
         if failed:
             line["failed"] = True

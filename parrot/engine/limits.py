@@ -1,9 +1,6 @@
-"""What an engine is told: its limits, and tasks. Plain data; `parrot.engine.core` has the rules."""
+"""What one engine can hold and compute. Plain data; `parrot.engine.core` has the rules."""
 
 from __future__ import annotations
-
-from collections.abc import Hashable
-from typing import NamedTuple
 
 import msgspec
 
@@ -38,38 +35,3 @@ class EngineLimits(msgspec.Struct, frozen=True):
     def largest_task(self) -> int:
         """The most that a task's prompt and output may be together, in tokens."""
         return min(self.max_seq_len, self.max_total_tokens, self.num_blocks * self.block_size)
-
-    def fit(self, task: EngineTask) -> EngineTask:
-        """The task, its max_gen_length cut to what is left behind its prompt: an output ends there as at any limit. A
-        prompt that leaves no room for one token stays as it is, to be refused."""
-        if task.parent_context_id is not None:
-            return task
-        room = self.largest_task
-        for link in task.links:
-            room -= link.tokens
-        if not task.forced_tokens < room < task.max_gen_length:
-            return task
-        return msgspec.structs.replace(task, max_gen_length=room)
-
-
-class Link(NamedTuple):
-    """A context of a chain and the tokens that it adds to its parent."""
-
-    context_id: int
-    tokens: int
-
-
-class EngineTask(msgspec.Struct):
-    """One task: fill a chain and generate behind it.
-
-    `links`: the whole chain, head first; or, with `parent_context_id`, what goes on behind that context, which the engine
-    must then hold. `generate_context_id` None: fill only. `forced_tokens`: tokens of the output that are known already;
-    they are filled, and count in `max_gen_length`.
-    """
-
-    key: Hashable
-    links: tuple[Link, ...]
-    generate_context_id: int | None
-    max_gen_length: int = 0
-    forced_tokens: int = 0
-    parent_context_id: int | None = None

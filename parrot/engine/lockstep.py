@@ -11,7 +11,7 @@ from __future__ import annotations
 from heapq import heapify, heappop, heappush
 
 from parrot.engine.contexts import Context, ContextTree
-from parrot.engine.running import State, Task
+from parrot.engine.running import DECODING, Task
 
 
 class Lockstep:
@@ -53,7 +53,7 @@ class Lockstep:
         assert gen is not None, "a decoding task has an output"
         steps = self.steps
         self._tickets += 1
-        task.state = State.DECODING
+        task.state = DECODING
         task.ticket = self._tickets
         task.joined = task.settled = steps
         task.last_step = 0
@@ -92,7 +92,7 @@ class Lockstep:
 
     def known(self, task: Task) -> int:
         """Tokens of the task's output whose values are known."""
-        last = self.steps if task.state is State.DECODING else task.last_step
+        last = self.steps if task.state == DECODING else task.last_step
         return task.known + max(0, min(self.done, last) - task.joined)
 
     def settle(self, task: Task) -> None:
@@ -113,7 +113,7 @@ class Lockstep:
             size = self._block_size
             owed = -(-(gen.start + gen.size) // size) - gen.start // size - len(gen.blocks)
             if owed:
-                gen.blocks.extend(self._contexts.pool.take_owed(owed))
+                gen.add_blocks(self._contexts.pool.take_owed(owed))
 
     def settle_all(self) -> None:
         for task in self.tasks:
@@ -216,7 +216,7 @@ class Lockstep:
     def _blocks(self, count: int) -> int:
         """Blocks that the room of the next `count` iterations takes."""
         size, phase = self._block_size, self._phase
-        whole, rest = divmod(count, size)
+        whole, rest = count // size, count % size
         blocks = whole * len(self.tasks)
         if rest:
             first = -self._room % size  # the phases that take a block lie at first, first − 1, …, around the corner

@@ -120,7 +120,7 @@ class BuiltinLoop:
             job.fail("unavailable", "the engine is shutting down")
             return
         now = self.now()
-        job.task = self._core.limits.fit(job.task)
+        job.task = job.task.fitted(self._core.limits.largest_task)
         try:
             self._core.submit(job.task, now)
         except Refused as refusal:
@@ -273,7 +273,8 @@ class BuiltinLoop:
         self._last_edge = edge
         self._recent_s.append(edge - began)
         if self._log is not None:
-            shape = issued.batch.shape._replace(graph=issued.graph)
+            shape = issued.batch.shape.after(0)  # of its own
+            shape.graph = issued.graph
             self._log.iteration(began, edge - began, run_s, shape, issued.labels, failed)
 
     # ------------------------------------------------------------------------------------------------------ failures

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from array import array
-from enum import Enum
+from typing import Final
 
 from parrot.engine.batches import EngineTask, Link, Row
-from parrot.engine.contexts import Context
+from parrot.engine.contexts import NO_BLOCKS, Context
 
-_NOTHING: array[int] = array("i")
-
-
-class State(Enum):
-    WAITING = "waiting"
-    FILLING = "filling"
-    DECODING = "decoding"
-    DRAINING = "draining"  # its last row is issued and not complete
-    ENDED = "ended"  # its contexts are let go when no batch in flight touches them
+# The states of a task: numbers, because an iteration asks for them a dozen times.
+WAITING: Final = 0
+FILLING: Final = 1
+DECODING: Final = 2
+DRAINING: Final = 3  #: its last row is issued and not complete
+ENDED: Final = 4  #: its contexts are let go when no batch in flight touches them
 
 
 class Task:
@@ -38,14 +34,14 @@ class Task:
         self.forced = spec.forced_tokens if spec.generate_context_id is not None else 0
         self.known = self.forced  # tokens of the output whose values are known, without those of its decode rows
         self.arrival = arrival
-        self.state = State.WAITING
+        self.state = WAITING
         self.admitted = False
         self.first_token = False
         self.in_flight = 0  # batches in flight that fill some of it
         self.chain: list[Context] = []
         self.gen: Context | None = None
         self.cursor = 0  # contexts of the chain before it are computed
-        self.limbo = _NOTHING  # blocks given up that a batch in flight may still write
+        self.limbo = NO_BLOCKS  # blocks given up that a batch in flight may still write
         # Of its time in the lockstep (parrot.engine.lockstep), in iterations of it:
         self.ticket = 0  # which join it was, of all there were
         self.joined = 0  # issued when it joined

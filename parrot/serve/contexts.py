@@ -207,7 +207,7 @@ class PrefixStore:
             engine.cached_tokens -= gone.tokens
             if owner is None:
                 if gone.state == "retained":
-                    self._shared.pop(gone, None)
+                    del self._shared[gone]
             elif owner.contexts is not None:
                 owner.contexts.pop(gone, None)
             engine.contexts.pop(gone.id, None)

@@ -26,14 +26,6 @@ class Content(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     key: str
     lengths: dict[str, int]
 
-    @property
-    def empty(self) -> bool:
-        """No tokens under any tokenizer. (One that no tokenizer has seen yet is not known to be empty.)"""
-        for tokens in self.lengths.values():
-            if tokens:
-                return False
-        return bool(self.lengths)
-
 
 # ------------------------------------------------------------------------------------------------ from clients
 

@@ -276,7 +276,8 @@ def chain_of(task: Task) -> list[Link]:
     call = task.call
     links: list[Link] = []
     run: list[Content] = []
-    for segment, variable in zip(call.segments[: task.end - 1], call.variables, strict=False):
+    for place in range(task.end - 1):
+        segment, variable = call.segments[place], call.variables[place]
         generated = False
         if type(segment) is Constant:
             content = segment.content
@@ -286,7 +287,7 @@ def chain_of(task: Task) -> list[Link]:
                 break
             content = variable.content
             generated = variable.producer is not None and variable.producer.call is call
-        if content.empty:
+        if _is_empty(content):
             continue
         if not call.fuse_fill:
             links.append(Link((content,), generated))
@@ -300,6 +301,15 @@ def chain_of(task: Task) -> list[Link]:
     if run:
         links.append(Link(tuple(run), False))
     return links
+
+
+def _is_empty(content: Content) -> bool:
+    """No tokens under any tokenizer. (One that no tokenizer has seen yet is not known to be empty.)"""
+    lengths = content.lengths
+    for tokens in lengths.values():
+        if tokens:
+            return False
+    return bool(lengths)
 
 
 def depends_on(variables: Iterable[Variable], targets: set[Variable]) -> bool:

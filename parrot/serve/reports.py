@@ -19,11 +19,13 @@ def input_failed(variable: Variable, error: ErrorInfo) -> ErrorInfo:
 
 
 def call_answer(call: Call) -> CallAnswer:
-    infos = [
-        ParamInfo(segment.name, segment.name, type(segment) is ev.Output, variable.name, variable.id, "", call.func_name)
-        for segment, variable in zip(call.segments, call.variables, strict=True)
-        if variable is not None and type(segment) is not ev.Constant
-    ]
+    infos: list[ParamInfo] = []
+    for place, variable in enumerate(call.variables):
+        segment = call.segments[place]
+        if variable is not None and type(segment) is not ev.Constant:
+            name = segment.name
+            is_output = type(segment) is ev.Output
+            infos.append(ParamInfo(name, name, is_output, variable.name, variable.id, "", call.func_name))
     return CallAnswer(call.number, call.session.id, tuple(infos))
 
 

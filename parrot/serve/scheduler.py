@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Final
 
 from parrot.protocol.engine import EngineDescription
 from parrot.protocol.errors import ErrorInfo
@@ -35,6 +35,7 @@ from parrot.serve.states import IN_FLIGHT, TASK
 from parrot.serve.tenants import Tenant, Tenants
 
 MOST_MESSAGE = 200  #: characters that are kept of what a policy's error says
+_NO_MORE: Final = object()  #: what a policy's placements end with
 
 
 class Scheduler:
@@ -266,14 +267,14 @@ class Scheduler:
         self.cluster.forget()
         placements: Iterator[Placement] | None = None
         while True:
-            placement: Placement | None = None
+            placement: Any = None
             try:
                 if placements is None:
                     placements = iter(self.policy.place(self.queue, self.cluster, now))
-                placement = next(placements)
+                placement = next(placements, _NO_MORE)
+                if placement is _NO_MORE:
+                    return
                 self._check(placement)
-            except StopIteration:
-                break
             except Exception as error:  # a third party's policy may raise anything
                 self._policy_failed(error)
                 placements = None
@@ -383,7 +384,8 @@ class Scheduler:
         new_tokens, whole, parent, cached_links = 0, 0, -1, 0
         engine_id, prefixes = engine.id, self.prefixes
         bos_tokens = engine.description.bos_tokens
-        for depth, (node, link) in enumerate(zip(task.path, task.links, strict=True)):
+        for depth, node in enumerate(task.path):
+            link = task.links[depth]
             contents = link.contents
             context = node.contexts.get(engine_id) if node.contexts else None
             if context is None:

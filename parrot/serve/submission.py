@@ -106,7 +106,7 @@ def bind(session: Session, event: ev.SubmitCall) -> tuple[Variable | None, ...]:
             variable = values[segment.name]
         else:
             variable = values[segment.name] = session.new_variable(segment.name)
-            if isinstance(segment, ev.Input):
+            if type(segment) is ev.Input:
                 variable.state = VARIABLE[variable.state, "set"]
                 variable.content = segment.value
         bound.append(variable)

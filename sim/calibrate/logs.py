@@ -51,7 +51,7 @@ class Iteration(msgspec.Struct, frozen=True, tag="iteration", tag_field="kind"):
 
     @property
     def shape(self) -> BatchShape:
-        return BatchShape(*(getattr(self, name) for name in BatchShape._fields))
+        return BatchShape(*(getattr(self, name) for name in BatchShape.FIELDS))
 
 
 class TaskLine(msgspec.Struct, frozen=True, tag="task", tag_field="kind"):
@@ -111,7 +111,7 @@ def read_log(path: str | Path, *, allow_cut: bool = False) -> list[Run]:
 def _check(entry: Iteration, run: Run, where: str) -> None:
     if entry.duration_s <= 0:
         raise CalibrationError(f"{where}: duration_s is {entry.duration_s}; it must be above 0")
-    for name in BatchShape._fields:
+    for name in BatchShape.FIELDS:
         if getattr(entry, name) < 0:
             raise CalibrationError(f"{where}: {name} is {getattr(entry, name)}; it must be 0 or above")
     if run.iterations and entry.t < run.iterations[-1].t:

@@ -16,7 +16,7 @@ from sim.programs.source import Arguments, Source, read_inputs
 from sim.spec import Run, core_config_of, engine_models_of
 
 if TYPE_CHECKING:
-    from sim.metrics import Recorder
+    from sim.recorder import Recorder
 
 __all__ = ["check_program", "play_programs", "simulate_programs"]
 

@@ -42,7 +42,7 @@ class Sent(NamedTuple):
 
 
 class Account:
-    """What one instance did. It has what `sim.metrics.Recorder` asks of a player. Times are seconds of the run."""
+    """What one instance did. It has what `sim.recorder.Recorder` asks of a player. Times are seconds of the run."""
 
     def __init__(self, serial: int, name: str, application: str, arrival_s: float) -> None:
         self.serial = serial

@@ -29,11 +29,11 @@ from parrot.frontend.pfunc import environment
 from parrot.frontend.wire import Answer, LostConnection, Request
 from parrot.protocol.api import SessionReference, SessionReport
 from sim.http_client import Api, Refusal
-from sim.metrics import Recorder
 from sim.network import Network
 from sim.programs.accounts import Account, RecordedBlocking, RecordedLooped
 from sim.programs.instances import Failures, check_source, starts_at
 from sim.programs.source import Arguments, Source, play
+from sim.recorder import Recorder
 
 
 class Ledger:
@@ -58,7 +58,7 @@ class Ledger:
     def ended(self, account: Account, now: float, raised: BaseException | None) -> None:
         with self._lock:
             account.end(now, self.failures.add(account, raised) if raised is not None else None)
-            self._recorder.program_ended(account)  # type: ignore[arg-type]  # it has what is asked of a player
+            self._recorder.program_ended(account)
 
 
 def question(request: Request) -> Request:

@@ -15,7 +15,6 @@ from parrot.serve.config import ServeCoreConfig
 from parrot.serve.graph import Call
 from sim.clients import Mode
 from sim.cluster import Cluster, EngineModel, Timeline
-from sim.metrics import Recorder
 from sim.network import Network
 from sim.population import StuckError
 from sim.programs.accounts import Account, RecordedBlocking, RecordedLooped
@@ -26,6 +25,7 @@ from sim.programs.source import Arguments, Source, play
 from sim.programs.strands import Stopped, Strand, Strands
 from sim.programs.surroundings import virtual_surroundings
 from sim.programs.transports import BlockingTransport, Client, LoopedTransport
+from sim.recorder import Recorder
 
 ADDRESS = "http://simulated"  #: any address is the simulated core's
 
@@ -106,7 +106,7 @@ class Instances:
             error = self.failures.add(account, raised)
         account.end(strand.now, error)
         self._door.close_sessions(account)
-        self._recorder.program_ended(account)  # type: ignore[arg-type]  # an account has what it asks of a player
+        self._recorder.program_ended(account)
         self._ended += 1
         if self._on_ended is not None:
             self._on_ended()

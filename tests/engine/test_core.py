@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from parrot.engine.core import Batch, EngineCore, EngineLimits, EngineTask, Link, Refused
+from parrot.latency import BatchShape
 
 
 def limits(**changes: Any) -> EngineLimits:
@@ -119,7 +120,7 @@ def test_chunks_share_the_budget_with_decode_rows_which_come_first() -> None:
     batch = step(core)
     assert [row.key for row in batch.rows] == ["a", "b", "c"]
     assert ranges(batch) == {"a": (3, 4), "b": (0, 6), "c": (0, 3)}
-    assert batch.shape == (1, 2, 9, 21 + 6, 4, 4, False)
+    assert batch.shape == BatchShape(1, 2, 9, 21 + 6, 4, 4)
 
 
 def test_a_fill_that_may_not_be_cut_and_does_not_fit_runs_alone() -> None:
@@ -205,7 +206,8 @@ def test_with_a_pipeline_rows_are_issued_as_if_nothing_had_ended() -> None:
     assert core.complete(first, {"a": 1}, 0.0).finished == ("a",)
     assert core.spans(2)[-1] == (2, 8, 9)
     assert core.has_work  # its surplus row is still being computed
-    assert core.complete(second, {}, 0.0) == ((), (), ())
+    progress = core.complete(second, {}, 0.0)
+    assert (progress.first_tokens, progress.finished, progress.preempted) == ((), (), ())
     assert not core.has_work
 
 

@@ -43,8 +43,8 @@ def test_what_is_finished_says_how_it_went() -> None:
     emulated.advance(2.5)
     emulated.submit(EngineTask("b", (Link(1, 8), Link(5, 3)), 6, 100), 2, 2.5)
     last = {event.key: event for event in run(emulated) if event.kind == "finished"}
-    assert last["a"][3:9] == (0, 0, 5, 8, 4.0, 1.0)
-    assert last["b"][3:9] == (8, 0, 2, 11, 1.0, 1.0)
+    assert last["a"] == EmulatedEvent("finished", "a", 5.0, 0, 0, 5, 8, 4.0, 1.0)
+    assert last["b"] == EmulatedEvent("finished", "b", 5.0, 8, 0, 2, 11, 1.0, 1.0)
 
 
 def test_max_gen_length_cuts_what_it_would_say() -> None:
@@ -126,7 +126,8 @@ def test_no_room_is_rejected_and_nonsense_is_failed() -> None:
 def test_an_output_that_was_streamed_whole_before_ends_at_once() -> None:
     emulated = engine()
     emulated.submit(EngineTask("a", (Link(1, 8),), 2, 3, forced_tokens=3), 9, 0.0)
-    assert run(emulated)[-1][:3] == ("finished", "a", 1.0)
+    last = run(emulated)[-1]
+    assert (last.kind, last.key, last.at) == ("finished", "a", 1.0)
 
 
 def test_streamed_tokens_are_told_one_by_one() -> None:

@@ -240,7 +240,7 @@ async def test_the_iteration_log_has_a_line_for_every_iteration_and_task(tmp_pat
     assert sum(line["decode_rows"] for line in good) == 3 * 4
     assert sum(line["prefill_tokens"] for line in good) == 20 + 3 * 3
     for line in good:
-        assert set(BatchShape._fields) < line.keys()
+        assert set(BatchShape.FIELDS) < line.keys()
         assert 0 <= line["run_s"] <= line["duration_s"] + 1e-6
         assert len(line["tasks"]) == line["decode_rows"] + line["prefill_rows"]
     starts = [(line["t"], line["t"] + line["duration_s"]) for line in iterations]

@@ -13,11 +13,11 @@ import pytest
 
 from parrot.serve.config import ServeCoreConfig
 from sim.cluster import EngineModel
-from sim.metrics import Recorder
 from sim.network import Constant
 from sim.programs.outputs import Outputs, open_outputs
 from sim.programs.simulated import simulate_instances
 from sim.programs.source import Source, read_inputs
+from sim.recorder import Recorder
 from tests.sim.clusters import engine
 
 told: list[Any] = []  #: programs append to it: `from tests.sim.program_runs import told`

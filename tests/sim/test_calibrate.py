@@ -49,7 +49,7 @@ def write_log(path: Path, batches: list[BatchShape], noise: float = 0.0, header:
     lines: list[dict[str, object]] = [dict(header), {"kind": "task", "t": 0.0, "task": "1.0.0#1", "overhead_s": 0.004}]
     for i, shape in enumerate(batches):
         duration_s = model.duration(shape) * float(np.exp(rng.normal(0, noise)))
-        lines.append({"kind": "iteration", "t": float(i), "duration_s": duration_s, **shape._asdict(), "tasks": []})
+        lines.append({"kind": "iteration", "t": float(i), "duration_s": duration_s, **shape.fields(), "tasks": []})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 

@@ -129,7 +129,8 @@ def test_a_refusal_is_waited_out_and_tried_again() -> None:
     player = new_player(one_call(), Mode.SEMANTIC, serial=0, max_gen_length=2048, preallocate=False)
     (opening,) = player.start(0.0)
     (wait,) = player.refuse(opening, 2.5, 0.0)
-    assert wait == Wait(2.5, then=opening)
+    assert isinstance(wait, Wait)
+    assert (wait.delay_s, wait.then) == (2.5, opening)
     assert player.answer(wait, None, 2.5) == [opening]
     assert player.refusals == 1
 

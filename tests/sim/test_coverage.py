@@ -8,9 +8,9 @@ import pytest
 from parrot.latency import BatchShape, Coverage, OutOfRange
 from parrot.serve.config import ServeCoreConfig
 from sim.cluster import EngineModel
-from sim.metrics import Recorder
 from sim.network import Constant
 from sim.population import simulate
+from sim.recorder import Recorder
 from sim.workloads import open_workload
 from tests.sim.clusters import engine
 

@@ -9,9 +9,9 @@ import pytest
 
 from parrot.serve.config import ServeCoreConfig, TenantConfig
 from sim.clients import Mode
-from sim.metrics import Recorder
 from sim.network import Constant
 from sim.population import simulate
+from sim.recorder import Recorder
 from sim.workloads.program import Program, read_programs, write_programs
 from tests.sim.clusters import engine
 from tests.sim.programs import chain, chat, map_reduce, one_call

@@ -20,7 +20,8 @@ class Relay:
     """Two engines; what one finishes goes to the other at the same instant, through a flush as the cluster has it."""
 
     def __init__(self, jump: bool, depth: int) -> None:
-        clock = self.timeline = Timeline()
+        self.timeline = Timeline()
+        clock = self.timeline.calendar
         limits = EngineLimits(32, 4, 4, 32, 100, 20, 64, pipeline_depth=depth)
         self.told: list[tuple[int, EmulatedEvent]] = []
         self.tasks = 0

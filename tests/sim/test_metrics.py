@@ -10,7 +10,8 @@ import pytest
 from parrot.protocol.api import CallReport, SessionReport, TaskReport
 from parrot.protocol.errors import ErrorInfo
 from sim.clients import Mode, new_player
-from sim.metrics import Recorder, distribution, read_tables, write_tables
+from sim.metrics import distribution, read_tables, write_tables
+from sim.recorder import Recorder
 from tests.sim.programs import one_call
 
 WHICH = {

@@ -14,11 +14,11 @@ import pytest
 from parrot import P
 from parrot.configuration import ConfigurationError
 from sim.clients import Mode
-from sim.metrics import Recorder
 from sim.network import Constant
 from sim.programs.outputs import OutputError
 from sim.programs.real import play_instances
 from sim.programs.source import Source, read_inputs
+from sim.recorder import Recorder
 from sim.run import main
 from tests.serve.http_support import cluster
 from tests.sim.clusters import processes_with, write_files
