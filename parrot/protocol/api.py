@@ -244,5 +244,5 @@ class SessionReport(msgspec.Struct, frozen=True, omit_defaults=True):
     variables: dict[str, int]
     age_s: float
     idle_s: float
-    usage: Usage = Usage()
     reports: tuple[CallReport, ...] | None = None
+    usage: Usage = Usage()
