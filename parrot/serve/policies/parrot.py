@@ -155,11 +155,11 @@ class Parrot(InOrder):
         tokens = sum([cluster.prompt_tokens(member, roomiest) + member.max_gen_length for member in part])
         if not self._ctx_aware and not index.up_to(-tokens):
             return None
-        for engine, terms in islice(self._ranked(part[0], cluster, None), MOST_PROBED):
-            if self._has_room(part, tokens, engine, cluster) and cluster.fits(part[0], engine, self._bound(part[0], engine)):
-                terms["group"] = len(part)
-                return Placement(part[0], engine, terms, None, "task_group")
-        return None
+        ranked = islice(self._ranked(part[0], cluster, None), MOST_PROBED)
+        found = self._best(part[0], ranked, cluster, "task_group", lambda e: self._has_room(part, tokens, e, cluster))
+        if found is not None and found.terms is not None:
+            found.terms["group"] = len(part)
+        return found
 
     def _has_room(self, part: list[Task], tokens: int, engine: Engine, cluster: Cluster) -> bool:
         """Whether all of `part`, of so many `tokens` with nothing cached, fit on the engine at once."""
@@ -191,13 +191,21 @@ class Parrot(InOrder):
 
     # ------------------------------------------------------------------------------------------- an engine for a task
 
-    def _best(self, task: Task, ranked: Iterator[tuple[Engine, Terms]], cluster: Cluster, rule: str) -> Placement | None:
-        """The task on the first engine of `ranked` that may take it; while the cluster explains, with its rivals."""
+    def _best(
+        self,
+        task: Task,
+        ranked: Iterator[tuple[Engine, Terms]],
+        cluster: Cluster,
+        rule: str,
+        also: Callable[[Engine], bool] | None = None,
+    ) -> Placement | None:
+        """The task on the first engine of `ranked` that may take it, and of which `also` holds; while the cluster explains,
+        with its rivals."""
         seen: list[Candidate] | None = [] if cluster.explaining else None
         chosen: Engine | None = None
         terms: Terms = {}
         for engine, costs in ranked:
-            fits = cluster.fits(task, engine, self._bound(task, engine))
+            fits = (also is None or also(engine)) and cluster.fits(task, engine, self._bound(task, engine))
             if fits and chosen is None:
                 chosen, terms = engine, costs
             if seen is None:
