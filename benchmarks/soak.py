@@ -34,20 +34,21 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from experiments.chaos_cluster import CORE, PROFILE, ChaosCluster
-from experiments.chaos_load import applications
-from parrot.configuration import load
-from parrot.engine.core import EngineLimits
-from parrot.protocol.engine import EngineDescription
-from parrot.serve import events
-from parrot.serve.config import ServeCoreConfig
-from parrot.serve.core import ServeCore
-from sim.clients import Mode
-from sim.cluster import AUTH, Cluster, EngineModel, Timeline
-from sim.network import open_network
-from sim.population import Population
-from sim.workloads.generators import generate
-from sim.workloads.program import Program
+sys.path[:] = [path for path in sys.path if path != str(Path(__file__).parent)]  # in which `sim` is a benchmark
+from experiments.chaos_cluster import CORE, PROFILE, ChaosCluster  # noqa: E402
+from experiments.chaos_load import applications  # noqa: E402
+from parrot.configuration import load  # noqa: E402
+from parrot.engine.core import EngineLimits  # noqa: E402
+from parrot.protocol.engine import EngineDescription  # noqa: E402
+from parrot.serve import events  # noqa: E402
+from parrot.serve.config import ServeCoreConfig  # noqa: E402
+from parrot.serve.core import ServeCore  # noqa: E402
+from sim.clients import Mode  # noqa: E402
+from sim.cluster import AUTH, Cluster, EngineModel, Timeline  # noqa: E402
+from sim.network import open_network  # noqa: E402
+from sim.population import Population  # noqa: E402
+from sim.workloads.generators import generate  # noqa: E402
+from sim.workloads.program import Program  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "sample_configs/core/localhost_serve_core_all_switches.json"
@@ -98,7 +99,9 @@ def held(core: ServeCore) -> dict[str, int]:
         "shared": len(scheduler.prefixes._shared),
         "nodes": len(nodes),
         "lanes": len(scheduler.engines.lanes),
-        "waits": len(scheduler._stranded) + len(scheduler._reopen) + len(scheduler._pauses),
+        "waits": len(scheduler._stranded) + len(scheduler._pauses._full) + len(scheduler._pauses._suspects),
+        "tenants": len(scheduler.tenants._present),
+        "deadlines": len(core._deadlines._heap),
     }
 
 
@@ -178,7 +181,9 @@ class _Hours:
     def __init__(self) -> None:
         self.rows: list[list[object]] = []
         self.memory: list[int] = []
-        self._config = load(CONFIG, ServeCoreConfig)
+        config = load(CONFIG, ServeCoreConfig)
+        section = msgspec.structs.replace(config.global_scheduler, explain_placements=0)  # the last ones are kept on purpose
+        self._config = msgspec.structs.replace(config, global_scheduler=section)
         self._timeline = Timeline()
         self._cluster = _KeyedCluster(self._timeline, self._config, engine_models(4))
         self._done = 0
