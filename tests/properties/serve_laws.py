@@ -138,7 +138,7 @@ class ServeCoreMachine(ServeCorePlay):
         if not hasattr(self, "core"):
             return
         scheduler = self.core.scheduler
-        queued = [t for t in self.tasks() if t.state == "queued"]
+        queued = [t for t in self.tasks() if t.state == "queued" and not t.held]
         holds = {c for e in self.core.engines.values() for c in e.contexts.values() if c.node is not None}
         stack = list(scheduler.prefixes._roots.values())
         while stack:

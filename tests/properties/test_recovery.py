@@ -235,6 +235,7 @@ class Kills(ServeCoreMachine):
         self.full.clear()
         self.past.clear()
         self.request = 0  # a new process counts anew
+        self.too_late.clear()
         effects = self.send(ev.Restarted(self.epoch))
         assert again.handle([ev.Restarted(self.epoch)], self.now) == effects
         assert again.counts() == self.core.counts()
