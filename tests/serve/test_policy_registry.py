@@ -57,7 +57,7 @@ def test_an_installed_policy_has_the_name_of_its_entry_point_and_its_own_paramet
 
 
 def test_an_unknown_name_is_told_the_installed_ones_too() -> None:
-    with pytest.raises(ParrotError, match=r"'newer' is unknown; known are .*least_loaded, newest, nothing, .*module:Class"):
+    with pytest.raises(ParrotError, match=r"'newer' is unknown; known are .*least_loaded, .*newest, nothing, .*module:Class"):
         find_policy("newer")
 
 
