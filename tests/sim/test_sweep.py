@@ -199,22 +199,25 @@ def test_a_worker_that_is_killed_is_named_and_loses_no_other_run(
     flags: list[str], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep = [*flags, "--seed", "1,2,3", "--workers", "2"]
-    config_of = sim.sweep.core_config_of
+    simulate = sim.sweep._simulate
 
-    def fatal(run: sim.sweep.Run) -> object:
+    def fatal(run: sim.sweep.Run, *told: Any) -> object:
         if run.seed == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        return config_of(run)
+        return simulate(run, *told)
+
+    def only_the_lost_one(run: sim.sweep.Run, *told: Any) -> object:
+        return simulate(run, *told) if run.seed == 2 else pytest.fail(f"{run.name} is repeated")
 
     with monkeypatch.context() as patch:
-        patch.setattr("sim.sweep.core_config_of", fatal)
+        patch.setattr("sim.sweep._simulate", fatal)
         assert main(sweep) == 1
     captured = capsys.readouterr()
     assert "run parrot_seed2: its process was killed by SIGKILL" in captured.err
     assert "2 of 3 runs are finished" in captured.err
     assert [json.loads(line)["seed"] for line in captured.out.splitlines() if '"run"' in line] == [1, 3]
     assert read_results(tmp_path / "out").missing == ["parrot_seed2"]
-    monkeypatch.setattr("sim.sweep.core_config_of", lambda run: config_of(run) if run.seed == 2 else pytest.fail(run.name))
+    monkeypatch.setattr("sim.sweep._simulate", only_the_lost_one)
     assert main(sweep) == 0
     assert [line["seed"] for line in printed(capsys)] == [1, 2, 3]
 
