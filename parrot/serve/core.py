@@ -477,7 +477,7 @@ class ServeCore:
 
     def _watch_deadlines(self) -> None:
         """Deadlines may have come up that are shorter than all that `handle` reckons with."""
-        self.due_at = min(self.due_at, self._deadlines.next_deadline() or math.inf)
+        self._reckon_with(self._deadlines.next_deadline())
 
     def _cancel_get(self, event: ev.CancelGet, now: float) -> None:
         self._drop_get(event.request, now)
@@ -643,9 +643,13 @@ class ServeCore:
             self.scheduler.reject(task, event.message, now)
             self._paused()
 
+    def _reckon_with(self, deadline: float | None) -> None:
+        if deadline is not None and deadline < self.due_at:
+            self.due_at = deadline
+
     def _paused(self) -> None:
         """A pause may have begun, which is shorter than all that `handle` reckons with."""
-        self.due_at = min(self.due_at, self.scheduler.next_deadline() or math.inf)
+        self._reckon_with(self.scheduler.next_deadline())
 
     # =============================================================================================== time
 

@@ -194,6 +194,15 @@ def test_a_call_that_nobody_asked_for_fails_at_its_deadline_too() -> None:
     assert d.code(d.fetch(session, var)) == "deadline_exceeded"
 
 
+def test_a_deadline_at_the_very_start_of_the_clock_counts_too() -> None:
+    d = Clocked()
+    assert d.now == 0.0
+    session = d.open()
+    var = d.call(session, "a", deadline=0.0)
+    assert d.task(session, var).state == "failed"
+    assert d.error(d.fetch(session, var)).code == "deadline_exceeded"
+
+
 def test_an_activated_call_with_a_deadline_hurries_what_it_reads() -> None:
     d = Clocked()
     session = d.open()
