@@ -14,6 +14,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,8 @@ from parrot.engine.batches import EngineLimits
 from parrot.engine.config import BuiltinEngineConfig, description_of, load_engine_config
 from parrot.latency import LatencyProfile
 from sim.calibrate.__main__ import main as fit_logs
+from sim.workloads import WorkloadError
+from sim.workloads.azure import lengths_of
 
 ABOUT = "records iteration logs of an engine over its whole range and fits a latency profile"
 
@@ -82,14 +85,8 @@ def at_once(name: str, lengths: Sequence[tuple[int, int]]) -> Load:
 
 
 def azure_lengths(path: str, count: int) -> list[tuple[int, int]]:
-    """(prompt, output) tokens of the first requests of a public Azure trace."""
-    lengths = []
-    with open(path) as file:
-        next(file)
-        for line, _ in zip(file, range(count), strict=False):
-            _, prompt, output = line.split(",")
-            lengths.append((int(prompt), max(1, int(output))))
-    return lengths
+    """(prompt, output) tokens of the first requests of a public Azure trace. Raises WorkloadError."""
+    return [(prompt, max(1, output)) for prompt, output in islice(lengths_of(path), count)]
 
 
 def record(config: BuiltinEngineConfig, loads: Sequence[Load], folder: Path) -> dict[str, Outcome]:
@@ -167,7 +164,7 @@ def main(argv: Sequence[str]) -> int:
         if not isinstance(config, BuiltinEngineConfig):
             raise ConfigurationError(f"{args.engine}: calibrate needs an engine_type 'builtin', this is {config.engine_type!r}")
         return _calibrate(config, args)
-    except ConfigurationError as error:
+    except (ConfigurationError, WorkloadError) as error:
         print(error, file=sys.stderr)
         return 1
 

@@ -54,7 +54,7 @@ class PlacementsAnswer(msgspec.Struct, frozen=True):
 
 
 class Explanations:
-    """The last `most` placements. `taken` hands them over and forgets them, for who keeps all of them elsewhere."""
+    """The last `most` placements. `take` hands them over and forgets them, for who keeps all of them elsewhere."""
 
     def __init__(self, most: int, policy: str) -> None:
         self._policy = policy

@@ -63,7 +63,6 @@ class Script:
         self._crowded = dice.chance(0.6)  # whether engines have little room
         self._faulty = dice.chance(0.7)
         self._outputs = 0
-        self._past = 0
         actions: list[tuple[int, Callable[[], None]]] = [
             (6, self._program_comes),
             (2, self._call_comes),

@@ -61,7 +61,8 @@ def test_lengths_are_drawn_within_their_range_and_the_same_for_a_seed() -> None:
 
 def test_lengths_of_a_trace(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\nx,374,44\ny,396,0\nz,1,1\n")
+    rows = ["2023-11-16 18:15:46.68,374,44", "2023-11-16 18:15:50.95,396,0", "2023-11-16 18:15:51.22,1,1"]
+    path.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows, ""]))
     assert azure_lengths(str(path), 2) == [(374, 44), (396, 1)]
 
 
