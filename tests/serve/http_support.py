@@ -222,10 +222,10 @@ class Cluster:
 
 
 @contextlib.asynccontextmanager
-async def cluster(**config: Any) -> AsyncIterator[Cluster]:
-    """A running core without engines. `config`: keys of ServeCoreConfig."""
+async def cluster(load: Callable[[str], Any] | None = None, **config: Any) -> AsyncIterator[Cluster]:
+    """A running core without engines. `config`: keys of ServeCoreConfig; `load`: loads tokenizers (else each name is one)."""
     tokenizers = Tokenizers()
-    server = Server(msgspec.convert({"host": "127.0.0.1", "port": 0, **config}, ServeCoreConfig), load=tokenizers.load)
+    server = Server(msgspec.convert({"host": "127.0.0.1", "port": 0, **config}, ServeCoreConfig), load=load or tokenizers.load)
     [(host, port)] = await server.start()
     async with aiohttp.ClientSession() as http:
         running = Cluster(server, Client(f"http://{host}:{port}", http), tokenizers)

@@ -8,18 +8,17 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import msgspec
 import pytest
 
 from parrot.engine.config import EmulatedEngineConfig, OpenAIEngineConfig, ServeCoreAddress, load_engine_config
 from parrot.engine.launch import RunningEngine, start_emulated, start_openai
 from parrot.engine.openai import pace
-from parrot.serve.config import ServeCoreConfig
 from parrot.serve.server import Server
+from parrot.tokenizer import load_tokenizer
 from tests.engine.openai.stand_in import TEXT, Answer, StandIn, stand_in
 from tests.engine.openai.test_engine import configuration
-from tests.serve.http_support import Client, eventually
+from tests.serve.http_support import Client, cluster, eventually
 
 ZERO = Path(__file__).parents[3] / "sample_configs" / "engine" / "emulated-zero.json"
 
@@ -32,10 +31,10 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 class Mixed:
     """A core, its client, and engines that it knows."""
 
-    def __init__(self, server: Server, client: Client, port: int) -> None:
+    def __init__(self, server: Server, client: Client) -> None:
         self.server = server
         self.client = client
-        self._address = ServeCoreAddress("127.0.0.1", port)
+        self._address = ServeCoreAddress("127.0.0.1", int(client.url.rpartition(":")[2]))
         self._engines: list[RunningEngine] = []
 
     async def remote(self, stand: StandIn, **keys: Any) -> RunningEngine:
@@ -60,15 +59,12 @@ class Mixed:
 
 @asynccontextmanager
 async def mixed(**config: Any) -> AsyncIterator[Mixed]:
-    server = Server(msgspec.convert({"host": "127.0.0.1", "port": 0, **config}, ServeCoreConfig))
-    [(host, port)] = await server.start()
-    async with aiohttp.ClientSession() as http:
-        running = Mixed(server, Client(f"http://{host}:{port}", http), port)
+    async with cluster(load_tokenizer, **config) as core:
+        running = Mixed(core.server, core.client)
         try:
             yield running
         finally:
             await running.close()
-            await server.stop()
 
 
 def output(name: str, **sampling: Any) -> dict[str, Any]:
