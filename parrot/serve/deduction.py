@@ -232,7 +232,7 @@ class Deduction:
     def _join(task: Task, group: Group) -> None:
         task.group = group
         group.members[task] = None
-        if task.state == "queued" and not task.held:
+        if task.in_queue:
             group.queued[task] = None
 
     # ------------------------------------------------------------------------------------------- order

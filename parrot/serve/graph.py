@@ -190,6 +190,12 @@ class Task:
         return self.state in states.ENDED
 
     @property
+    def in_queue(self) -> bool:
+        """Whether a policy may place it: it is ready, unplaced, and no limit of its tenant holds it beside the queue. (A
+        policy's `order` is asked for held tasks too.)"""
+        return self.state == "queued" and not self.held
+
+    @property
     def max_gen_length(self) -> int:
         """Tokens that it may generate: all that a policy knows of its output's length."""
         return self.sampling.max_gen_length

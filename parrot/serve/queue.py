@@ -139,14 +139,14 @@ class TaskQueue:
             if line is None:
                 return None
             ages = self._ages[lane] = sorted((sequence, task) for _, sequence, task in line)
-        while ages and (ages[0][1].state != "queued" or ages[0][1].held):
+        while ages and not ages[0][1].in_queue:
             heappop(ages)
         return ages[0][1] if ages else None
 
     def in_order(self, lane: Lane) -> Iterator[Task]:
         """All tasks of the lane as they stand now, in the policy's order; placing some while iterating is fine."""
         for _, _, task in list(self._lines.get(lane, ())):
-            if task.state == "queued":
+            if task.in_queue:
                 yield task
 
     def waiting(self, lane: Lane) -> int:

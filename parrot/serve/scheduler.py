@@ -260,7 +260,7 @@ class Scheduler:
         except Exception as error:  # a third party's policy may raise anything
             self._policy_failed(error)
             return self.queue.head(lane)
-        known = isinstance(task, Task) and task.state == "queued" and not task.held and task.call.lane is lane
+        known = isinstance(task, Task) and task.in_queue and task.call.lane is lane
         return task if known else None
 
     def _ask_policy(self, now: float) -> None:
@@ -287,7 +287,7 @@ class Scheduler:
         """Places the task of a refused placement, or the first one that has room. False when there is none."""
         tasks = [self.queue.head(lane) for lane in self.queue.lanes()]
         wrong = failed.task if isinstance(failed, Placement) else None
-        if isinstance(wrong, Task) and wrong.state == "queued" and not wrong.held:
+        if isinstance(wrong, Task) and wrong.in_queue:
             tasks.insert(0, wrong)
         self.cluster.forget()
         for task in tasks:
@@ -322,7 +322,7 @@ class Scheduler:
         if not isinstance(placement, Placement):
             raise TypeError(f"yielded a {type(placement).__name__} where a Placement is wanted")
         task, engine = placement.task, placement.engine
-        if task.state != "queued" or task.held:
+        if not task.in_queue:
             raise ValueError(f"placed task {task.id}, which is {'held' if task.held else task.state}")
         if engine.state != "live" or engine.id not in task.call.lane.engines:
             where = f"engine {engine.id}, which is {engine.state}, for {task.call.lane.describe()}"

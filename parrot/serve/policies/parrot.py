@@ -181,7 +181,7 @@ class Parrot(InOrder):
         """`task`, then the others of `sharing` after it while that is worth it, up to one that finds no room."""
         engine: Engine | None = None
         for member in [task, *sharing]:
-            if member.state != "queued":
+            if not member.in_queue:
                 continue
             found = self._best(member, self._ranked(member, cluster, engine), cluster, "shared_prefix")
             if found is None:

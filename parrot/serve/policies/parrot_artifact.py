@@ -89,7 +89,7 @@ class ParrotArtifact(InOrder):
                 if not opened:
                     break
             for task in sorted(fresh, key=_order_of):
-                if task.state == "queued" and not task.held:  # a task that its tenant's limit holds was asked for its order too
+                if task.in_queue:
                     yield from self._if_any(task, queue, cluster)
             self._seen[lane] = lane.version
         self._fresh.clear()

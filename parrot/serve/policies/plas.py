@@ -100,17 +100,17 @@ class LeastAttained(InOrder):
     def _promote(self, lane: Lane, now: float, waiting: int) -> None:
         later = self._later.get(lane)
         if later and len(later) > 64 + 2 * waiting:  # most of them wait no longer
-            later = self._later[lane] = [entry for entry in later if entry[2].state == "queued"]
+            later = self._later[lane] = [entry for entry in later if entry[2].in_queue]
             heapify(later)
-        while later and (later[0][0] <= now or later[0][2].state != "queued"):
+        while later and (later[0][0] <= now or not later[0][2].in_queue):
             _, sequence, task = heappop(later)
-            if task.state == "queued":
+            if task.in_queue:
                 heappush(self._starving.setdefault(lane, []), (sequence, task))
 
     def first(self, queue: TaskQueue, lane: Lane) -> Task | None:
         """The task that goes next: the first of the starving and of level 0, by readiness; else of the lowest level."""
         starving = self._starving.get(lane)
-        while starving and starving[0][1].state != "queued":
+        while starving and not starving[0][1].in_queue:
             heappop(starving)
         head = queue.head(lane)
         if starving and (head is None or head.order > (0, starving[0][0])):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from parrot.serve.config import TenantConfig
 from tests.serve.driver import Driver, out, read, text, value
 from tests.serve.policies.scenes import ask, begun, engines_of, rules, run_out
 
@@ -129,3 +130,19 @@ def test_a_long_call_leaves_an_engine_without_room() -> None:
         d.get(session, x)
     assert engines_of(d) == [1, 2, 2]
     assert rules(d) == ["first_home", "home_full", "home"]
+
+
+@pytest.mark.parametrize("policy", ["plas", "atlas"])
+def test_a_starving_task_that_its_tenant_s_limit_holds_is_left_where_it_is(policy: str) -> None:
+    d = Driver(policy, {"params": {"beta": 0.0}}, tenants={"a": TenantConfig(max_tokens_in_flight=50)})
+    d.engine(tasks_capacity=2)
+    session, other = d.open(tenant="a"), d.open(tenant="b")
+    serve(d, session, "first", 10.0)  # from here on all of its tasks starve at once
+    ask(d, session, "second", 30)
+    ask(d, other, "runs")
+    ask(d, session, "held", 30)
+    ask(d, other, "waits")  # so that the policy looks at the lane
+    assert begun(d, "second")
+    d.finish(begun(d, "runs"))
+    assert run_out(d) == ["second", "waits", "held"]
+    assert d.core.scheduler.policy_errors == {}
