@@ -106,7 +106,7 @@ class ByShare(InOrder):
             if line is None:
                 line = self._lines[lane] = _Line(lane)
             for owner, sequence in came.items():
-                if owner in line.entries or queue.head_of(lane, owner) is None:  # it has left again, or its tenant's limit holds it
+                if owner in line.entries or queue.head_of(lane, owner) is None:  # (it has left again, or is held)
                     continue
                 if not any(owner in other.entries for other in self._lines.values()):
                     firsts = [self._least(other, queue) for other in self._lines.values()]
