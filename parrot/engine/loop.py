@@ -204,7 +204,9 @@ class BuiltinLoop:
                 return
             self._last_number = batch.number
             labels = () if self._log is None else tuple(self._jobs[r.key].label for r in batch.rows if r.key in self._jobs)
-            self._issued.append(_Issued(batch, at, labels, *self._start(batch)))
+            graph, result = self._start(batch)
+            result.add_done_callback(lambda _: self._wake.set())
+            self._issued.append(_Issued(batch, at, labels, graph, result))
             for key, cached_tokens in batch.admitted:
                 if key in self._jobs:
                     self._jobs[key].start(cached_tokens)
@@ -220,9 +222,7 @@ class BuiltinLoop:
             failed.set_exception(error)
             return False, failed
         launched = self._launcher.submit(self._launch, prepared)
-        result = loop.run_in_executor(self._finisher, self._finish, launched)
-        result.add_done_callback(lambda _: self._wake.set())
-        return graph, result
+        return graph, loop.run_in_executor(self._finisher, self._finish, launched)
 
     def _launch(self, prepared: Any) -> tuple[Any, float]:
         began = time.perf_counter()

@@ -43,13 +43,14 @@ BASE = {
 
 
 class FakeRunner:
-    """The i-th token of an output is 100 + i. `gate`: iterations wait while it is cleared. `fail_next`: the next one raises."""
+    """The i-th token of an output is 100 + i. `gate`: iterations wait while it is cleared. `fail_next`: in which of `prepare`,
+    `launch` and `finish` the next one raises."""
 
     def __init__(self) -> None:
         self.tasks: dict[Hashable, tuple[list[int], SamplingConfig]] = {}
         self.gate = threading.Event()
         self.gate.set()
-        self.fail_next = False
+        self.fail_next: str | None = None
         self.dropped_contexts: list[int] = []
         self._tokenizer = load_tokenizer("synthetic")
 
@@ -67,7 +68,13 @@ class FakeRunner:
     def drop_contexts(self, context_ids: Iterable[int]) -> None:
         self.dropped_contexts += context_ids
 
+    def _fail_in(self, step: str) -> None:
+        if self.fail_next == step:
+            self.fail_next = None
+            raise RuntimeError("out of luck")
+
     def prepare(self, batch: Batch, core: EngineCore) -> Any:
+        self._fail_in("prepare")
         for row in batch.rows:
             assert core.block_table(row.context_id)
         return batch.rows
@@ -76,14 +83,13 @@ class FakeRunner:
         return False
 
     def launch(self, prepared: Any) -> Any:
+        self._fail_in("launch")
         return prepared
 
     def finish(self, prepared: Any) -> list[TokenResult]:
         if not self.gate.wait(20):
             raise TimeoutError("a test forgot its gate")
-        if self.fail_next:
-            self.fail_next = False
-            raise RuntimeError("out of luck")
+        self._fail_in("finish")
         return [self._sample(row.key) for row in prepared if row.samples]
 
     def _sample(self, key: Hashable) -> TokenResult:

@@ -112,9 +112,10 @@ async def test_an_abort_ends_the_attempt_s_stream() -> None:
         last(await engine.run(task(0, [(1, 3)], 2, attempt=2)), Finished)
 
 
-async def test_a_failing_iteration_fails_its_tasks_and_the_engine_goes_on() -> None:
+@pytest.mark.parametrize("step", ["prepare", "launch", "finish"])
+async def test_a_failing_iteration_fails_its_tasks_and_the_engine_goes_on(step: str) -> None:
     async with fake_engine() as engine:
-        engine.runner.fail_next = True
+        engine.runner.fail_next = step
         failed = last(await engine.run(task(0, [(1, 32)], 2)), Failed)
         assert failed.code == "engine_failed"
         assert failed.retryable
@@ -227,7 +228,7 @@ async def test_the_iteration_log_has_a_line_for_every_iteration_and_task(tmp_pat
     path = tmp_path / "log" / "iterations.jsonl"
     async with fake_engine(iteration_log=IterationLog(path, {"engine": "fake"})) as engine:
         await asyncio.gather(*(engine.run(task(n, [(1, 20), (10 + n, 3)], 100 + n)) for n in range(3)))
-        engine.runner.fail_next = True
+        engine.runner.fail_next = "finish"
         await engine.run(task(9, [(1, 20)], 200))
     lines = [msgspec.json.decode(line) for line in path.read_bytes().splitlines()]
     assert lines[0] == {"kind": "header", "iteration_log": 1, "engine": "fake"}
