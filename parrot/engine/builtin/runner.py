@@ -269,17 +269,21 @@ class BuiltinRunner:
 
     def finish(self, launched: Launched) -> list[TokenResult]:
         while launched.results is None:
-            self._take_oldest()
+            if not self._take_oldest() and launched.results is None:
+                raise RuntimeError("the iteration's tokens are lost: whoever took them failed")
         return launched.results
 
     def _take_all(self) -> None:
-        while self._launched:
-            self._take_oldest()
+        while self._take_oldest():
+            pass
 
-    def _take_oldest(self) -> None:
+    def _take_oldest(self) -> bool:
+        """Whether there was one."""
         with self._taking:
-            if self._launched:
-                self._take(self._launched.popleft())
+            if not self._launched:
+                return False
+            self._take(self._launched.popleft())
+            return True
 
     def _take(self, launched: Launched) -> None:
         """The tokens are there: what they make of their outputs. An output that ended meanwhile had a surplus row."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from parrot.engine.builtin.load import LoadedRunner
+from parrot.engine.builtin.runner import Launched
 from parrot.protocol.api import SamplingConfig
 from parrot.protocol.errors import ParrotError
 from tests.engine.builtin.conftest import VOCABULARY
@@ -41,6 +42,21 @@ def alone(loaded: LoadedRunner, prompt: list[int], sampling: SamplingConfig = GR
 
 
 _alone: dict[tuple[Any, ...], tuple[int, ...]] = {}
+
+
+def test_tokens_that_another_lost_are_missed_and_not_waited_for_for_ever(loaded: LoadedRunner) -> None:
+    class Lost:
+        def tolist(self) -> list[int]:
+            raise RuntimeError("a device error")
+
+    runner = loaded.runner
+    first, second = Launched([], [], Lost()), Launched([], [])  # type: ignore[arg-type]
+    runner._launched.extend([first, second])
+    with pytest.raises(RuntimeError, match="a device error"):
+        runner.finish(second)  # takes the older one first
+    with pytest.raises(RuntimeError, match="lost"):
+        runner.finish(first)
+    assert runner.finish(second) == []
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
