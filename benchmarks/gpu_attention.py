@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_attention [--heads 32] [--kv-heads 32] [--head-dim 128] [--variants]
 
-`--variants` times launch options, which paged_decode.py has the best of. xformers' own paged kernel is timed beside ours.
+`--variants` times launch options, which paged_rows.py has the best of. xformers' own paged kernel is timed beside ours.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from parrot.engine.batches import Span
-from parrot.engine.builtin.attention import paged_decode, xformers_library
+from parrot.engine.builtin.attention import paged_rows, xformers_library
 from parrot.engine.builtin.attention.base import AttentionRow
-from parrot.engine.builtin.attention.paged_decode import PagedDecode
+from parrot.engine.builtin.attention.paged_rows import PagedRows
 from parrot.engine.builtin.attention.prefix_groups import shared_prefixes
+from parrot.engine.builtin.attention.varlen import VarlenAttention
 from parrot.engine.builtin.kv_cache import KVCache
 from parrot.engine.builtin.models.config import ModelConfig
 
@@ -90,13 +91,29 @@ class Case:
         return tokens * 2 * self.config.num_kv_heads * self.config.head_dim * 2
 
     def ours_us(self, shares: bool) -> float:
-        decode = PagedDecode(self.config, self.cache, self.rows, self.shared + self.own, shares)
+        decode = PagedRows(self.config, self.cache, self.rows, self.shared + self.own, shares)
         if shares:
             groups = shared_prefixes([row.chain for row in self.table], PAGE, 1)
             decode.update(self.table, groups.segments, groups.own)
         else:
             decode.update(self.table)
         return timed_us(lambda layer: decode.attend(layer, self.queries))
+
+    def fills_us(self, start: int) -> tuple[float, float]:
+        """Of fills whose tokens before `start` are computed: ours, that read pages; xformers', that reads what is gathered."""
+        rows = [row._replace(start=start) for row in self.table]
+        tokens = sum(row.stop - row.start for row in rows)
+        heads = torch.randn(
+            tokens, self.config.qkv_heads, self.config.head_dim, dtype=torch.bfloat16, device="cuda"
+        )  # as a layer has them
+        ours = PagedRows(self.config, self.cache, self.rows, self.shared + self.own, max_tokens=tokens)
+        ours.update([], fills=rows)
+        theirs = VarlenAttention(self.config, self.cache)
+        plan = theirs.plan(rows)
+        return (
+            timed_us(lambda layer: ours.attend(layer, heads[:, : self.config.num_heads], fills=True)),
+            timed_us(lambda layer: theirs.attend(plan, layer, heads)),
+        )
 
     def theirs_us(self) -> float:
         """xformers' paged kernel, over pages of 64."""
@@ -145,6 +162,13 @@ def main() -> None:
         print(line, flush=True)
         del case
         torch.cuda.empty_cache()
+    print(f"\n{'rows × tokens filled':<36}{'Mpairs':>8}{'pages':>8}{'xformers':>10}")
+    for rows, start, tokens in [(1, 0, 256), (4, 0, 256), (1, 0, 1024), (1, 0, 2048), (1, 4000, 128), (1, 4000, 1024)]:
+        case = Case(config, rows, 0, start + tokens)
+        pairs = rows * tokens * (2 * start + tokens + 1) / 2e6
+        name = f"{rows} × {tokens}" + (f" behind {start}" if start else "")
+        print(f"{name:<36}{pairs:>8.2f}" + "{:>8.0f}{:>10.0f}".format(*case.fills_us(start)), flush=True)
+        del case
     if args.variants:
         compare_variants(config)
 
@@ -154,8 +178,8 @@ def compare_variants(config: ModelConfig) -> None:
     print("\nnarrow: " + ", ".join(case.name for case in cases))
     found = []
     for programs, blocks, stages, warps in itertools.product((4, 8, 16), (32, 64), (1, 2, 3), (2, 4)):
-        paged_decode.NARROW_PROGRAMS = programs
-        paged_decode.NARROW_OPTIONS = {"BLOCK_N": blocks, "STAGES": stages, "num_warps": warps}
+        paged_rows.NARROW_PROGRAMS = programs
+        paged_rows.NARROW_OPTIONS = {"BLOCK_N": blocks, "STAGES": stages, "num_warps": warps}
         times = [case.ours_us(False) for case in cases]
         found.append((times, f"{programs} programs, block {blocks}, {stages} stages, {warps} warps"))
     for times, name in sorted(found, key=lambda entry: entry[0][0])[:12]:
@@ -164,8 +188,8 @@ def compare_variants(config: ModelConfig) -> None:
     print(f"wide: {case.name}")
     found = []
     for wide, programs, stages, warps in itertools.product((32, 64), (1, 2, 4), (1, 2, 3), (4, 8)):
-        paged_decode.WIDE, paged_decode.WIDE_PROGRAMS = wide, programs
-        paged_decode.WIDE_OPTIONS = {"BLOCK_N": 64, "STAGES": stages, "num_warps": warps}
+        paged_rows.WIDE, paged_rows.WIDE_PROGRAMS = wide, programs
+        paged_rows.WIDE_OPTIONS = {"BLOCK_N": 64, "STAGES": stages, "num_warps": warps}
         found.append(([case.ours_us(True)], f"{wide} queries, {programs} programs, {stages} stages, {warps} warps"))
     for times, name in sorted(found)[:12]:
         print("  " + " ".join(f"{t:8.1f}" for t in times), name)

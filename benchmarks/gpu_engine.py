@@ -1,9 +1,10 @@
 """The builtin engine on a GPU: milliseconds of an iteration beside its floor, and many requests at once over HTTP.
 
-    python -m benchmarks.gpu_engine [sample_configs/engine/vicuna-7b-h200.json] [--attn_func NAME]... [--azure CSV]
+    python -m benchmarks.gpu_engine [sample_configs/engine/vicuna-7b-h200.json] [--attn_func NAME]... [--azure CSV] [--log]
 
 The floor of decoding is the reading of the weights and of every KV token once, at the rate of a large copy; that of prefill is
-its multiplications, at the rate of a large matrix product. Both rates are measured here, on the same GPU.
+its multiplications, at the rate of a large matrix product, or the reading of the weights. Both rates are measured here, on the
+same GPU. `--log` times the same requests with an iteration log and without, in turn.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -26,13 +28,16 @@ from parrot.engine.builtin.load import LoadedRunner, load_runner
 from parrot.engine.builtin.models.config import ModelConfig
 from parrot.engine.config import BuiltinEngineConfig, description_of, load_engine_config
 from parrot.engine.core import EngineCore, EngineTask, Link
-from parrot.engine.launch import bind, prepare_builtin, serve
+from parrot.engine.iteration_log import IterationLog
+from parrot.engine.launch import bind, log_header, prepare_builtin, serve
 from parrot.engine.loop import BuiltinLoop
 from parrot.protocol.api import SamplingConfig
 
 #: name, rows, shared tokens, own tokens of each
 DECODES = [("decode 1 × 512", 1, 0, 512), ("decode 64 × 1,500", 64, 0, 1500), ("decode 256 × 500", 256, 0, 500),
            ("decode 64 × 500 sharing 5,107", 64, 5107, 500)]  # fmt: skip
+#: rows, tokens of each
+PREFILLS = [(8, 1024), (1, 1024), (1, 256)]
 ITERATIONS = 40
 
 
@@ -124,10 +129,15 @@ def prefill_s(loaded: LoadedRunner, rows: int, tokens: int) -> float:
     return statistics.median(times[1:])
 
 
-async def http_s(config: BuiltinEngineConfig, loaded: LoadedRunner, lengths: Sequence[tuple[int, int]]) -> float:
-    """Seconds of requests of these lengths, sent at once over HTTP."""
+async def http_s(
+    config: BuiltinEngineConfig, loaded: LoadedRunner, lengths: Sequence[tuple[int, int]], log: Path | None = None
+) -> float:
+    """Seconds of requests of these lengths, sent at once over HTTP; with an iteration log in the file `log`."""
     description = description_of(config, loaded.limits, tokenizer=loaded.tokenizer.name, accepts_output_length=loaded.dummy)
-    loop = BuiltinLoop(EngineCore(loaded.limits), loaded.runner, pipeline_depth=loaded.limits.pipeline_depth)
+    iteration_log = log and IterationLog(log, log_header(config, description, loaded.limits, loaded.runner.fill_graphs))
+    loop = BuiltinLoop(
+        EngineCore(loaded.limits), loaded.runner, pipeline_depth=loaded.limits.pipeline_depth, iteration_log=iteration_log
+    )
     engine = await serve(config, description, loop, loaded.tokenizer, bind("127.0.0.1", 0), with_core=False)
     outcome = await asyncio.to_thread(send, at_once("at-once", lengths), engine.url)
     contexts = loop.context_ids()
@@ -136,6 +146,23 @@ async def http_s(config: BuiltinEngineConfig, loaded: LoadedRunner, lengths: Seq
     if outcome.failed:
         raise SystemExit(f"{len(outcome.failed)} requests failed; first: {outcome.failed[0]}")
     return outcome.total_s
+
+
+def log_cost(config: BuiltinEngineConfig, loaded: LoadedRunner, rows: int, output: int, repeats: int = 4) -> str:
+    """What an iteration log costs `rows` requests of 64 + `output` tokens at once, in one line."""
+    without: list[float] = []
+    with_log: list[float] = []
+    lengths = [(64, output)] * rows
+    asyncio.run(http_s(config, loaded, lengths))
+    with TemporaryDirectory() as folder:
+        for number in range(repeats):
+            without.append(asyncio.run(http_s(config, loaded, lengths)))
+            with_log.append(asyncio.run(http_s(config, loaded, lengths, Path(folder) / f"{number}.jsonl")))
+    plain, logged = statistics.median(without), statistics.median(with_log)
+    return (
+        f"iteration log, {rows} × {output} tokens: {plain:.3f} s without ({min(without):.3f} to {max(without):.3f}), {logged:.3f} s "
+        f"with ({min(with_log):.3f} to {max(with_log):.3f}): {logged / plain - 1:+.2%}"
+    )
 
 
 def decode_floor_s(shape: ModelConfig, tokens: int, bandwidth: float) -> float:
@@ -156,6 +183,7 @@ def main() -> None:
     parser.add_argument("engine", nargs="?", default="sample_configs/engine/vicuna-7b-h200.json")
     parser.add_argument("--attn_func", action="append", help="one or more; default: xformers_paged, xformers_shared_prefix")
     parser.add_argument("--azure", help="a public Azure trace: its first 500 requests are sent at once over HTTP")
+    parser.add_argument("--log", action="store_true", help="what an iteration log costs")
     args = parser.parse_args()
     bandwidth, rate = rates()
     torch.cuda.empty_cache()
@@ -175,12 +203,17 @@ def main() -> None:
             once = 1 if function == "xformers_shared_prefix" else rows
             floor = decode_floor_s(shape, rows * (own + ITERATIONS // 2) + shared * once, bandwidth)
             line(function, what, floor, decode_s(loaded, rows, shared, own))
-        floor = 2 * 8192 * (shape.num_parameters - 2 * shape.vocab_size * shape.hidden_size) / rate
-        line(function, "prefill 8 × 1,024", floor, prefill_s(loaded, 8, 1024))
+        weights = shape.num_parameters - 2 * shape.vocab_size * shape.hidden_size
+        for rows, tokens in PREFILLS:
+            floor = max(2 * rows * tokens * weights / rate, 2 * weights / bandwidth)
+            line(function, f"prefill {rows} × {tokens:,}", floor, prefill_s(loaded, rows, tokens))
         if args.azure:
             lengths = azure_lengths(args.azure, 500)
             floor = http_floor_s(shape, lengths, loaded.limits.max_batch_size, bandwidth, rate)
             line(function, "500 Azure requests, HTTP", floor, asyncio.run(http_s(config, loaded, lengths)))
+        if args.log:
+            for rows, output in ((loaded.limits.max_batch_size, 128), (1, 400)):
+                print(log_cost(config, loaded, rows, output), flush=True)
         del loaded
         torch.cuda.empty_cache()
 

@@ -119,7 +119,7 @@ async def _record(config: BuiltinEngineConfig, loaded: object, loads: Sequence[L
             EngineCore(limits),
             loaded.runner,
             pipeline_depth=limits.pipeline_depth,
-            iteration_log=IterationLog(log, log_header(config, description, limits)),
+            iteration_log=IterationLog(log, log_header(config, description, limits, loaded.runner.fill_graphs)),
         )
         engine = await serve(config, description, loop, loaded.tokenizer, bind("127.0.0.1", 0), with_core=False)
         try:

@@ -6,8 +6,9 @@ A profile belongs to model × device × attention function. The duration of an i
 
 with n the tokens computed (prefill and decode together; the hinges let a small chunk ride free on the reading of the
 weights), P the query·key pairs of prefill, K the KV tokens that decoding rows read, shared ones once, and R those that they
-read again; without a cost of its own, reading again costs what reading does, or nothing (shared_kv_once). Coefficients are
-non-negative seconds, found by `sim.calibrate` with non-negative least squares on iterations that a real engine recorded.
+read again; without a cost of its own, reading again costs what reading does, or nothing (shared_kv_once). Where an engine replays a
+captured graph for an iteration with prefill, that graph's cost stands for the first two terms: it computes as many tokens as it was
+captured for. Coefficients are non-negative seconds, found by `sim.calibrate` with non-negative least squares on iterations that a real engine recorded.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
-from parrot.latency_profile import FixedCost, Hinge, LatencyProfile
+from parrot.latency_profile import FillGraph, FixedCost, Hinge, LatencyProfile
 
 __all__ = [
-    "BatchShape", "Coverage", "DecodeRun", "FixedCost", "Hinge", "LatencyModel", "LatencyProfile", "OutOfRange", "seen_ranges",
+    "BatchShape", "Coverage", "DecodeRun", "FillGraph", "FixedCost", "Hinge", "LatencyModel", "LatencyProfile", "OutOfRange", "seen_ranges",
 ]  # fmt: skip
 
 
@@ -106,6 +107,10 @@ class LatencyModel:
         self._fixed_of: tuple[list[float], list[float]] = ([], [])  # by rows, without and with a graph: as asked for
         self._shared_kv_once = profile.shared_kv_once
         self._hinges = tuple((h.knot, h.slope * factor) for h in profile.hinges)
+        self._fill_graph_s: list[float] = []  # by tokens
+        for one in sorted(profile.fill_graphs, key=lambda one: one.tokens):
+            self._fill_graph_s += [one.seconds * factor] * (one.tokens + 1 - len(self._fill_graph_s))
+        self._graph_pair_s = profile.graph_pair_s * factor
         self._pair_s = profile.pair_s * factor
         self._kv_s = profile.kv_s * factor
         self._reread_s = -1.0 if profile.reread_s is None else profile.reread_s * factor  # below 0: no cost of its own
@@ -128,13 +133,18 @@ class LatencyModel:
         return seconds
 
     def duration(self, shape: BatchShape, graph: bool = False) -> float:
-        """Seconds that an iteration of `shape` takes; with `graph`, if it replays a captured graph."""
+        """Seconds that an iteration of `shape` takes; with `graph`, if it replays a captured graph. One with prefill replays one
+        where the profile has one that is large enough."""
         decode_rows = shape.decode_rows
-        seconds = (
-            self.fixed_s(decode_rows + shape.prefill_rows, graph or shape.graph)
-            + self.tokens_s(decode_rows + shape.prefill_tokens)
-            + self._pair_s * shape.prefill_pairs
-        )
+        tokens = decode_rows + shape.prefill_tokens
+        if shape.prefill_rows and tokens < len(self._fill_graph_s):
+            seconds = self._fill_graph_s[tokens] + self._graph_pair_s * shape.prefill_pairs
+        else:
+            seconds = (
+                self.fixed_s(decode_rows + shape.prefill_rows, graph or shape.graph)
+                + self.tokens_s(tokens)
+                + self._pair_s * shape.prefill_pairs
+            )
         if self._reread_s >= 0.0:
             again = shape.decode_kv - shape.decode_kv_unique
             return seconds + self._kv_s * shape.decode_kv_unique + self._reread_s * again

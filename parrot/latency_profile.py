@@ -25,6 +25,13 @@ class Hinge(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     slope: NonNegative
 
 
+class FillGraph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The cost of an iteration with prefill that replays the graph of so many tokens, whichever of them it needs."""
+
+    tokens: int
+    seconds: NonNegative
+
+
 class LatencyProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A fitted latency model and where it came from. Written as JSON by `sim.calibrate`."""
 
@@ -40,6 +47,9 @@ class LatencyProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     #: per KV token that another row of the iteration reads too, after the first (a cache may have it); None: kv_s, or
     #: nothing where shared_kv_once
     reread_s: NonNegative | None = None
+    #: iterations with prefill that have at most the last one's tokens replay the next of these; all others are launched anew
+    fill_graphs: tuple[FillGraph, ...] = ()
+    graph_pair_s: NonNegative = 0.0  #: `pair_s` of those iterations
     task_overhead_s: NonNegative = 0.0  #: HTTP and tokenization, per task, before it can be admitted
     versions: dict[str, str] = {}
     trace: str = ""

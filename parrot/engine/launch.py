@@ -236,7 +236,7 @@ async def start_builtin(
     )
     iteration_log = None
     if config.iteration_log is not None:
-        iteration_log = IterationLog(config.iteration_log, log_header(config, description, limits))
+        iteration_log = IterationLog(config.iteration_log, log_header(config, description, limits, loaded.runner.fill_graphs))
     loop = BuiltinLoop(
         EngineCore(limits),
         loaded.runner,
@@ -304,7 +304,10 @@ def _attention(instance: BuiltinInstance) -> Any:
     return "torch_sdpa"
 
 
-def log_header(config: BuiltinEngineConfig, description: EngineDescription, limits: EngineLimits) -> dict[str, object]:
+def log_header(
+    config: BuiltinEngineConfig, description: EngineDescription, limits: EngineLimits, fill_graphs: Sequence[int] = ()
+) -> dict[str, object]:
+    """`fill_graphs`: the runner's."""
     instance = config.instance
     return {
         "engine": description.engine_name,
@@ -317,6 +320,7 @@ def log_header(config: BuiltinEngineConfig, description: EngineDescription, limi
         "num_threads": instance.num_threads,
         "dummy_weights": instance.use_dummy_weights,
         "limits": msgspec.to_builtins(limits),
+        "fill_graphs": list(fill_graphs),
         "versions": versions("parrot-testbed", "torch", "transformers", "triton", "xformers"),
     }
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from parrot.latency import BatchShape, FixedCost, Hinge, LatencyModel, LatencyProfile, seen_ranges
+from parrot.latency import BatchShape, FillGraph, FixedCost, Hinge, LatencyModel, LatencyProfile, seen_ranges
 from sim.calibrate.logs import CalibrationError, Header, Iteration, Run
 from sim.calibrate.split import HOLD_OUT, folds, levels, tails
 
@@ -116,7 +116,7 @@ def _solved(
     iterations: Sequence[Iteration], knots: Sequence[int], shared_kv_once: bool, *, header: Header, **fields: Any
 ) -> LatencyProfile:
     shapes = [iteration.shape for iteration in iterations]
-    terms = _Terms(shapes, knots, shared_kv_once)
+    terms = _Terms(shapes, knots, shared_kv_once, header.fill_graphs)
     coefficients = _solve(terms.columns(shapes), np.array([iteration.duration_s for iteration in iterations]))
     return terms.profile(coefficients, header=header, **fields)
 
@@ -147,26 +147,43 @@ def predictions(profile: LatencyProfile, iterations: Sequence[Iteration]) -> tup
 class _Terms:
     """Which coefficients the model gets from these shapes, and what each of them is multiplied with."""
 
-    def __init__(self, shapes: Sequence[BatchShape], knots: Sequence[int], shared_kv_once: bool) -> None:
-        tokens = np.array([s.tokens for s in shapes])
+    def __init__(
+        self, shapes: Sequence[BatchShape], knots: Sequence[int], shared_kv_once: bool, fill_graphs: Sequence[int] = ()
+    ) -> None:
+        self.largest_fill_graph = max(fill_graphs, default=-1)
+        replayed = self._fill_replays(shapes)
+        rest = [s for s, replays in zip(shapes, replayed, strict=True) if not replays]
+        self.fill_graphs = _buckets([s.tokens for s, replays in zip(shapes, replayed, strict=True) if replays], fill_graphs)
+        if self.fill_graphs:  # what is above the largest that occurs costs what that does, but replays too
+            self.fill_graphs[-1] = self.largest_fill_graph
+        tokens = np.array([s.tokens for s in rest])
         self.knots = [k for k in sorted(set(knots)) if k == 0 or int((tokens > k).sum()) >= LEAST_IN_BUCKET]
-        self.buckets = {graph: _buckets([s.rows for s in shapes if s.graph is graph]) for graph in (False, True)}
+        self.buckets = {graph: _buckets([s.rows for s in rest if s.graph is graph]) for graph in (False, True)}
         self.shared_kv_once = shared_kv_once
         # With sharing in the logs, what reading a token again costs is measured and need not be said.
         self.rereads = sum(s.decode_kv > s.decode_kv_unique for s in shapes) >= LEAST_IN_BUCKET
+
+    def _fill_replays(self, shapes: Sequence[BatchShape]) -> Array:
+        """Which of them replay a graph of iterations with prefill."""
+        return np.array([s.prefill_rows > 0 and s.tokens <= self.largest_fill_graph for s in shapes], dtype=bool)
 
     def columns(self, shapes: Sequence[BatchShape]) -> Array:
         """One row a shape. A bucket's column is 1 for all larger ones of its path too: its coefficient is what it adds to
         the bucket below, so that a larger batch never gets a smaller fixed cost."""
         rows = np.array([s.rows for s in shapes])
         tokens = np.array([s.tokens for s in shapes], dtype=float)
+        pairs = np.array([s.prefill_pairs for s in shapes], dtype=float)
         graph = np.array([s.graph for s in shapes])
+        replayed = self._fill_replays(shapes)
         columns = []
         for path, buckets in self.buckets.items():
             for below in [0, *buckets[:-1]] if buckets else []:
-                columns.append(((rows > below) & (graph == path)).astype(float))
-        columns += [np.maximum(0.0, tokens - knot) for knot in self.knots]
-        columns.append(np.array([s.prefill_pairs for s in shapes], dtype=float))
+                columns.append(((rows > below) & (graph == path) & ~replayed).astype(float))
+        columns += [np.where(replayed, 0.0, np.maximum(0.0, tokens - knot)) for knot in self.knots]
+        columns.append(np.where(replayed, 0.0, pairs))
+        if self.fill_graphs:
+            columns += [(replayed & (tokens > below)).astype(float) for below in [0, *self.fill_graphs[:-1]]]
+            columns.append(np.where(replayed, pairs, 0.0))
         once = self.shared_kv_once or self.rereads
         columns.append(np.array([s.decode_kv_unique if once else s.decode_kv for s in shapes], dtype=float))
         if self.rereads:
@@ -182,13 +199,20 @@ class _Terms:
                 seconds += next(values)
                 fixed.append(FixedCost(max_rows, seconds, path))
         hinges = tuple(Hinge(knot, next(values)) for knot in self.knots)
+        pair_s = next(values)
+        fill_graphs, seconds = [], 0.0
+        for tokens in self.fill_graphs:
+            seconds += next(values)
+            fill_graphs.append(FillGraph(tokens, seconds))
         return LatencyProfile(
             model=header.model,
             device=header.device,
             attn_func=header.attn_func,
             fixed=tuple(fixed),
             hinges=tuple(hinge for hinge in hinges if hinge.slope > 0),
-            pair_s=next(values),
+            pair_s=pair_s,
+            fill_graphs=tuple(fill_graphs),
+            graph_pair_s=next(values) if fill_graphs else 0.0,
             kv_s=next(values),
             reread_s=next(values) if self.rereads else None,
             shared_kv_once=self.shared_kv_once,
@@ -197,16 +221,16 @@ class _Terms:
         )
 
 
-def _buckets(rows: Sequence[int]) -> list[int]:
+def _buckets(rows: Sequence[int], bounds: Sequence[int] = BUCKETS) -> list[int]:
     """Upper bounds of the batch sizes that occur often enough; a rare one shares the bucket of the next."""
     found, below = [], 0
-    for bound in BUCKETS:
+    for bound in bounds:
         inside = sum(below < r <= bound for r in rows)
         if inside >= LEAST_IN_BUCKET:
             found.append(bound)
             below = bound
     if rows and (not found or max(rows) > found[-1]):
-        top = next((b for b in BUCKETS if b >= max(rows)), max(rows))
+        top = next((b for b in bounds if b >= max(rows)), max(rows))
         found = [*found[:-1], top]
     return found
 
@@ -290,10 +314,12 @@ def describe(profile: LatencyProfile) -> str:
     held = f"mean {error['mean']:.1%}, p99 {error['p99']:.1%}, of the sum {error['total']:+.1%}" if error else "none held out"
     fixed = ", ".join(f"≤{c.max_rows} rows {c.seconds * 1e3:.2f} ms" for c in profile.fixed)
     hinges = ", ".join(f"{h.slope * 1e6:.1f} µs above {h.knot:g}" for h in profile.hinges)
+    graphs = ", ".join(f"≤{g.tokens} tokens {g.seconds * 1e3:.2f} ms" for g in profile.fill_graphs)
+    graphs = f"\n  fills by graph: {graphs}, per pair {profile.graph_pair_s * 1e9:.3f} ns" if graphs else ""
     again = "" if profile.reread_s is None else f", per one read again {profile.reread_s * 1e9:.3f} ns"
     return (
         f"{profile.name}: {profile.model} on {profile.device} ({profile.attn_func})\n"
-        f"  fixed: {fixed}\n  per token: {hinges or '0'}\n"
+        f"  fixed: {fixed}\n  per token: {hinges or '0'}{graphs}\n"
         f"  per prefill pair {profile.pair_s * 1e9:.3f} ns, per decoded KV token {profile.kv_s * 1e9:.3f} ns{again}, "
         f"per task {profile.task_overhead_s * 1e3:.2f} ms\n"
         f"  error on {what}: {held}; spread of whole runs {profile.spread:.1%}"

@@ -13,7 +13,7 @@ import msgspec
 from parrot.latency import BatchShape
 
 #: what must be alike in all runs that are fitted together
-ALIKE = ("model", "device", "attn_func", "dtype", "num_threads", "dummy_weights")
+ALIKE = ("model", "device", "attn_func", "dtype", "num_threads", "dummy_weights", "fill_graphs")
 
 
 class CalibrationError(Exception):
@@ -32,6 +32,7 @@ class Header(msgspec.Struct, frozen=True, tag="header", tag_field="kind"):
     dtype: str = ""
     num_threads: int | None = None
     dummy_weights: bool = False
+    fill_graphs: tuple[int, ...] = ()
     versions: dict[str, str] = {}
 
 

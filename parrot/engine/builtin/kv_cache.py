@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from parrot.engine.builtin.elementwise import scatter_rows
 from parrot.engine.builtin.models.config import ModelConfig
 
 
@@ -43,7 +44,7 @@ class KVCache:
 
     def write(self, layer: int, slots: Tensor, kv: Tensor) -> None:
         """Puts the new tokens' K and V heads, [tokens, 2 × kv_heads, head_dim], into their slots."""
-        self.layers[layer].index_copy_(0, slots, kv)
+        scatter_rows(self.layers[layer], slots, kv)
 
     def read(self, layer: int, pages: Tensor, tokens: int) -> Tensor:
         """The first `tokens` tokens that lie on `pages`, in order: [tokens, 2 × kv_heads, head_dim]."""

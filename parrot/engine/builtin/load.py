@@ -70,7 +70,7 @@ def load_runner(config: BuiltinEngineConfig) -> LoadedRunner:
     decoder = load_decoder(shape, source, dtype, device)
     cache = KVCache(shape, limits.num_blocks, limits.block_size, dtype, device, spare_page=on_gpu)
     rows = min(limits.max_batch_size, limits.max_num_batched_tokens)
-    attention = load_attention(attn_func, shape, cache, rows, limits.largest_task)
+    attention = load_attention(attn_func, shape, cache, rows, limits.largest_task, limits.max_num_batched_tokens)
     runner = BuiltinRunner(
         decoder,
         cache,

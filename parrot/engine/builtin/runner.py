@@ -23,7 +23,7 @@ from torch import Tensor
 from parrot.engine.batches import Batch, EngineTask, Row
 from parrot.engine.builtin.attention.base import Attention, AttentionRow
 from parrot.engine.builtin.attention.rows import to_device
-from parrot.engine.builtin.graphs import DecodeGraphs
+from parrot.engine.builtin.graphs import Bucket, Graphs
 from parrot.engine.builtin.kv_cache import KVCache
 from parrot.engine.builtin.models.decoder import Decoder
 from parrot.engine.builtin.outputs import ContextTokens, Output, TaskTokens
@@ -45,14 +45,13 @@ class PreparedRow(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """`rows`: decode rows first, `decode_rows` of them, as the attention function wants them. `padded_to`: the bucket that they
-    are padded to. `graph`: that bucket's graph is replayed, and nothing else."""
+    """`rows`: decode rows first, `decode_rows` of them, as the attention function wants them. `bucket`: what they are padded to;
+    None: they are computed as they are."""
 
     rows: list[PreparedRow]
     copies: tuple[tuple[int, int], ...]
     decode_rows: int
-    padded_to: int
-    graph: bool
+    bucket: Bucket | None
 
 
 @dataclass
@@ -97,8 +96,8 @@ class BuiltinRunner:
         dummy: bool = False,
         random_seed: int = 0,
     ) -> None:
-        """`slots`: tasks whose last token is kept, all that may be in batches in flight or preempted. `graphs`: decode
-        iterations are captured, for every bucket of the attention function."""
+        """`slots`: tasks whose last token is kept, all that may be in batches in flight or preempted. `graphs`: iterations are
+        captured, for every bucket of the attention function."""
         self.decoder = decoder
         self._cache = cache
         self._attention = attention
@@ -113,7 +112,8 @@ class BuiltinRunner:
         self._slots = _Slots(torch.zeros(slots + 1, dtype=torch.int64, device=self._device))
         self._launched: deque[Launched] = deque()  # whose tokens were not taken yet, oldest first
         self._taking = threading.Lock()
-        self._graphs = DecodeGraphs(decoder, attention, self._slots.tokens) if graphs else None
+        self._graphs = Graphs(decoder, attention, self._slots.tokens, graphs) if attention.buckets else None
+        self._captures = graphs
 
     # ------------------------------------------------------------------------------------------- what the shell tells
 
@@ -154,6 +154,11 @@ class BuiltinRunner:
             self._contexts.pop(context_id, None)
 
     @property
+    def fill_graphs(self) -> tuple[int, ...]:
+        """The numbers of tokens to which iterations with fills are padded, to replay a graph."""
+        return tuple(self._attention.fill_buckets) if self._captures else ()
+
+    @property
     def holds(self) -> tuple[int, int, int]:
         """Tasks, contexts and slots that it keeps: none when all were dropped."""
         return len(self._tasks), len(self._contexts), self._slots.spare - len(self._slots.free)
@@ -169,14 +174,13 @@ class BuiltinRunner:
 
     def prepare(self, batch: Batch, core: EngineCore) -> Prepared:
         rows = [self._prepare_row(row, core) for row in batch.rows]
+        if self._graphs is None:
+            return Prepared(rows, batch.copies, 0, None)
         decode_rows = len(batch.decoders)
-        buckets = self._attention.buckets
-        if not buckets:
-            return Prepared(rows, batch.copies, 0, 0, graph=False)
         order = self._attention.arrange([row.attention for row in rows[:decode_rows]])
         rows[:decode_rows] = [rows[i] for i in order]
-        padded_to = next(b for b in (0, *buckets) if b >= decode_rows)
-        return Prepared(rows, batch.copies, decode_rows, padded_to, self._graphs is not None and decode_rows == len(rows))
+        tokens = sum(row.attention.stop - row.attention.start for row in rows)
+        return Prepared(rows, batch.copies, decode_rows, self._graphs.bucket(tokens, fills=decode_rows < len(rows)))
 
     def _prepare_row(self, row: Row, core: EngineCore) -> PreparedRow:
         task = self._tasks[row.key]
@@ -185,7 +189,7 @@ class BuiltinRunner:
         return PreparedRow(task, attention, None if row.decode else task.ids(row.start, row.stop), row.samples)
 
     def replays(self, prepared: Prepared) -> bool:
-        return prepared.graph
+        return self._captures and prepared.bucket is not None
 
     @torch.inference_mode()
     def launch(self, prepared: Prepared) -> Launched:
@@ -200,43 +204,61 @@ class BuiltinRunner:
             if output.slot < 0:
                 output.slot = self._slots.free.pop()
         self._cache.copy_pages(prepared.copies)
-        plan = self._attention.plan([row.attention for row in rows], prepared.decode_rows, prepared.padded_to)
-        if prepared.graph and self._graphs is not None:
-            chosen = self._replay(self._graphs, prepared, launched)
+        if self._graphs is not None and prepared.bucket is not None:
+            chosen = self._run_padded(self._graphs, prepared.bucket, prepared, sampling, launched)
         else:
-            chosen = self._compute(plan, prepared, sampling, launched)
+            chosen = self._run(prepared, sampling, launched)
         self._send_home(chosen, launched)
         return launched
 
-    def _replay(self, graphs: DecodeGraphs, prepared: Prepared, launched: Launched) -> Tensor:
-        """The chosen tokens of rows that all decode."""
-        positions = [row.attention.start for row in prepared.rows]
-        logits, chosen = graphs.replay(prepared.padded_to, [row.task.slot for row in prepared.rows], positions)
-        rows = len(prepared.rows)
+    def _run_padded(
+        self, graphs: Graphs, bucket: Bucket, prepared: Prepared, sampling: Sequence[int], launched: Launched
+    ) -> Tensor:
+        """The chosen tokens of the rows `sampling`, by the bucket's graph where there are graphs."""
+        inputs, rows, at = graphs.inputs(bucket), prepared.rows, prepared.decode_rows
+        inputs.given[:at] = -1
+        inputs.slots[:at] = [row.task.slot for row in rows[:at]]
+        inputs.positions[:at] = [row.attention.start for row in rows[:at]]
+        lasts = list(range(at))  # the packed token that each row ends with
+        for row in rows[at:]:
+            start, stop = row.attention.start, row.attention.stop
+            end = at + stop - start
+            inputs.given[at:end] = row.ids
+            inputs.positions[at:end] = np.arange(start, stop)
+            lasts.append(end - 1)
+            at = end
+        inputs.given[prepared.decode_rows : at] %= self._vocab  # synthetic ids know no vocabulary
+        count = len(sampling)
+        inputs.sampled[:count] = [lasts[i] for i in sampling]
+        inputs.targets[:count] = [output.slot for output in launched.outputs]
+        plan = self._plan(prepared, bucket)
+        logits, chosen = graphs.run(bucket, plan, inputs)
         if any(not output.sampling.plain for output in launched.outputs):
-            self._choose(logits[:rows], launched, chosen[:rows])
-        return chosen[:rows]
+            self._choose(logits[:count], launched, chosen[:count])
+        return chosen[:count]
 
-    def _compute(self, plan: Any, prepared: Prepared, sampling: Sequence[int], launched: Launched) -> Tensor:
-        """The chosen tokens of the rows `sampling`."""
+    def _plan(self, prepared: Prepared, bucket: Bucket | None = None) -> Any:
+        rows = [row.attention for row in prepared.rows]
+        if bucket is None:
+            return self._attention.plan(rows, prepared.decode_rows)
+        return self._attention.plan(rows, prepared.decode_rows, bucket.tokens, bucket.fills)
+
+    def _run(self, prepared: Prepared, sampling: Sequence[int], launched: Launched) -> Tensor:
+        """The chosen tokens of the rows `sampling`, of an iteration without a bucket."""
         rows, device, vocab = prepared.rows, self._device, self._vocab
-        padding = prepared.padded_to - prepared.decode_rows
-        taken = [row.task.slot for row in rows if row.ids is None] + [self._slots.spare] * padding
-        positions: list[int] = [row.attention.start for row in rows if row.ids is None] + [0] * padding
+        parts = []
+        positions: list[int] = []
         given: list[int] = []
         lasts = []  # the packed token that each row ends with
-        for index, row in enumerate(rows):
-            if row.ids is None:
-                lasts.append(index)
-                continue
-            given += row.ids
+        if taken := [row.task.slot for row in rows if row.ids is None]:
+            parts.append(self._slots.tokens.index_select(0, to_device(taken, device)))
+        for row in rows:  # those without ids come first
+            given += row.ids or ()
             positions += range(row.attention.start, row.attention.stop)
             lasts.append(len(positions) - 1)
-        parts = []
-        if taken:
-            parts.append(self._slots.tokens.index_select(0, to_device(taken, device)))
         if given:
             parts.append(to_device(np.asarray(given) % vocab, device))  # synthetic ids know no vocabulary
+        plan = self._plan(prepared)
         logits = self.decoder.forward(
             torch.cat(parts),
             to_device(positions, device),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from parrot.configuration import ConfigurationError
+from parrot.engine.builtin.elementwise import HeadNorms
 from parrot.engine.builtin.linear import Linear, can_pack
 from parrot.engine.builtin.models.config import ModelConfig
 from parrot.engine.builtin.models.decoder import Decoder, Layer, Norm
@@ -51,11 +52,16 @@ def load_decoder(config: ModelConfig, source: Source, dtype: torch.dtype, device
         source.fill(out, name)
         return out
 
-    def norm(name: str, size: int = config.hidden_size) -> Norm:
+    def norm(name: str) -> Norm:
+        size = config.hidden_size
         bias = vector(f"{name}.bias", size) if config.kind.norm == "layer" else None
         return Norm(vector(f"{name}.weight", size), bias, config.norm_eps, config.kind.norm)
 
     names = config.kind.names
+
+    def head_norms(at: str) -> HeadNorms:
+        query, key = (vector(f"{at}.{name}.weight", config.head_dim) for name in (names.query_norm, names.key_norm))
+        return HeadNorms(query, key, config.norm_eps)
 
     def layer(index: int) -> Layer:
         at = f"{names.layers}.{index}"
@@ -63,12 +69,10 @@ def load_decoder(config: ModelConfig, source: Source, dtype: torch.dtype, device
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         heads = [(f"{at}.{part}", n) for part, n in ((names.query, queries), (names.key, keys), (names.value, keys))]
         inner = [(f"{at}.{part}", wide) for part in (names.gate, names.up) if part is not None]
-        own = config.kind.head_norms
         return Layer(
             attention_norm=norm(f"{at}.{names.attention_norm}"),
             qkv=joined(hidden, heads, config.qkv_bias),
-            query_norm=norm(f"{at}.{names.query_norm}", config.head_dim) if own else None,
-            key_norm=norm(f"{at}.{names.key_norm}", config.head_dim) if own else None,
+            head_norms=head_norms(at) if config.kind.head_norms else None,
             output=joined(queries, [(f"{at}.{names.output}", hidden)], config.output_bias),
             mlp_norm=norm(f"{at}.{names.mlp_norm}"),
             up=joined(hidden, inner, config.mlp_bias),

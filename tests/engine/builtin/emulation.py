@@ -39,14 +39,18 @@ def varlen_attention(queries: Tensor, keys: Tensor, values: Tensor, bias: Bias) 
 
 def partial_attention(
     queries: Tensor, kv: Tensor, tables: Tensor, items: Tensor, count: Tensor, first: Tensor, out: Tensor, lse: Tensor,
-    *, kv_heads: int, page: int, scale: float, **_: Any,
+    *, kv_heads: int, page: int, scale: float, causal: bool, **_: Any,
 ) -> None:  # fmt: skip
     group = queries.shape[1] // kv_heads
-    for row, rows, of, start, stop, ordinal in items[: int(count)].tolist():
+    for row, rows, of, start, stop, ordinal, sees in items[: int(count)].tolist():
         positions = torch.arange(start, stop)
         found = kv[tables[of].long()[positions // page] * page + positions % page]
         keys, values = (x.repeat_interleave(group, 1) for x in (found[:, :kv_heads], found[:, kv_heads:]))
         scores = torch.einsum("qhd,khd->qhk", queries[row : row + rows], keys) * scale
+        if causal:
+            hidden = positions > sees + torch.arange(rows).unsqueeze(1)
+            assert not hidden[:, 0].any(), "a row that sees nothing of its item"
+            scores.masked_fill_(hidden.unsqueeze(1), -torch.inf)
         at = first[row : row + rows].long() + ordinal
         assert torch.isnan(lse[at]).all(), "two items have the same place"
         lse[at] = scores.logsumexp(-1) / torch.log(torch.tensor(2.0))
@@ -64,17 +68,17 @@ def merge_partials(partials: Tensor, lse: Tensor, first: Tensor, out: Tensor) ->
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """The emulation stands where the kernels would."""
-    from parrot.engine.builtin.attention import paged_decode, xformers_library
+    from parrot.engine.builtin.attention import paged_rows, xformers_library
 
     module: Any = ModuleType(SPLIT_KV)
     module.partial_attention, module.merge_partials = partial_attention, merge_partials
     monkeypatch.setitem(sys.modules, SPLIT_KV, module)
     monkeypatch.setattr(xformers_library, "causal_bias", causal_bias)
     monkeypatch.setattr(xformers_library, "varlen_attention", varlen_attention)
-    prepare = paged_decode.PagedDecode.__init__
+    prepare = paged_rows.PagedRows.__init__
 
     def poisoned(self: Any, *arguments: Any, **named: Any) -> None:
         prepare(self, *arguments, **named)
         self._lse.fill_(float("nan"))
 
-    monkeypatch.setattr(paged_decode.PagedDecode, "__init__", poisoned)
+    monkeypatch.setattr(paged_rows.PagedRows, "__init__", poisoned)

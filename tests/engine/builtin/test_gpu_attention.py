@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 from parrot.engine.batches import Span  # noqa: E402
 from parrot.engine.builtin.attention import load_attention  # noqa: E402
 from parrot.engine.builtin.attention.prefix_groups import shared_prefixes  # noqa: E402
-from parrot.engine.builtin.attention.work_items import Pace, cut  # noqa: E402
+from parrot.engine.builtin.attention.work_items import Fill, Pace, cut  # noqa: E402
 from parrot.engine.builtin.kv_cache import KVCache  # noqa: E402
 from parrot.engine.builtin.load import LoadedRunner  # noqa: E402
 from parrot.engine.builtin.models.config import ModelConfig  # noqa: E402
@@ -34,11 +34,11 @@ def loaded(tiny: tuple[Path, Any]) -> LoadedRunner:
     return load(tiny[0], tokenizer="synthetic")
 
 
-def runner_with(loaded: LoadedRunner, name: str) -> BuiltinRunner:
+def runner_with(loaded: LoadedRunner, name: str, graph_tokens: int = 1024) -> BuiltinRunner:
     """The loaded model with another attention function, over a cache of its own."""
     decoder = loaded.runner.decoder
     cache = KVCache(decoder.config, 256, 16, torch.float32, torch.device("cpu"), spare_page=True)
-    attention = load_attention(name, decoder.config, cache, 64, 2048)
+    attention = load_attention(name, decoder.config, cache, 64, 2048, graph_tokens)
     return BuiltinRunner(decoder, cache, attention, loaded.tokenizer)
 
 
@@ -48,14 +48,15 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize(("depth", "graph_tokens"), [(0, 1024), (1, 1024), (1, 40)])
 def test_shared_nested_chunked_and_preempted_tasks_get_what_torch_gives(
-    loaded: LoadedRunner, name: str, depth: int, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedRunner, name: str, depth: int, graph_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Iterations of more than `graph_tokens` are not padded, and fill by xformers."""
     emulation.install(monkeypatch)
     monkeypatch.setattr("parrot.engine.builtin.attention.xformers_shared_prefix.LEAST_SAVED_BYTES", 1)
     found = []
-    for runner in (loaded.runner, runner_with(loaded, name)):
+    for runner in (loaded.runner, runner_with(loaded, name, graph_tokens)):
         drive = Drive(runner, limits(pipeline_depth=depth, fill_chunk_size=48, num_blocks=60))
         roots = {1: prompts()[3], 2: prompts()[5]}
         for i, prompt in enumerate(prompts()):
@@ -100,8 +101,10 @@ def test_the_kernels_compute_what_plain_torch_does(heads: int, kv_heads: int, di
     tables = torch.tensor([pages[:12] + pages[12 + 9 * i : 21 + 9 * i] for i in range(6)], dtype=torch.int32)
     groups = shared_prefixes(spans, 16, 1)
     lengths = [spans[i][-1].stop for i in groups.order]
-    items = cut(lengths, groups.segments, groups.own, rows_per_item=4, pace=Pace(10, 10), most_partials=256)
-    queries = torch.randn(7, heads + 3, dim, dtype=getattr(torch, dtype))[:, :heads]
+    fills = [Fill(90, 37), Fill(0, 9)]  # of the sequences behind them, which are given the pages of the first two
+    tables = tables[[*groups.order, 0, 1]]
+    items = cut(lengths, groups.segments, groups.own, fills, rows_per_item=4, pace=Pace(10, 10), most_partials=512)
+    queries = torch.randn(53, heads + 3, dim, dtype=getattr(torch, dtype))[:, :heads]  # one of them is padding
     results = []
     for partial, merge, where in (
         (emulation.partial_attention, emulation.merge_partials, torch.device("cpu")),
@@ -110,18 +113,18 @@ def test_the_kernels_compute_what_plain_torch_does(heads: int, kv_heads: int, di
         real = where == device and partial is not emulation.partial_attention
         kind = getattr(torch, dtype) if real else torch.float32
         first = torch.tensor([*items.first.tolist(), items.first[-1]], dtype=torch.int32, device=where)
-        out = torch.full((256, heads, dim), float("nan"), device=where)
-        lse = torch.full((256, heads), float("nan"), device=where)
+        out = torch.full((512, heads, dim), float("nan"), device=where)
+        lse = torch.full((512, heads), float("nan"), device=where)
         given = queries.to(where, kind)
         kv = cache.layers[0].to(where, kind)
-        for part, block_m in ((items.wide, 64), (items.narrow, 16)):
+        for part, block_m, causal in ((items.wide, 64, True), (items.narrow, 16, False)):
             partial(
-                given, kv, tables[groups.order].to(where), torch.tensor(part, device=where),
+                given, kv, tables.to(where), torch.tensor(part, device=where),
                 torch.tensor([len(part)], dtype=torch.int32, device=where), first, out, lse,
-                kv_heads=kv_heads, page=16, scale=dim**-0.5, block_m=block_m, programs=3,
+                kv_heads=kv_heads, page=16, scale=dim**-0.5, block_m=block_m, programs=3, causal=causal,
                 options={"BLOCK_N": 64, "STAGES": 2, "num_warps": 4},
             )  # fmt: skip
-        merged = torch.full((7, heads, dim), float("nan"), dtype=kind, device=where)
+        merged = torch.full((53, heads, dim), float("nan"), dtype=kind, device=where)
         merge(out, lse, first, merged)
         results.append(merged.float().cpu())
     expected, got = results

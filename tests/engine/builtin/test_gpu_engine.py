@@ -113,13 +113,16 @@ def test_logits_are_those_of_a_float32_reference(
             error_squared, norm_squared = error_squared + error**2, norm_squared + norm**2
     found = (error_squared / norm_squared) ** 0.5
     print(f"\n{name} {dtype}: relative error {found:.2e}, of the worst position {worst:.2e}")
-    assert found < (1e-2 if dtype == "bfloat16" else 1e-4)
-    assert worst < (2e-2 if dtype == "bfloat16" else 1e-4)
+    assert found <= worst < (1e-2 if dtype == "bfloat16" else 1e-4)
 
 
 def make_rounded(reference: Any, kind: torch.dtype) -> Any:
-    """The reference computes in float32 with the weights that the engine has."""
-    return copy.deepcopy(reference).to(kind).float()
+    """The reference computes in float32 with the weights that the engine has. Its rotary frequencies are no weights: they stay."""
+    rounded = copy.deepcopy(reference)
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            parameter.copy_(parameter.to(kind))
+    return rounded
 
 
 @pytest.mark.parametrize("name", ["xformers_paged", "xformers_shared_prefix"])

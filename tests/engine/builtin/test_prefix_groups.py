@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from parrot.engine.batches import Span
 from parrot.engine.builtin.attention.prefix_groups import Segment, shared_prefixes
-from parrot.engine.builtin.attention.work_items import BLOCK, Pace, cut
+from parrot.engine.builtin.attention.work_items import BLOCK, Fill, Pace, cut
 
 PAGE = 16
 
@@ -75,9 +75,15 @@ def trees(draw: st.DrawFn) -> list[list[Span]]:
     return [chain(*before, (1000 + i, draw(st.integers(1, 90)))) for i, before in enumerate(rows)]
 
 
-@given(trees(), st.integers(0, 200), st.integers(1, 40), st.sampled_from([1, 2, 64]))
-def test_every_position_is_read_once_and_only_by_rows_that_share_its_page(
-    chains: list[list[Span]], least_saved: int, items: int, rows_per_item: int
+@given(
+    trees(),
+    st.lists(st.builds(Fill, st.integers(0, 300), st.integers(1, 200)), max_size=4),
+    st.integers(0, 200),
+    st.integers(1, 40),
+    st.sampled_from([1, 2, 64]),
+)
+def test_every_position_is_read_once_and_only_by_rows_that_see_it(
+    chains: list[list[Span]], fills: list[Fill], least_saved: int, items: int, rows_per_item: int
 ) -> None:
     groups = shared_prefixes(chains, PAGE, least_saved)
     assert sorted(groups.order) == list(range(len(chains)))
@@ -88,17 +94,23 @@ def test_every_position_is_read_once_and_only_by_rows_that_share_its_page(
         assert segment.saved_tokens >= max(1, least_saved)
         sharing = [[s for s in spans if s.start < segment.stop and s.stop > s.start] for spans in arranged]
         assert all(sharing[row] == sharing[segment.first] for row in range(segment.first, segment.last))
-    found = cut(lengths, groups.segments, groups.own, rows_per_item=rows_per_item, pace=Pace(items, items), most_partials=4096)
-    read: list[Counter[int]] = [Counter() for _ in chains]
+    found = cut(
+        lengths, groups.segments, groups.own, fills, rows_per_item=rows_per_item, pace=Pace(items, items), most_partials=8192
+    )
+    seen = [*lengths, *(fill.start + i + 1 for fill in fills for i in range(fill.tokens))]
+    sequences = [*range(len(chains)), *(len(chains) + n for n, fill in enumerate(fills) for _ in range(fill.tokens))]
+    read: list[Counter[int]] = [Counter() for _ in seen]
     places: Counter[int] = Counter()
-    for first, rows, of, start, stop, ordinal in np.concatenate((found.wide, found.narrow)).tolist():
+    for first, rows, of, start, stop, ordinal, sees in np.concatenate((found.wide, found.narrow)).tolist():
         assert start < stop
         assert 1 <= rows <= rows_per_item
-        assert of == first
+        assert of == sequences[first]
         for row in range(first, first + rows):
-            read[row].update(range(start, stop))
+            mine = range(start, min(stop, sees + row - first + 1))
+            assert mine, "a row that sees nothing of its item"
+            read[row].update(mine)
             places[int(found.first[row]) + ordinal] += 1
-    assert [dict(counts) for counts in read] == [dict.fromkeys(range(length), 1) for length in lengths]
+    assert [dict(counts) for counts in read] == [dict.fromkeys(range(length), 1) for length in seen]
     assert places == Counter(range(int(found.first[-1])))
 
 

@@ -18,9 +18,11 @@ def unavailable(name: str, device: str) -> str | None:
     return xformers_library.missing()
 
 
-def load_attention(name: str, config: ModelConfig, cache: KVCache, max_rows: int = 256, max_seq_len: int = 8192) -> Attention:
+def load_attention(
+    name: str, config: ModelConfig, cache: KVCache, max_rows: int = 256, max_seq_len: int = 8192, max_tokens: int = 2560
+) -> Attention:
     """The attention function `name` (parrot.engine.config.ATTENTION) over `cache`, for at most `max_rows` decode rows of
-    sequences of at most `max_seq_len` tokens."""
+    sequences of at most `max_seq_len` tokens. Iterations have about `max_tokens`: graphs are not captured for more."""
     if name == "torch_sdpa":
         from parrot.engine.builtin.attention.torch_sdpa import SdpaAttention
 
@@ -29,12 +31,10 @@ def load_attention(name: str, config: ModelConfig, cache: KVCache, max_rows: int
         from parrot.engine.builtin.attention.xformers_with_buffer import BufferedAttention
 
         return BufferedAttention(config, cache)
-    if name == "xformers_paged":
-        from parrot.engine.builtin.attention.xformers_paged import PagedAttention
+    if name not in ("xformers_paged", "xformers_shared_prefix"):
+        raise ValueError(f"there is no attention function {name!r}")
+    from parrot.engine.builtin.attention.xformers_paged import GRAPH_TOKENS, PagedAttention
+    from parrot.engine.builtin.attention.xformers_shared_prefix import SharedPrefixAttention
 
-        return PagedAttention(config, cache, max_rows, max_seq_len)
-    if name == "xformers_shared_prefix":
-        from parrot.engine.builtin.attention.xformers_shared_prefix import SharedPrefixAttention
-
-        return SharedPrefixAttention(config, cache, max_rows, max_seq_len)
-    raise ValueError(f"there is no attention function {name!r}")
+    kind = PagedAttention if name == "xformers_paged" else SharedPrefixAttention
+    return kind(config, cache, max_rows, max_seq_len, min(GRAPH_TOKENS, max_tokens))

@@ -31,18 +31,20 @@ class Attention(Protocol):
 
     #: whether rows come with their chains
     wants_chains: bool
-    #: numbers of decode rows that it can be captured for in a graph; empty: it cannot
+    #: numbers of tokens that it can be captured for in a graph: of iterations that only decode, and of those with fills; empty:
+    #: it cannot
     buckets: Sequence[int]
+    fill_buckets: Sequence[int]
 
     def arrange(self, decode_rows: Sequence[AttentionRow]) -> list[int]:
         """The order in which it wants decode rows, by their indices."""
 
-    def plan(self, rows: Sequence[AttentionRow], decode_rows: int = 0, padded_to: int = 0) -> Any:
+    def plan(self, rows: Sequence[AttentionRow], decode_rows: int = 0, padded_to: int = 0, fills: bool = False) -> Any:
         """What `attend` needs in this iteration. Called once an iteration, in the order in which they are computed.
 
-        The first `decode_rows` rows compute one token each and are packed first, padded to `padded_to` tokens, one of
-        `buckets`; 0 and 0: rows of all kinds lie in any order, without padding. Plans of iterations that only decode, with
-        the same padding, are in the same memory: a captured `attend` follows them.
+        The first `decode_rows` rows compute one token each; 0: rows of all kinds lie in any order. `padded_to`: the packed tokens
+        are padded to so many, one of `buckets` or, with `fills`, of `fill_buckets`. Plans that are padded alike are in the same
+        memory: a captured `attend` follows them. 0: as many tokens as there are.
         """
 
     def attend(self, plan: Any, layer: int, heads: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Triton kernels of paged decoding: partial attention over work items, and the merge of each row's partial results.
+"""Triton kernels of paged attention: partial attention over work items, and the merge of each row's partial results.
 
 Work items are data in the device's memory (work_items.py), and the programs of a launch share them out among themselves: the
 launch is the same for every batch of a size, so that a captured graph replays it whatever the rows have become. A wide
-item reads its keys and values once for all rows that share them.
+item reads its keys and values once for all its rows.
 
 The softmax is computed as in Flash-Decoding: a partial result is its weighted mean and the log2 of the sum of its weights.
 """
@@ -25,11 +25,12 @@ def _partial_kernel(
     scale, stride_query, stride_table,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PAGE: tl.constexpr,
     FIELDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """queries [rows, heads, DIM]; kv [tokens, 2 × KV_HEADS, DIM]; float32: out [partials, heads, DIM], lse [partials, heads].
 
     A program takes an item and a KV head, then the next one that is its own. Its BLOCK_M queries are the item's rows times the
-    GROUP heads that share the KV head.
+    GROUP heads that share the KV head. CAUSAL: an item's last field says how far its rows see.
     """
     work = tl.program_id(0)
     last = tl.load(count) * KV_HEADS
@@ -43,6 +44,7 @@ def _partial_kernel(
         pages = tables + tl.load(item + 2) * stride_table
         start = tl.load(item + 3)
         stop = tl.load(item + 4)
+        sees = tl.load(item + 6) + m // GROUP
         place = tl.load(first + row, mask=here, other=0) + tl.load(item + 5)
         own_head = head * GROUP + m % GROUP
         inside = here[:, None] & (d < DIM)[None, :]
@@ -59,7 +61,10 @@ def _partial_kernel(
             key = tl.load(at[None, :] + d[:, None], mask=seen[None, :] & (d < DIM)[:, None], other=0.0)
             value = tl.load(at[:, None] + KV_HEADS * DIM + d[None, :], mask=seen[:, None] & (d < DIM)[None, :], other=0.0)
             score = tl.dot(query, key, input_precision=PRECISION) * scale
-            score = tl.where(seen[None, :], score, float("-inf"))
+            if CAUSAL:
+                score = tl.where(seen[None, :] & (position[None, :] <= sees[:, None]), score, float("-inf"))
+            else:
+                score = tl.where(seen[None, :], score, float("-inf"))
             better = tl.maximum(best, tl.max(score, 1))
             shrunk = tl.exp2(best - better)
             part = tl.exp2(score - better[:, None])
@@ -100,7 +105,7 @@ def _merge_kernel(partials, lse, first, out, HEADS: tl.constexpr, DIM: tl.conste
 
 def partial_attention(
     queries: Tensor, kv: Tensor, tables: Tensor, items: Tensor, count: Tensor, first: Tensor, out: Tensor, lse: Tensor,
-    *, kv_heads: int, page: int, scale: float, block_m: int, programs: int, options: dict[str, Any],
+    *, kv_heads: int, page: int, scale: float, block_m: int, programs: int, causal: bool, options: dict[str, Any],
 ) -> None:  # fmt: skip
     """Fills `out` and `lse` with the partial results of `count` items; see _partial_kernel."""
     heads, dim = queries.shape[1:]
@@ -108,7 +113,7 @@ def partial_attention(
         queries, kv, tables, items, count, first, out, lse,
         scale * 1.4426950408889634, queries.stride(0), tables.stride(0),
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim, DIM_PADDED=max(16, triton.next_power_of_2(dim)), PAGE=page,
-        FIELDS=FIELDS, BLOCK_M=block_m, PRECISION="ieee" if kv.dtype == torch.float32 else "tf32", **options,
+        FIELDS=FIELDS, BLOCK_M=block_m, CAUSAL=causal, PRECISION="ieee" if kv.dtype == torch.float32 else "tf32", **options,
     )  # fmt: skip
 
 

@@ -44,6 +44,7 @@ class SdpaAttention:
 
     wants_chains = False
     buckets: Sequence[int] = ()
+    fill_buckets: Sequence[int] = ()
 
     def __init__(self, config: ModelConfig, cache: KVCache) -> None:
         self._heads = config.num_heads
@@ -57,7 +58,7 @@ class SdpaAttention:
     def arrange(self, decode_rows: Sequence[AttentionRow]) -> list[int]:
         return list(range(len(decode_rows)))
 
-    def plan(self, rows: Sequence[AttentionRow], decode_rows: int = 0, padded_to: int = 0) -> SdpaPlan:
+    def plan(self, rows: Sequence[AttentionRow], decode_rows: int = 0, padded_to: int = 0, fills: bool = False) -> SdpaPlan:
         slots: list[int] = []
         single: list[tuple[int, AttentionRow]] = []
         several: list[tuple[int, AttentionRow]] = []

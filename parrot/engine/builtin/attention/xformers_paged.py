@@ -1,6 +1,7 @@
-"""Paged attention: fills by xformers' variable-length kernels, decode rows by split-k kernels that read the pages in place.
+"""Paged attention, by kernels that read the pages in place: split-k for decode rows, tiles of rows for fills.
 
-Decode rows come first, padded to a bucket, in memory that stays where it is, so that a graph can be captured for each bucket.
+Iterations up to GRAPH_TOKENS are padded to a bucket, in memory that stays where it is, so that a graph can be captured for each
+bucket. Larger ones fill by xformers' variable-length kernels, which multiply faster.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from parrot.engine.builtin.attention.base import AttentionRow
-from parrot.engine.builtin.attention.paged_decode import PagedDecode
+from parrot.engine.builtin.attention.paged_rows import PagedRows
 from parrot.engine.builtin.attention.rows import new_slots, to_device
 from parrot.engine.builtin.attention.varlen import VarlenAttention, VarlenPlan, all_in_order, packed
 from parrot.engine.builtin.kv_cache import KVCache
@@ -21,18 +22,25 @@ from parrot.engine.builtin.models.config import ModelConfig
 
 #: Decode rows are padded to the next of these, or to the largest batch.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+#: Tokens of iterations with fills: below the first, a product takes as long as reading its weights; above, multiples of what it
+#: computes at a time.
+FILL_BUCKETS = (64, *range(128, 1024, 64))
+#: An iteration of more tokens takes a GPU longer than the processor needs to launch it kernel by kernel.
+GRAPH_TOKENS = 1024
 
 
-def buckets_up_to(most: int) -> tuple[int, ...]:
-    return (*(size for size in BUCKETS if size < most), most)
+def buckets_up_to(most: int, sizes: Sequence[int] = BUCKETS) -> tuple[int, ...]:
+    return (*(size for size in sizes if size < most), most)
 
 
 class PagedPlan(NamedTuple):
-    """`slots`: [tokens], where each token's KV goes. Tokens before `fills_at` decode."""
+    """`slots`: [tokens], where each token's KV goes. `paged`: tokens that are attended to page by page, the first ones; `mixed`:
+    there may be fills among them. `rest`: those behind them, all of fills."""
 
     slots: Tensor
-    fills_at: int
-    fills: VarlenPlan | None
+    paged: int
+    mixed: bool
+    rest: VarlenPlan | None
 
 
 class PagedAttention:
@@ -41,39 +49,44 @@ class PagedAttention:
     wants_chains = False
     shares = False  #: whether decode rows are planned with segments
 
-    def __init__(self, config: ModelConfig, cache: KVCache, max_rows: int, max_seq_len: int) -> None:
+    def __init__(self, config: ModelConfig, cache: KVCache, max_rows: int, max_seq_len: int, graph_tokens: int) -> None:
         self.buckets: Sequence[int] = buckets_up_to(max_rows)
+        self.fill_buckets: Sequence[int] = buckets_up_to(graph_tokens, FILL_BUCKETS)
         self._heads = config.num_heads
         self._cache = cache
         self._device = cache.layers[0].device
-        self._decode = PagedDecode(config, cache, max_rows, max_seq_len, self.shares)
+        self._paged = PagedRows(config, cache, max_rows, max_seq_len, self.shares, graph_tokens)
         self._varlen = VarlenAttention(config, cache)
-        self._slots = torch.zeros(max_rows, dtype=torch.int64, device=self._device)
+        self._slots = torch.zeros(max(max_rows, graph_tokens), dtype=torch.int64, device=self._device)
 
     def arrange(self, decode_rows: Sequence[AttentionRow]) -> list[int]:
         return all_in_order(decode_rows)
 
-    def plan(self, rows: Sequence[AttentionRow], decode_rows: int = 0, padded_to: int = 0) -> PagedPlan:
-        single, several = rows[:decode_rows], rows[decode_rows:]
+    def plan(self, rows: Sequence[AttentionRow], decode_rows: int = 0, padded_to: int = 0, fills: bool = False) -> PagedPlan:
+        decoding, filling = rows[:decode_rows], rows[decode_rows:]
+        page_tokens = self._cache.page_tokens
+        if not padded_to:
+            if decoding:
+                self._plan_pages(decoding, ())
+            rest = self._varlen.plan(filling) if filling else None
+            return PagedPlan(to_device(new_slots(rows, page_tokens), self._device), decode_rows, False, rest)
+        if rows:
+            self._plan_pages(decoding, filling)
         written = np.full(padded_to, self._cache.spare_slot, dtype=np.int64)
-        written[:decode_rows] = new_slots(single, self._cache.page_tokens)
-        if single:
-            self._plan_decode(single)
-        if not several:
-            slots = self._slots[:padded_to]
-            slots.copy_(to_device(written, self._device))
-            return PagedPlan(slots, padded_to, None)
-        written = np.concatenate((written, new_slots(several, self._cache.page_tokens)))
-        return PagedPlan(to_device(written, self._device), padded_to, self._varlen.plan(several))
+        found = new_slots(rows, page_tokens)
+        written[: len(found)] = found
+        slots = self._slots[:padded_to]
+        slots.copy_(to_device(written, self._device))
+        return PagedPlan(slots, padded_to, fills, None)
 
-    def _plan_decode(self, rows: Sequence[AttentionRow]) -> None:
-        self._decode.update(rows)
+    def _plan_pages(self, decoding: Sequence[AttentionRow], filling: Sequence[AttentionRow]) -> None:
+        self._paged.update(decoding, fills=filling)
 
     def attend(self, plan: PagedPlan, layer: int, heads: Tensor) -> Tensor:
         self._cache.write(layer, plan.slots, heads[:, self._heads :])
         parts = []
-        if plan.fills_at:
-            parts.append(self._decode.attend(layer, heads[: plan.fills_at, : self._heads]))
-        if plan.fills is not None:
-            parts.append(self._varlen.attend(plan.fills, layer, heads[plan.fills_at :]))
+        if plan.paged:
+            parts.append(self._paged.attend(layer, heads[: plan.paged, : self._heads], plan.mixed))
+        if plan.rest is not None:
+            parts.append(self._varlen.attend(plan.rest, layer, heads[plan.paged :]))
         return packed(parts)

@@ -25,19 +25,19 @@ class SharedPrefixAttention(PagedAttention):
     wants_chains = True
     shares = True
 
-    def __init__(self, config: ModelConfig, cache: KVCache, max_rows: int, max_seq_len: int) -> None:
-        super().__init__(config, cache, max_rows, max_seq_len)
+    def __init__(self, config: ModelConfig, cache: KVCache, max_rows: int, max_seq_len: int, graph_tokens: int) -> None:
+        super().__init__(config, cache, max_rows, max_seq_len, graph_tokens)
         layer = cache.layers[0]
         self._least_saved = LEAST_SAVED_BYTES // (layer[0].numel() * layer.itemsize)
 
     def _groups(self, rows: Sequence[AttentionRow]) -> Groups:
         return shared_prefixes(
-            [row.chain for row in rows], self._cache.page_tokens, self._least_saved, self._decode.most_partials
+            [row.chain for row in rows], self._cache.page_tokens, self._least_saved, self._paged.most_partials
         )
 
     def arrange(self, decode_rows: Sequence[AttentionRow]) -> list[int]:
         return self._groups(decode_rows).order
 
-    def _plan_decode(self, rows: Sequence[AttentionRow]) -> None:
-        groups = self._groups(rows)  # of arranged rows: they stay in order
-        self._decode.update(rows, groups.segments, groups.own)
+    def _plan_pages(self, decoding: Sequence[AttentionRow], filling: Sequence[AttentionRow]) -> None:
+        groups = self._groups(decoding)  # of arranged rows: they stay in order
+        self._paged.update(decoding, groups.segments, groups.own, filling)

@@ -27,6 +27,7 @@ class BufferedAttention:
 
     wants_chains = False
     buckets: Sequence[int] = ()
+    fill_buckets: Sequence[int] = ()
 
     def __init__(self, config: ModelConfig, cache: KVCache) -> None:
         self._heads = config.num_heads
@@ -36,7 +37,7 @@ class BufferedAttention:
     def arrange(self, decode_rows: Sequence[AttentionRow]) -> list[int]:
         return all_in_order(decode_rows)
 
-    def plan(self, rows: Sequence[AttentionRow], decode_rows: int = 0, padded_to: int = 0) -> BufferPlan:
+    def plan(self, rows: Sequence[AttentionRow], decode_rows: int = 0, padded_to: int = 0, fills: bool = False) -> BufferPlan:
         device = self._cache.layers[0].device
         return BufferPlan(to_device(new_slots(rows, self._cache.page_tokens), device), self._varlen.plan(rows))
 

@@ -16,17 +16,16 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from parrot.engine.builtin.elementwise import HeadNorms, Turns, add_rms_norm, gated_silu, place_heads_
 from parrot.engine.builtin.linear import Linear
 from parrot.engine.builtin.models.config import ModelConfig, RopeConfig
 
 #: (layer, heads [tokens, heads + 2 × kv_heads, head_dim], rotated) -> [tokens, heads × head_dim]
 Attend = Callable[[int, Tensor], Tensor]
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": functional.silu,
-    "relu": functional.relu,
-    "gelu": functional.gelu,
-}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": functional.relu, "gelu": functional.gelu}
+#: Of MLPs with a gate, which take [tokens, 2 × width].
+GATED: dict[str, Callable[[Tensor], Tensor]] = {"silu": gated_silu}
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,13 @@ class Norm:
     eps: float
     kind: Literal["rms", "layer"]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x + delta, which may take the place of x, and its norm."""
         if self.kind == "rms":
-            return functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-        return functional.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
+            return add_rms_norm(x, delta, self.weight, self.eps)
+        if delta is not None:
+            x = x + delta
+        return x, functional.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
 
 
 @dataclass
@@ -50,8 +52,7 @@ class Layer:
 
     attention_norm: Norm
     qkv: Linear
-    query_norm: Norm | None
-    key_norm: Norm | None
+    head_norms: HeadNorms | None
     output: Linear
     mlp_norm: Norm
     up: Linear
@@ -80,8 +81,8 @@ class Decoder:
         self.layers = layers
         self.norm = norm
         self.head = head
-        self._activation = ACTIVATIONS[config.activation]
-        self._gated = config.kind.names.gate is not None
+        gated = config.kind.names.gate is not None
+        self._activation = (GATED if gated else ACTIVATIONS)[config.activation]
         self._offset = config.kind.position_offset or 0
         self.rope: Rope | None = None
         if positions is None:
@@ -108,48 +109,28 @@ class Decoder:
         x = functional.embedding(ids, self.embedding)
         if self.positions is not None:
             x = x + functional.embedding(positions + self._offset, self.positions)
-        turns = None if self.rope is None else self.rope.at(positions, self.embedding.dtype)
+        turns = None if self.rope is None else self.rope.at(positions)
+        delta: Tensor | None = None  # what the block before adds to x
         for index, layer in enumerate(self.layers):
-            heads = layer.qkv(layer.attention_norm(x)).view(-1, config.qkv_heads, config.head_dim)
-            x = x + layer.output(attend(index, self._placed(layer, heads, turns)))
-            inner = layer.up(layer.mlp_norm(x))
-            if self._gated:
-                gate, up = inner.chunk(2, dim=-1)
-                x = x + layer.down(self._activation(gate) * up)
-            else:
-                x = x + layer.down(self._activation(inner))
-        return self.head(self.norm(x.index_select(0, sampled))).float()
-
-    def _placed(self, layer: Layer, heads: Tensor, turns: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Query and key heads normed and rotated, where the family does so; [tokens, qkv_heads, head_dim]."""
-        queries, keys = self.config.num_heads, self.config.num_kv_heads
-        if layer.query_norm is not None and layer.key_norm is not None:
-            heads[:, :queries] = layer.query_norm(heads[:, :queries])
-            heads[:, queries : queries + keys] = layer.key_norm(heads[:, queries : queries + keys])
-        if turns is not None:
-            rotate_(heads[:, : queries + keys], *turns)
-        return heads
+            x, normed = layer.attention_norm(x, delta)
+            heads = layer.qkv(normed).view(-1, config.qkv_heads, config.head_dim)
+            place_heads_(heads, config.num_heads, config.num_kv_heads, layer.head_norms, turns)
+            x, normed = layer.mlp_norm(x, layer.output(attend(index, heads)))
+            delta = layer.down(self._activation(layer.up(normed)))
+        assert delta is not None
+        _, normed = self.norm(x.index_select(0, sampled), delta.index_select(0, sampled))
+        return self.head(normed).float()
 
 
 class Rope:
-    """Rotary positions: cosines and sines of every position, made ready for `rotate_`."""
+    """Rotary positions: cosines and sines of every position, [max_seq_len, head_dim / 2]."""
 
     def __init__(self, config: RopeConfig, head_dim: int, max_seq_len: int, device: torch.device) -> None:
         angles = torch.outer(torch.arange(max_seq_len, dtype=torch.float32), _frequencies(config, head_dim))
-        self._cos = torch.cat((angles.cos(), angles.cos()), dim=-1).to(device)
-        self._sin = torch.cat((-angles.sin(), angles.sin()), dim=-1).to(device)
+        self._cos, self._sin = angles.cos().to(device), angles.sin().to(device)
 
-    def at(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """[tokens, 1, head_dim] each."""
-        cos, sin = (table.index_select(0, positions).unsqueeze(1) for table in (self._cos, self._sin))
-        return cos.to(dtype), sin.to(dtype)
-
-
-def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotates heads [tokens, heads, head_dim] in place; the first half of a head is paired with the second."""
-    tokens, count, dim = heads.shape
-    swapped = heads.view(tokens, count, 2, dim // 2).flip(-2).view(tokens, count, dim)
-    heads.mul_(cos).addcmul_(swapped, sin)
+    def at(self, positions: Tensor) -> Turns:
+        return Turns(positions, self._cos, self._sin)
 
 
 def _frequencies(config: RopeConfig, head_dim: int) -> Tensor:
