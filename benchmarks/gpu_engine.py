@@ -29,7 +29,7 @@ from parrot.engine.builtin.models.config import ModelConfig
 from parrot.engine.config import BuiltinEngineConfig, description_of, load_engine_config
 from parrot.engine.core import EngineCore, EngineTask, Link
 from parrot.engine.iteration_log import IterationLog
-from parrot.engine.launch import bind, log_header, prepare_builtin, serve
+from parrot.engine.launch import bind, log_header, prepare_builtin, serve, spare_what_is_loaded
 from parrot.engine.loop import BuiltinLoop
 from parrot.protocol.api import SamplingConfig
 
@@ -160,8 +160,8 @@ def log_cost(config: BuiltinEngineConfig, loaded: LoadedRunner, rows: int, outpu
             with_log.append(asyncio.run(http_s(config, loaded, lengths, Path(folder) / f"{number}.jsonl")))
     plain, logged = statistics.median(without), statistics.median(with_log)
     return (
-        f"iteration log, {rows} × {output} tokens: {plain:.3f} s without ({min(without):.3f} to {max(without):.3f}), {logged:.3f} s "
-        f"with ({min(with_log):.3f} to {max(with_log):.3f}): {logged / plain - 1:+.2%}"
+        f"iteration log, {rows} × {output} tokens: {plain:.3f} s without ({min(without):.3f} to {max(without):.3f}), "
+        f"{logged:.3f} s with ({min(with_log):.3f} to {max(with_log):.3f}): {logged / plain - 1:+.2%}"
     )
 
 
@@ -197,6 +197,7 @@ def main() -> None:
         config = prepare_builtin(config)
         began = time.perf_counter()
         loaded = load_runner(config)
+        spare_what_is_loaded()
         print(f"{function}: loaded and captured in {time.perf_counter() - began:.1f} s")
         shape = loaded.runner.decoder.config
         for what, rows, shared, own in DECODES:

@@ -54,6 +54,7 @@ def planned(limits: EngineLimits, requests: Sequence[tuple[int, int]] = (), seed
     rest: dict[str, tuple[int, int]] = {"prompt": (8, max(9, longest // 16)), "output": (16, max(17, longest // 16))}
     found += [
         Planned(closed("fills", few, 4 * few, seed=seed + 1001, prompt=(16, max(17, longest // 3)), output=(1, 4))),
+        Planned(every_size("sizes", 4, 400, seed=seed + 1009, most=max(17, min(limits.max_num_batched_tokens, longest // 2)))),
         Planned(closed("long", few, few + 4, seed=seed + 1002, prompt=prompts, output=(40, min(200, longest // 4)))),
         Planned(closed("sharing-1", many, many + 8, seed=seed + 1003, shared=[(1, prefix)], **rest)),
         Planned(closed("sharing-2", many, many + 8, seed=seed + 1004, shared=[(1, prefix // 2), (2, prefix // 4)], **rest)),
@@ -67,6 +68,13 @@ def planned(limits: EngineLimits, requests: Sequence[tuple[int, int]] = (), seed
     if requests:
         found.append(Planned(at_once("at-once", requests), True))
     return found
+
+
+def every_size(name: str, concurrency: int, count: int, *, seed: int, most: int) -> Load:
+    """`count` requests with prompts of 16 to `most` tokens, evenly: an engine may have a graph for each of many sizes."""
+    draw = random.Random(seed)
+    requests = [Request(((1000 + i, draw.randint(16, most)),), draw.randint(3, 12)) for i in range(count)]
+    return Load(name, tuple(requests), concurrency)
 
 
 def arriving(name: str, count: int, rate: float, *, seed: int, prompt: tuple[int, int], output: tuple[int, int]) -> Load:
@@ -92,11 +100,12 @@ def azure_lengths(path: str, count: int) -> list[tuple[int, int]]:
 def record(config: BuiltinEngineConfig, loads: Sequence[Load], folder: Path) -> dict[str, Outcome]:
     """Runs the loads one after the other on one loaded model; a log of each in `folder`, NAME.jsonl."""
     from parrot.engine.builtin.load import load_runner
-    from parrot.engine.launch import prepare_builtin
+    from parrot.engine.launch import prepare_builtin, spare_what_is_loaded
 
     config = prepare_builtin(config)
     began = time.perf_counter()
     loaded = load_runner(config)
+    spare_what_is_loaded()
     print(f"{config.model} loaded in {time.perf_counter() - began:.1f} s", file=sys.stderr)
     return asyncio.run(_record(config, loaded, loads, folder))
 

@@ -118,9 +118,10 @@ async def _serve(config: EngineConfig, count: int, with_core: bool) -> int:
     sockets = _bind_all(config, count)
     try:
         if isinstance(config, BuiltinEngineConfig):
-            from parrot.engine.launch import start_builtin
+            from parrot.engine.launch import spare_what_is_loaded, start_builtin
 
             engines.append(await start_builtin(config, with_core=with_core, sockets=sockets[0]))
+            spare_what_is_loaded()
         elif isinstance(config, EmulatedEngineConfig):
             await _start_emulated(config, sockets, with_core, engines)
         elif isinstance(config, OpenAIEngineConfig):

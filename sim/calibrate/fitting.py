@@ -1,7 +1,7 @@
 """The fit: non-negative least squares on relative errors, and what the fitted profile is worth.
 
-Rows are weighted by 1/duration, first the measured one, then once more the fitted one, because the measured one alone
-pulls the fit below the mean of iterations that are noisy. Reads no files and chooses no runs.
+Rows are weighted by 1/duration, first the measured one, then the fitted one, because the measured one alone pulls the fit
+below the mean of iterations that are noisy; one that is far off (requests came in a burst, memory was collected) counts less. Reads no files and chooses no runs.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 LEAST_ITERATIONS = 40  #: of a fit: fewer cannot tell the coefficients apart
 LEAST_IN_BUCKET = 10  #: iterations above a knot or in a batch-size bucket, for it to get a coefficient of its own
 STALL = 10.0  #: an iteration that takes so many times what the fit says, and the median, is a machine that stood still
+FAR_OFF = 0.5  #: an iteration that is further off than this part of what the fit says pulls no harder (Huber's loss)
+PASSES = 4
 MOST_STALLS = 0.01  #: part of all iterations; with more, the machine was not the engine's own
 
 
@@ -163,7 +165,7 @@ class _Terms:
         # With sharing in the logs, what reading a token again costs is measured and need not be said.
         self.rereads = sum(s.decode_kv > s.decode_kv_unique for s in shapes) >= LEAST_IN_BUCKET
 
-    def _fill_replays(self, shapes: Sequence[BatchShape]) -> Array:
+    def _fill_replays(self, shapes: Sequence[BatchShape]) -> NDArray[np.bool_]:
         """Which of them replay a graph of iterations with prefill."""
         return np.array([s.prefill_rows > 0 and s.tokens <= self.largest_fill_graph for s in shapes], dtype=bool)
 
@@ -238,13 +240,14 @@ def _buckets(rows: Sequence[int], bounds: Sequence[int] = BUCKETS) -> list[int]:
 def _solve(columns: Array, measured: Array) -> Array:
     weights = 1.0 / measured
     coefficients: Array = np.zeros(columns.shape[1])
-    for _ in range(2):
+    for _ in range(PASSES):
         weighted = columns * weights[:, None]
         scale = np.linalg.norm(weighted, axis=0)
         scale[scale == 0] = 1.0  # a column of zeros keeps the coefficient 0
         coefficients = nnls(weighted / scale, measured * weights)[0] / scale
-        predicted = columns @ coefficients
-        weights = 1.0 / np.maximum(predicted, 1e-9)
+        predicted = np.maximum(columns @ coefficients, 1e-9)
+        off = np.abs(measured / predicted - 1.0)
+        weights = np.sqrt(FAR_OFF / np.maximum(off, FAR_OFF)) / predicted
     return coefficients
 
 

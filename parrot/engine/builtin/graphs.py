@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from parrot.engine.builtin.attention.base import Attention
-from parrot.engine.builtin.attention.rows import to_device
+from parrot.engine.builtin.kv_cache import to_device
 from parrot.engine.builtin.models.decoder import Decoder
 
 #: (logits [rows, vocab_size], the most probable tokens [rows])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,10 +58,18 @@ class KVCache:
         if not copies:
             return
         device = self.layers[0].device
-        sources, destinations = (torch.tensor(side, device=device) for side in zip(*copies, strict=True))
+        sources, destinations = (to_device(side, device) for side in zip(*copies, strict=True))
         for layer in self.layers:
             pages = layer.view(self.num_pages, -1)
-            pages.index_copy_(0, destinations, pages.index_select(0, sources))
+            scatter_rows(pages, destinations, pages.index_select(0, sources))
+
+
+def to_device(values: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """A tensor of `values` on `device`. A GPU is not waited for: work queued later sees it, work queued before runs on."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

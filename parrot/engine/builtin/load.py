@@ -10,6 +10,8 @@ import torch
 from parrot.configuration import ConfigurationError
 from parrot.engine.batches import EngineLimits
 from parrot.engine.builtin.attention import load_attention, unavailable
+from parrot.engine.builtin.attention.paged_rows import most_partials
+from parrot.engine.builtin.attention.xformers_paged import GRAPH_TOKENS
 from parrot.engine.builtin.kv_cache import KVCache
 from parrot.engine.builtin.models.config import ModelConfig, config_at, model_config, published_config
 from parrot.engine.builtin.runner import BuiltinRunner
@@ -145,13 +147,14 @@ def iteration_bytes(config: BuiltinEngineConfig, shape: ModelConfig, dtype: torc
     """The most that the tensors of one iteration take, about: activations, logits, gathered keys, partial results."""
     scheduler = config.scheduler
     tokens = scheduler.max_num_batched_tokens
+    captured = min(GRAPH_TOKENS, tokens)  # graphs keep what they were captured with
     if config.fill_chunk_size == -1:  # a longer prompt runs alone
         tokens = max(tokens, min(shape.max_seq_len, scheduler.max_total_tokens))
     heads = (shape.qkv_heads + shape.num_heads) * shape.head_dim
-    activations = tokens * (4 * shape.hidden_size + 3 * heads + 4 * shape.intermediate_size) * dtype.itemsize
+    activations = (tokens + captured) * (4 * shape.hidden_size + 3 * heads + 4 * shape.intermediate_size) * dtype.itemsize
     logits = 4 * scheduler.max_batch_size * shape.vocab_size * 4
     gathered = 2 * scheduler.max_total_tokens * 2 * shape.num_kv_heads * shape.head_dim * dtype.itemsize
-    partials = (4096 + 8 * scheduler.max_batch_size) * shape.num_heads * (shape.head_dim + 1) * 4
+    partials = most_partials(scheduler.max_batch_size, captured) * shape.num_heads * (shape.head_dim + 1) * 4
     return activations + logits + gathered + partials
 
 

@@ -22,9 +22,8 @@ from torch import Tensor
 
 from parrot.engine.batches import Batch, EngineTask, Row
 from parrot.engine.builtin.attention.base import Attention, AttentionRow
-from parrot.engine.builtin.attention.rows import to_device
 from parrot.engine.builtin.graphs import Bucket, Graphs
-from parrot.engine.builtin.kv_cache import KVCache
+from parrot.engine.builtin.kv_cache import KVCache, to_device
 from parrot.engine.builtin.models.decoder import Decoder
 from parrot.engine.builtin.outputs import ContextTokens, Output, TaskTokens
 from parrot.engine.builtin.sampler import check_sampling, sample
@@ -223,7 +222,7 @@ class BuiltinRunner:
         for row in rows[at:]:
             start, stop = row.attention.start, row.attention.stop
             end = at + stop - start
-            inputs.given[at:end] = row.ids
+            inputs.given[at:end] = np.asarray(row.ids)
             inputs.positions[at:end] = np.arange(start, stop)
             lasts.append(end - 1)
             at = end

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from parrot.engine.builtin.attention.rows import to_device
+from parrot.engine.builtin.kv_cache import to_device
 from parrot.protocol.api import SamplingConfig
 from parrot.protocol.errors import ParrotError
 

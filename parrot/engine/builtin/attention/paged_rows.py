@@ -1,4 +1,4 @@
-"""Attention over the paged cache, page by page in place: plans in memory that stays where it is, and the kernels that follow them.
+"""Attention over the paged cache, in place: plans in memory that stays where it is, and the kernels that follow them.
 
 Everything that changes from iteration to iteration (page tables, work items, their number) is one array of int32, written
 over in one copy. A captured graph therefore replays `attend` for whatever batch was planned last.
@@ -36,9 +36,14 @@ class _Layout(NamedTuple):
     tables: Any
 
 
+def most_partials(max_rows: int, max_tokens: int) -> int:
+    """Partial results that there is room for."""
+    return 4096 + max(8 * max_rows, 2 * max_tokens)
+
+
 class PagedRows:
-    """Plans and attends decoding rows, and fills behind them: at most `max_rows` sequences of at most `max_seq_len` tokens, at most
-    `max_tokens` packed tokens (or one a sequence, where that is more).
+    """Plans and attends decoding rows, and fills behind them: at most `max_rows` sequences of at most `max_seq_len` tokens, at
+    most `max_tokens` packed tokens (or one a sequence, where that is more).
 
     `shares`: whether plans may have segments; their kernel is then launched (or captured) with every `attend`.
     """
@@ -66,7 +71,7 @@ class PagedRows:
         self._processors = processors
         self._pace = Pace(*(max(1, n * processors // self._kv_heads) for n in (WIDE_PROGRAMS, NARROW_PROGRAMS)))
         max_tokens = max(max_rows, max_tokens)
-        self.most_partials = 4096 + max(8 * max_rows, 2 * max_tokens)
+        self.most_partials = most_partials(max_rows, max_tokens)
         pages = -(-max_seq_len // cache.page_tokens)
         parts = ((2,), (max_tokens + 1,), (self.most_partials, FIELDS), (self.most_partials, FIELDS), (max_rows, pages))
         self._shapes = parts

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from parrot.engine.builtin.attention.work_items import FIELDS
 
+#: Heads of a row that a program merges.
+MERGED_HEADS = 8
+
 
 @triton.jit
 def _partial_kernel(
@@ -78,29 +81,35 @@ def _partial_kernel(
 
 
 @triton.jit
-def _merge_kernel(partials, lse, first, out, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr):
-    """out [rows, HEADS, DIM]: a program a row and head. A row without partial results (padding) becomes zero."""
+def _merge_kernel(
+    partials, lse, first, out, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """out [rows, HEADS, DIM]: a program a row and BLOCK heads. A row without partial results (padding) becomes zero."""
     row = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, DIM_PADDED)
+    here = head < HEADS
+    inside = here[:, None] & (d < DIM)[None, :]
     begin = tl.load(first + row)
     end = tl.load(first + row + 1)
-    best = tl.full([1], float("-inf"), dtype=tl.float32)
-    weight = tl.zeros([1], dtype=tl.float32)
-    mean = tl.zeros([DIM_PADDED], dtype=tl.float32)
+    best = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
+    weight = tl.zeros([BLOCK], dtype=tl.float32)
+    mean = tl.zeros([BLOCK, DIM_PADDED], dtype=tl.float32)
     i = begin
     while i < end:
         at = i.to(tl.int64) * HEADS + head
-        this = tl.load(lse + at)
+        this = tl.load(lse + at, mask=here, other=0.0)
         better = tl.maximum(best, this)
         shrunk = tl.exp2(best - better)
         grown = tl.exp2(this - better)
-        mean = mean * shrunk + tl.load(partials + at * DIM + d, mask=d < DIM, other=0.0) * grown
+        part = tl.load(partials + at[:, None] * DIM + d[None, :], mask=inside, other=0.0)
+        mean = mean * shrunk[:, None] + part * grown[:, None]
         weight = weight * shrunk + grown
         best = better
         i += 1
-    mean = tl.where(weight > 0.0, mean / weight, 0.0)
-    tl.store(out + (row * HEADS + head) * DIM + d, mean.to(out.dtype.element_ty), mask=d < DIM)
+    mean = tl.where((weight > 0.0)[:, None], mean / weight[:, None], 0.0)
+    at = (row.to(tl.int64) * HEADS + head[:, None]) * DIM + d[None, :]
+    tl.store(out + at, mean.to(out.dtype.element_ty), mask=inside)
 
 
 def partial_attention(
@@ -120,6 +129,6 @@ def partial_attention(
 def merge_partials(partials: Tensor, lse: Tensor, first: Tensor, out: Tensor) -> None:
     """Puts each row's attention into `out`, [rows, heads, dim]; `first`: [rows + 1], where its partial results begin."""
     rows, heads, dim = out.shape
-    _merge_kernel[(rows, heads)](
-        partials, lse, first, out, HEADS=heads, DIM=dim, DIM_PADDED=triton.next_power_of_2(dim), num_warps=1
+    _merge_kernel[(rows, triton.cdiv(heads, MERGED_HEADS))](
+        partials, lse, first, out, HEADS=heads, DIM=dim, DIM_PADDED=triton.next_power_of_2(dim), BLOCK=MERGED_HEADS
     )

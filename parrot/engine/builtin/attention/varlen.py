@@ -12,8 +12,8 @@ from torch import Tensor
 
 from parrot.engine.builtin.attention import xformers_library
 from parrot.engine.builtin.attention.base import AttentionRow
-from parrot.engine.builtin.attention.rows import slots, to_device
-from parrot.engine.builtin.kv_cache import KVCache
+from parrot.engine.builtin.attention.rows import slots
+from parrot.engine.builtin.kv_cache import KVCache, to_device
 from parrot.engine.builtin.models.config import ModelConfig
 
 

@@ -15,18 +15,19 @@ from torch import Tensor
 
 from parrot.engine.builtin.attention.base import AttentionRow
 from parrot.engine.builtin.attention.paged_rows import PagedRows
-from parrot.engine.builtin.attention.rows import new_slots, to_device
+from parrot.engine.builtin.attention.rows import new_slots
 from parrot.engine.builtin.attention.varlen import VarlenAttention, VarlenPlan, all_in_order, packed
-from parrot.engine.builtin.kv_cache import KVCache
+from parrot.engine.builtin.kv_cache import KVCache, to_device
 from parrot.engine.builtin.models.config import ModelConfig
 
 #: Decode rows are padded to the next of these, or to the largest batch.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 #: Tokens of iterations with fills: below the first, a product takes as long as reading its weights; above, multiples of what it
 #: computes at a time.
-FILL_BUCKETS = (64, *range(128, 1024, 64))
-#: An iteration of more tokens takes a GPU longer than the processor needs to launch it kernel by kernel.
-GRAPH_TOKENS = 1024
+FILL_BUCKETS = (64, *range(128, 1024, 64), *range(1024, 8192, 128))
+#: A GPU computes an iteration of more tokens for longer than the processor needs to launch it kernel by kernel (some 30 ms), and
+#: there xformers' kernels, which are launched so, multiply faster than ours.
+GRAPH_TOKENS = 2560
 
 
 def buckets_up_to(most: int, sizes: Sequence[int] = BUCKETS) -> tuple[int, ...]:

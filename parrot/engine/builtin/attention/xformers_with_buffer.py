@@ -11,9 +11,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from parrot.engine.builtin.attention.base import AttentionRow
-from parrot.engine.builtin.attention.rows import new_slots, to_device
+from parrot.engine.builtin.attention.rows import new_slots
 from parrot.engine.builtin.attention.varlen import VarlenAttention, VarlenPlan, all_in_order
-from parrot.engine.builtin.kv_cache import KVCache
+from parrot.engine.builtin.kv_cache import KVCache, to_device
 from parrot.engine.builtin.models.config import ModelConfig
 
 
