@@ -6,9 +6,10 @@ A profile belongs to model × device × attention function. The duration of an i
 
 with n the tokens computed (prefill and decode together; the hinges let a small chunk ride free on the reading of the
 weights), P the query·key pairs of prefill, K the KV tokens that decoding rows read, shared ones once, and R those that they
-read again; without a cost of its own, reading again costs what reading does, or nothing (shared_kv_once). Where an engine replays a
-captured graph for an iteration with prefill, that graph's cost stands for the first two terms: it computes as many tokens as it was
-captured for. Coefficients are non-negative seconds, found by `sim.calibrate` with non-negative least squares on iterations that a real engine recorded.
+read again; without a cost of its own, reading again costs what reading does, or nothing (shared_kv_once). Where an engine
+replays a captured graph for an iteration with prefill, that graph's cost stands for the first two terms (it computes as many
+tokens as it was captured for), and pairs have a cost of their own. Coefficients are non-negative seconds, found by
+`sim.calibrate` with non-negative least squares on iterations that a real engine recorded.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any, ClassVar
 from parrot.latency_profile import FillGraph, FixedCost, Hinge, LatencyProfile
 
 __all__ = [
-    "BatchShape", "Coverage", "DecodeRun", "FillGraph", "FixedCost", "Hinge", "LatencyModel", "LatencyProfile", "OutOfRange", "seen_ranges",
+    "BatchShape", "Coverage", "DecodeRun", "FillGraph", "FixedCost", "Hinge", "LatencyModel", "LatencyProfile", "OutOfRange",
+    "seen_ranges",
 ]  # fmt: skip
 
 
@@ -133,8 +135,8 @@ class LatencyModel:
         return seconds
 
     def duration(self, shape: BatchShape, graph: bool = False) -> float:
-        """Seconds that an iteration of `shape` takes; with `graph`, if it replays a captured graph. One with prefill replays one
-        where the profile has one that is large enough."""
+        """Seconds that an iteration of `shape` takes; with `graph`, if it replays a captured graph. One with prefill replays
+        one where the profile has one that is large enough."""
         decode_rows = shape.decode_rows
         tokens = decode_rows + shape.prefill_tokens
         if shape.prefill_rows and tokens < len(self._fill_graph_s):

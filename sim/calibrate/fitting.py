@@ -1,7 +1,8 @@
 """The fit: non-negative least squares on relative errors, and what the fitted profile is worth.
 
 Rows are weighted by 1/duration, first the measured one, then the fitted one, because the measured one alone pulls the fit
-below the mean of iterations that are noisy; one that is far off (requests came in a burst, memory was collected) counts less. Reads no files and chooses no runs.
+below the mean of iterations that are noisy; one that is far off (its end was seen late: requests came in a burst) counts less.
+Reads no files and chooses no runs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 LEAST_ITERATIONS = 40  #: of a fit: fewer cannot tell the coefficients apart
 LEAST_IN_BUCKET = 10  #: iterations above a knot or in a batch-size bucket, for it to get a coefficient of its own
 STALL = 10.0  #: an iteration that takes so many times what the fit says, and the median, is a machine that stood still
-FAR_OFF = 0.5  #: an iteration that is further off than this part of what the fit says pulls no harder (Huber's loss)
+#: An iteration that is further off than so many times the median one, and than this part of what the fit says, pulls no harder
+#: (Huber's loss).
+FAR_OFF, LEAST_FAR_OFF = 5.0, 0.1
 PASSES = 4
 MOST_STALLS = 0.01  #: part of all iterations; with more, the machine was not the engine's own
 
@@ -247,7 +250,8 @@ def _solve(columns: Array, measured: Array) -> Array:
         coefficients = nnls(weighted / scale, measured * weights)[0] / scale
         predicted = np.maximum(columns @ coefficients, 1e-9)
         off = np.abs(measured / predicted - 1.0)
-        weights = np.sqrt(FAR_OFF / np.maximum(off, FAR_OFF)) / predicted
+        limit = max(LEAST_FAR_OFF, FAR_OFF * float(np.median(off)))
+        weights = np.sqrt(limit / np.maximum(off, limit)) / predicted
     return coefficients
 
 

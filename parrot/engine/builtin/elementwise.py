@@ -1,7 +1,7 @@
-"""What happens between a layer's products: residual sum and norm, norm and rotation of heads, gated activation, write to the cache.
+"""What happens between a layer's products: residual sum and norm, norm and rotation of heads, gated activation, cache write.
 
-Each is bound by reading and writing its tokens: where Triton is, one kernel each (elementwise_kernels.py), else torch. Heads are
-rotated in float32 whatever their type: a rotation in 16 bits loses as much as all the rest of a layer.
+Each is bound by reading and writing its tokens: where Triton is, one kernel each (elementwise_kernels.py), else torch. Heads
+are normed and rotated in float32 whatever their type, and rounded once.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) ->
 
 
 def place_heads_(heads: Tensor, queries: int, keys: int, norms: HeadNorms | None, turns: Turns | None) -> None:
-    """Norms and rotates, in place, the query heads, which come first, and the key heads behind them; heads: [tokens, heads, dim].
-    The first half of a head is paired with the second."""
+    """Norms and rotates, in place, the query heads, which come first, and the key heads behind them; heads: [tokens, heads,
+    dim]. The first half of a head is paired with the second."""
     if norms is None and turns is None:
         return
     if found := kernels(heads):

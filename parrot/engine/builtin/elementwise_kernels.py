@@ -93,10 +93,16 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: T
 
 
 def place(
-    heads: Tensor, queries: int, count: int, norms: tuple[Tensor, Tensor, float] | None, turns: tuple[Tensor, Tensor, Tensor] | None
-) -> None:  # fmt: skip
-    """The first `count` of heads [tokens, heads, dim], of which `queries` are queries, are normed and rotated in place. `norms`:
-    weights for queries and for keys, epsilon. `turns`: positions; cosines and sines [positions, dim / 2], float32."""
+    heads: Tensor,
+    queries: int,
+    count: int,
+    norms: tuple[Tensor, Tensor, float] | None,
+    turns: tuple[Tensor, Tensor, Tensor] | None,
+) -> None:
+    """The first `count` of heads [tokens, heads, dim], of which `queries` are queries, are normed and rotated in place.
+
+    `norms`: weights for queries and for keys, epsilon. `turns`: positions; cosines and sines [positions, dim / 2], float32.
+    """
     dim = heads.shape[2]
     query_norm, key_norm, eps = norms or (heads, heads, 0.0)
     positions, cos, sin = turns or (heads, heads, heads)

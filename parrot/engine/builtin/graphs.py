@@ -30,8 +30,8 @@ class Bucket(NamedTuple):
 
 
 class Inputs:
-    """Of one iteration, staged on the host, with padding that does no harm. Where a token is given as −1, the last one of the slot
-    beside it is meant. Each sampled row names a packed token and the slot for the next one."""
+    """Of one iteration, staged on the host, with padding that does no harm. Where a token is given as −1, the last one of the
+    slot beside it is meant. Each sampled row names a packed token and the slot for the next one."""
 
     def __init__(self, bucket: Bucket, spare_slot: int) -> None:
         self.staged = np.zeros((5, bucket.tokens), dtype=np.int64)
@@ -43,8 +43,8 @@ class Inputs:
 
 
 class Graphs:
-    """`tokens`: the tasks' last tokens, by slot, the last slot being padding's. An iteration reads tokens there and writes the most
-    probable next ones back. `capture`: whether there are graphs; they are captured at once, for all buckets."""
+    """`tokens`: the tasks' last tokens, by slot, the last slot being padding's. An iteration reads tokens there and writes the
+    most probable next ones back. `capture`: whether there are graphs; they are captured at once, for all buckets."""
 
     def __init__(self, decoder: Decoder, attention: Attention, tokens: Tensor, capture: bool) -> None:
         self._decoder = decoder

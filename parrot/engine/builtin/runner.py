@@ -44,8 +44,8 @@ class PreparedRow(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """`rows`: decode rows first, `decode_rows` of them, as the attention function wants them. `bucket`: what they are padded to;
-    None: they are computed as they are."""
+    """`rows`: decode rows first, `decode_rows` of them, as the attention function wants them. `bucket`: what they are padded
+    to; None: they are computed as they are."""
 
     rows: list[PreparedRow]
     copies: tuple[tuple[int, int], ...]

@@ -117,7 +117,7 @@ def test_logits_are_those_of_a_float32_reference(
 
 
 def make_rounded(reference: Any, kind: torch.dtype) -> Any:
-    """The reference computes in float32 with the weights that the engine has. Its rotary frequencies are no weights: they stay."""
+    """The reference computes in float32 with the weights that the engine has. Rotary frequencies are no weights: they stay."""
     rounded = copy.deepcopy(reference)
     with torch.no_grad():
         for parameter in rounded.parameters():

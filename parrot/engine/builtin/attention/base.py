@@ -42,9 +42,9 @@ class Attention(Protocol):
     def plan(self, rows: Sequence[AttentionRow], decode_rows: int = 0, padded_to: int = 0, fills: bool = False) -> Any:
         """What `attend` needs in this iteration. Called once an iteration, in the order in which they are computed.
 
-        The first `decode_rows` rows compute one token each; 0: rows of all kinds lie in any order. `padded_to`: the packed tokens
-        are padded to so many, one of `buckets` or, with `fills`, of `fill_buckets`. Plans that are padded alike are in the same
-        memory: a captured `attend` follows them. 0: as many tokens as there are.
+        The first `decode_rows` rows compute one token each; 0: rows of all kinds lie in any order. `padded_to`: the packed
+        tokens are padded to so many, one of `buckets` or, with `fills`, of `fill_buckets`. Plans that are padded alike are in
+        the same memory: a captured `attend` follows them. 0: as many tokens as there are.
         """
 
     def attend(self, plan: Any, layer: int, heads: Tensor) -> Tensor:

@@ -95,8 +95,8 @@ class PagedRows:
         own: Sequence[int] | None = None,
         fills: Sequence[AttentionRow] = (),
     ) -> None:
-        """Plans `rows`, which decode, arranged so that those of a segment are neighbours, and `fills` behind them. Queued behind
-        what the device still computes."""
+        """Plans `rows`, which decode, arranged so that those of a segment are neighbours, and `fills` behind them. Queued
+        behind what the device still computes."""
         items = cut(
             [row.stop for row in rows],
             segments,
@@ -107,7 +107,7 @@ class PagedRows:
             most_partials=self.most_partials,
         )
         pinned = self._device.type == "cuda"
-        staged = torch.zeros(self._memory.shape, dtype=torch.int32, pin_memory=pinned)
+        staged = torch.empty(self._memory.shape, dtype=torch.int32, pin_memory=pinned)  # what is not written is not read
         host = self._views(staged.numpy())
         host.counts[:] = len(items.wide), len(items.narrow)
         host.first[: len(items.first)] = items.first
@@ -121,8 +121,8 @@ class PagedRows:
         self._memory.copy_(staged, non_blocking=pinned)
 
     def attend(self, layer: int, queries: Tensor, fills: bool = False) -> Tensor:
-        """queries: [padded tokens, num_heads, head_dim]. Gives [padded tokens, num_heads, head_dim]; zeros for padding. `fills`:
-        whether the plan may have any."""
+        """queries: [padded tokens, num_heads, head_dim]. Gives [padded tokens, num_heads, head_dim]; zeros for padding.
+        `fills`: whether the plan may have any."""
         from parrot.engine.builtin.attention.split_kv import merge_partials, partial_attention
 
         plan = self._on_device

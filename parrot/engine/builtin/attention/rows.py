@@ -20,6 +20,14 @@ def slots(pages: Sequence[int], start: int, stop: int, page_tokens: int) -> NDAr
 
 def new_slots(rows: Sequence[AttentionRow], page_tokens: int) -> NDArray[np.int64]:
     """The slots of all tokens that `rows` compute, in their order."""
-    if not rows:
-        return np.zeros(0, dtype=np.int64)
-    return np.concatenate([slots(row.pages, row.start, row.stop, page_tokens) for row in rows])
+    found = []
+    single: list[int] = []  # of neighbouring rows of one token: an array for each would take longer than all the rest
+    for row in rows:
+        if row.stop - row.start == 1:
+            single.append(row.pages[row.start // page_tokens] * page_tokens + row.start % page_tokens)
+            continue
+        if single:
+            found.append(np.array(single, dtype=np.int64))
+            single = []
+        found.append(slots(row.pages, row.start, row.stop, page_tokens))
+    return np.concatenate([*found, np.array(single, dtype=np.int64)])

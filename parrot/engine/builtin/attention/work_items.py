@@ -1,8 +1,8 @@
 """Cuts the reading of a batch into work items for the kernels of split_kv.py, as plain numpy arrays.
 
-A row is a packed token: that of a decoding sequence, or one of those that a fill computes. An item is a run of positions of one
-sequence's pages, read for one row (narrow) or for neighbouring rows (wide): rows that share a prefix, or a fill's. It gives each
-of its rows one partial result; a row's partial results lie next to each other and are merged at the end.
+A row is a packed token: that of a decoding sequence, or one of those that a fill computes. An item is a run of positions of
+one sequence's pages, read for one row (narrow) or for neighbouring rows (wide): rows that share a prefix, or a fill's. It gives
+each of its rows one partial result; a row's partial results lie next to each other and are merged at the end.
 """
 
 from __future__ import annotations

@@ -22,11 +22,11 @@ from parrot.engine.builtin.models.config import ModelConfig
 
 #: Decode rows are padded to the next of these, or to the largest batch.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-#: Tokens of iterations with fills: below the first, a product takes as long as reading its weights; above, multiples of what it
-#: computes at a time.
+#: Tokens of iterations with fills: below the first, a product takes as long as reading its weights; above, multiples of what
+#: it computes at a time.
 FILL_BUCKETS = (64, *range(128, 1024, 64), *range(1024, 8192, 128))
-#: A GPU computes an iteration of more tokens for longer than the processor needs to launch it kernel by kernel (some 30 ms), and
-#: there xformers' kernels, which are launched so, multiply faster than ours.
+#: A GPU computes an iteration of more tokens for longer than the processor needs to launch it kernel by kernel (some 30 ms),
+#: and there xformers' kernels, which are launched so, multiply faster than ours.
 GRAPH_TOKENS = 2560
 
 
@@ -35,8 +35,8 @@ def buckets_up_to(most: int, sizes: Sequence[int] = BUCKETS) -> tuple[int, ...]:
 
 
 class PagedPlan(NamedTuple):
-    """`slots`: [tokens], where each token's KV goes. `paged`: tokens that are attended to page by page, the first ones; `mixed`:
-    there may be fills among them. `rest`: those behind them, all of fills."""
+    """`slots`: [tokens], where each token's KV goes. `paged`: the tokens that are attended to page by page, the first ones;
+    `mixed`: there may be fills among them. `rest`: those behind them, all of fills."""
 
     slots: Tensor
     paged: int
