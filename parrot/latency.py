@@ -2,7 +2,7 @@
 
 A profile belongs to model × device × attention function. The duration of an iteration is
 
-    fixed(batch size, path) + Σ_j slope_j · max(0, n − knot_j) + pair · P + kv · K + reread · R
+    fixed(batch size, path) + Σ_j slope_j · max(0, n − knot_j) + pair · P + kv · K + reread · R + sharing · [R > 0]
 
 with n the tokens computed (prefill and decode together; the hinges let a small chunk ride free on the reading of the
 weights), P the query·key pairs of prefill, K the KV tokens that decoding rows read, shared ones once, and R those that they
@@ -112,7 +112,10 @@ class LatencyModel:
         self._fill_graph_s: list[float] = []  # by tokens
         for one in sorted(profile.fill_graphs, key=lambda one: one.tokens):
             self._fill_graph_s += [one.seconds * factor] * (one.tokens + 1 - len(self._fill_graph_s))
+        # Without a cost of iterations that are launched anew, the engine is one that has no larger ones with prefill.
+        self._fills_by_graph = not any(not cost.graph for cost in profile.fixed)
         self._graph_pair_s = profile.graph_pair_s * factor
+        self._sharing_s = profile.sharing_s * factor
         self._pair_s = profile.pair_s * factor
         self._kv_s = profile.kv_s * factor
         self._reread_s = -1.0 if profile.reread_s is None else profile.reread_s * factor  # below 0: no cost of its own
@@ -134,19 +137,31 @@ class LatencyModel:
                 seconds += slope * (tokens - knot)
         return seconds
 
+    def prefill_s(self, tokens: int) -> float:
+        """The cost of filling `tokens` tokens: in one iteration, or by as many of the largest graph as it takes."""
+        if not self._fill_graph_s:
+            return self.tokens_s(tokens)
+        most = len(self._fill_graph_s) - 1
+        if tokens <= most:
+            return self._fill_graph_s[tokens]
+        whole, rest = divmod(tokens, most)
+        return whole * self._fill_graph_s[most] + (self._fill_graph_s[rest] if rest else 0.0)
+
     def duration(self, shape: BatchShape, graph: bool = False) -> float:
         """Seconds that an iteration of `shape` takes; with `graph`, if it replays a captured graph. One with prefill replays
         one where the profile has one that is large enough."""
         decode_rows = shape.decode_rows
         tokens = decode_rows + shape.prefill_tokens
-        if shape.prefill_rows and tokens < len(self._fill_graph_s):
-            seconds = self._fill_graph_s[tokens] + self._graph_pair_s * shape.prefill_pairs
+        if shape.prefill_rows and self._fill_graph_s and (tokens < len(self._fill_graph_s) or self._fills_by_graph):
+            seconds = self.prefill_s(tokens) + self._graph_pair_s * shape.prefill_pairs
         else:
             seconds = (
                 self.fixed_s(decode_rows + shape.prefill_rows, graph or shape.graph)
                 + self.tokens_s(tokens)
                 + self._pair_s * shape.prefill_pairs
             )
+        if self._sharing_s and shape.decode_kv > shape.decode_kv_unique:
+            seconds += self._sharing_s
         if self._reread_s >= 0.0:
             again = shape.decode_kv - shape.decode_kv_unique
             return seconds + self._kv_s * shape.decode_kv_unique + self._reread_s * again

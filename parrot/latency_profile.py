@@ -47,6 +47,7 @@ class LatencyProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     #: per KV token that another row of the iteration reads too, after the first (a cache may have it); None: kv_s, or
     #: nothing where shared_kv_once
     reread_s: NonNegative | None = None
+    sharing_s: NonNegative = 0.0  #: of an iteration in which anything is read for several rows: the kernel that does that
     #: iterations with prefill that have at most the last one's tokens replay the next of these; all others are launched anew
     fill_graphs: tuple[FillGraph, ...] = ()
     graph_pair_s: NonNegative = 0.0  #: `pair_s` of those iterations

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from hypothesis import given
 
-from parrot.latency import BatchShape, DecodeRun, FixedCost, Hinge, LatencyModel, LatencyProfile, seen_ranges
+from parrot.latency import BatchShape, DecodeRun, FillGraph, FixedCost, Hinge, LatencyModel, LatencyProfile, seen_ranges
 
 COUNTS = st.integers(0, 5000)
 SHAPES = st.builds(BatchShape, st.integers(0, 64), st.integers(0, 8), COUNTS, COUNTS, COUNTS, COUNTS, st.booleans())
@@ -40,6 +40,34 @@ def test_a_shared_prefix_counts_once_where_it_is_read_once() -> None:
     shape = BatchShape(decode_rows=2, decode_kv=1000, decode_kv_unique=600)
     every, once = LatencyModel(profile()), LatencyModel(profile(shared_kv_once=True))
     assert every.duration(shape) - once.duration(shape) == pytest.approx(400e-5)
+
+
+GRAPHS = (FillGraph(64, 2.0), FillGraph(128, 3.0))
+
+
+def test_a_fill_replays_the_next_graph_and_computes_as_many_tokens_as_that() -> None:
+    model = LatencyModel(profile(fill_graphs=GRAPHS, graph_pair_s=0.5))
+    for tokens, seconds in ((1, 2.0), (64, 2.0), (65, 3.0), (128, 3.0)):
+        shape = BatchShape(1, 1, tokens - 1, prefill_pairs=4, decode_kv=1000, decode_kv_unique=1000)
+        assert model.duration(shape) == pytest.approx(seconds + 4 * 0.5 + 1000 * 1e-5)
+    launched = BatchShape(0, 1, 129)
+    assert model.duration(launched) == LatencyModel(profile()).duration(launched)
+    decodes = BatchShape(decode_rows=4, decode_kv=100, decode_kv_unique=100)
+    assert model.duration(decodes, graph=True) == LatencyModel(profile()).duration(decodes, graph=True)
+
+
+def test_what_no_graph_holds_takes_several_where_nothing_is_launched_anew() -> None:
+    model = LatencyModel(profile(fill_graphs=GRAPHS, fixed=(FixedCost(4, 0.125, True),)))
+    assert [model.prefill_s(tokens) for tokens in (128, 256, 300)] == [3.0, 6.0, 8.0]
+    assert model.duration(BatchShape(0, 1, 300)) == 8.0
+    assert LatencyModel(profile()).prefill_s(64) == LatencyModel(profile()).tokens_s(64)
+
+
+def test_an_iteration_that_shares_costs_the_kernel_that_does_it() -> None:
+    alone, shared = (BatchShape(decode_rows=2, decode_kv=1000, decode_kv_unique=unique) for unique in (1000, 600))
+    costs, free = LatencyModel(profile(sharing_s=0.25)), LatencyModel(profile())
+    assert costs.duration(alone) == free.duration(alone)
+    assert costs.duration(shared) == pytest.approx(free.duration(shared) + 0.25)
 
 
 @given(SHAPES, SHAPES)

@@ -192,7 +192,10 @@ class _Terms:
         once = self.shared_kv_once or self.rereads
         columns.append(np.array([s.decode_kv_unique if once else s.decode_kv for s in shapes], dtype=float))
         if self.rereads:
-            columns.append(np.array([s.decode_kv - s.decode_kv_unique for s in shapes], dtype=float))
+            again = np.array([s.decode_kv - s.decode_kv_unique for s in shapes], dtype=float)
+            columns.append(again)
+            if self.shared_kv_once:
+                columns.append((again > 0).astype(float))
         return np.column_stack(columns)
 
     def profile(self, coefficients: Array, *, header: Header, **fields: Any) -> LatencyProfile:
@@ -220,6 +223,7 @@ class _Terms:
             graph_pair_s=next(values) if fill_graphs else 0.0,
             kv_s=next(values),
             reread_s=next(values) if self.rereads else None,
+            sharing_s=next(values) if self.rereads and self.shared_kv_once else 0.0,
             shared_kv_once=self.shared_kv_once,
             versions=header.versions,
             **fields,

@@ -64,6 +64,34 @@ def test_a_log_without_noise_gives_back_the_durations_of_the_model_that_made_it(
     assert profile.seen["decode_rows"][1] <= 6
 
 
+def test_the_graphs_of_fills_get_a_cost_each_and_a_rare_one_that_of_the_next(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    costs = {64: 0.005, 128: 0.006, 192: 0.009, 256: 0.011}
+    lines: list[dict[str, object]] = [{**HEADER, "fill_graphs": list(costs)}]
+    for i in range(400):
+        decode, prefill = int(rng.integers(0, 9)), int(rng.integers(1, 300)) * (i % 2)
+        if 128 < decode + prefill <= 192 and i > 40:
+            prefill = 0
+        decode, kv = max(decode, 1), 500 * max(decode, 1)
+        shape = BatchShape(decode, int(prefill > 0), prefill, prefill * int(rng.integers(1, 60)), kv, kv)
+        replays = bool(prefill) and shape.tokens <= 256
+        shape.graph = replays or not prefill
+        own_s = next(s for most, s in costs.items() if shape.tokens <= most) + 1e-6 * shape.prefill_pairs if replays else 0.004
+        duration_s = own_s + (0.02 if not shape.graph else 0.0) + 2e-7 * shape.decode_kv
+        if i % 50 == 9:
+            duration_s *= 4  # its end was seen late
+        lines.append({"kind": "iteration", "t": float(i), "duration_s": duration_s, **shape.fields(), "tasks": []})
+    path = tmp_path / "log"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    profile = fit(read_log(path), "p")
+    assert [graph.tokens for graph in profile.fill_graphs] == [64, 128, 256]
+    assert [graph.seconds for graph in profile.fill_graphs] == pytest.approx([0.005, 0.006, 0.011], rel=0.06)
+    assert profile.graph_pair_s == pytest.approx(1e-6, rel=0.2)
+    model = LatencyModel(profile)
+    launched = BatchShape(0, 1, 290)
+    assert model.duration(launched) == pytest.approx(0.024, rel=0.05)
+
+
 def test_noise_does_not_pull_the_sum_of_durations(tmp_path: Path) -> None:
     profile = fit(read_log(write_log(tmp_path / "log", shapes(3000), noise=0.3)), "p")
     assert abs(profile.error["total"]) < 0.06

@@ -165,7 +165,7 @@ class Lookahead(ByShare):
         cached = cluster.cached_tokens(task, engine)
         prompt = cluster.prompt_tokens(task, engine)
         rows, kv_tokens = engine.running, round(engine.prompt_tokens + self._service.expected_on(engine))
-        waits = model.tokens_s(engine.prefill_tokens) if engine.prefill_tokens else 0.0
+        waits = model.prefill_s(engine.prefill_tokens) if engine.prefill_tokens else 0.0
         fills = fill_s(model, max(prompt - cached, 0), cached, rows, kv_tokens)
         decodes = decode_s(model, outputs, rows + 1, round(kv_tokens + prompt + outputs / 2))
         return {
