@@ -46,6 +46,7 @@ MODULES = (
     "parrot.serve.policies.base",
     "parrot.serve.policies.least_loaded",
     "parrot.serve.policies.parrot",
+    "parrot.serve.policies.passing",
     "parrot.serve.policies.round_robin",
     "parrot.serve.queue",
     "parrot.serve.rates",

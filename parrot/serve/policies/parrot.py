@@ -90,6 +90,7 @@ class Parrot(Passing):
         self._times = ExpectedTimes()
         self._latency_key: Callable[[Engine], Load] = by_harm
         if self._latency_capacity is not None:
+            self.bounded = True
             self._latency_key = partial(harm_with, self._latency_capacity)
 
     def order(self, task: Task) -> Any:

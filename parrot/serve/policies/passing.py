@@ -201,9 +201,10 @@ class _Passed:
 @mypyc_attr(allow_interpreted_subclasses=True)
 class Passing(InOrder):
     """The whole queue in order: what finds no room is passed over. A subclass says where one task (or those that go with it)
-    shall run, and which `bound` below an engine's capacity holds."""
+    shall run, and, where it is `bounded`, which `bound` below an engine's capacity holds."""
 
     in_order: ClassVar[bool] = False
+    bounded: bool = False
 
     def __init__(self, parameters: dict[str, Any], generator: np.random.Generator) -> None:
         super().__init__(parameters, generator)
@@ -245,7 +246,9 @@ class Passing(InOrder):
         mistaken, placed = 0, False
         try:
             while True:
-                found = self._next(lane, passed, opened, after) if opened and passed.of else None
+                found: tuple[Key, Task] | None = None
+                if opened and passed.of and not (asked and asked[-1] is queue.head(lane)):
+                    found = self._next(lane, passed, opened, after)
                 if asked and (found is None or _key_of(asked[-1]) < found[0]):
                     task = asked.pop()
                 elif found is not None:
@@ -301,14 +304,18 @@ class Passing(InOrder):
 
     def _next(self, lane: Lane, passed: _Passed, opened: Collection[Engine], after: Key | None) -> tuple[Key, Task] | None:
         """The first passed task behind `after` that one of the `opened` engines may have room for."""
-        found: tuple[Key, Task] | None = None
         many = len(opened) > KEPT_OPENED
+        rooms = [] if many else self._rooms(opened)
+        if not (rooms or many):
+            return None
+        found: tuple[Key, Task] | None = None
         for kind in passed.classes.values():
-            most = -1
-            node = kind.node
-            for engine in _roomiest(lane, node) if many else opened:
-                room = self._room(engine, kind.urgent)
-                if node is not None and not (node.contexts and engine.id in node.contexts):
+            most, node = -1, kind.node
+            contexts = None if node is None else node.contexts
+            for engine_id, room, urgent_room in self._rooms(_roomiest(lane, node)) if many else rooms:
+                if kind.urgent:
+                    room = urgent_room
+                if node is not None and (contexts is None or engine_id not in contexts):
                     room -= kind.head_tokens
                 if room > most:
                     most = room
@@ -318,20 +325,25 @@ class Passing(InOrder):
                     found = first
         return found
 
-    def _room(self, engine: Engine, urgent: bool) -> int:
-        """Tokens that the engine may still take; below 0: no task at all."""
-        if engine.state != "live" or engine.claimed is not None:
-            return -1
-        running = len(engine.tasks)
-        if not running:
-            return ANY_ROOM
-        if running >= engine.description.tasks_capacity:
-            return -1
-        capacity = engine.description.tokens_capacity
-        bound = self.bound(engine, urgent)
-        if bound is not None and bound < capacity:
-            capacity = bound
-        return capacity - engine.reserved
+    def _rooms(self, engines: Iterable[Engine]) -> list[tuple[int, int, int]]:
+        """(id, tokens that it may still take, tokens with a latency-bound task) of those that may take any task."""
+        found: list[tuple[int, int, int]] = []
+        for engine in engines:
+            running = len(engine.tasks)
+            if engine.state != "live" or engine.claimed is not None or running >= max(1, engine.description.tasks_capacity):
+                continue
+            if not running:
+                found.append((engine.id, ANY_ROOM, ANY_ROOM))
+                continue
+            room = urgent_room = engine.description.tokens_capacity - engine.reserved
+            if self.bounded:
+                bound = self.bound(engine, False)
+                room = room if bound is None else min(room, bound - engine.reserved)
+                bound = self.bound(engine, True)
+                urgent_room = urgent_room if bound is None else min(urgent_room, bound - engine.reserved)
+            if room > 0 or urgent_room > 0:
+                found.append((engine.id, room, urgent_room))
+        return found
 
 
 def _key_of(task: Task) -> Key:
