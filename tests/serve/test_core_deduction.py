@@ -337,7 +337,6 @@ class Deduced:
         self.told = []
         self.deduction.fetch(task)
 
-
     def state(self) -> list[object]:
         names = ("a", "b", "end", "other")
         sensitive, groups = self.p.sensitive(" ".join(names)), [self.p.group(name) for name in names]

@@ -1,10 +1,13 @@
 """`parrot`: Algorithm 1 of the paper (OSDI'24, section 5.4), with its four switches.
 
+The whole queue is gone through in order; a task that finds no room is passed over (`passing.py`).
+
 - `app_fifo`: programs in the order of their arrival; in a program, the task farthest along its DAG first. Off: by readiness.
 - `graph_group`: the queued members of a task group go to an engine as a whole, since their completion as a whole is what
-  counts; over as few as can hold them, when none can hold all. Where an engine's latency profile says that their batch costs
-  about the sum of its tasks, the group is spread over as many engines as the knee of its speed-up (`expected.knee`), unless
-  `spread_groups` is off. How long outputs will be is learnt from those of the same function.
+  counts; over as few as can hold them, when none can hold all. Unless `spread_groups` is off, the group is spread over as many
+  engines as the knee of its speed-up, by their latency profiles and what they run (`expected.knee`): where their batch costs
+  about the sum of its tasks, or where engines are busy anyway. How long outputs will be is learnt from those of the same
+  function.
 - `ctx_group`: queued tasks that share a prefix with the first one go with it.
 - `ctx_aware`: prefer an engine that holds the prefix. As with `ctx_group`, a prefix is followed while its tokens, times
   `ctx_weight`, outweigh the harm beyond the least harmed engine's: a hot prefix must not pile all work on one engine. (The
@@ -12,12 +15,13 @@
   5 to 20 times as long as one that is reserved adds to the iterations of those in flight, on the shipped profiles.)
 - Always last, and alone when all are off: the feasible engine with the least harm.
 
-Harm, in tokens, of a task of n tokens (its prompt and all that it may generate) on an engine that has R reserved and runs L
-latency-bound tasks: R, for which the task itself waits; and L · n, for which each of those L waits longer; and, for the first
-latency-bound task of an engine, the capacity that it takes away: all beyond `latency_capacity`. So latency-bound tasks gather
-on few engines up to that bound, throughput tasks keep away from them as far as balance allows, and among engines with none of
-them load alone decides. Feasible: with a latency-bound task, of its own or there, an engine holds `latency_capacity` tokens at
-most (null: no fewer than without).
+Harm, in tokens, of what is placed together (a task; a part of a group) with n tokens in all (prompts and all that may be
+generated) on an engine that has R reserved and runs L latency-bound tasks: R, for which it waits, a group as one, since only
+its end counts; and L · n, for which each of those L waits longer; and, for the first latency-bound task of an engine, the
+capacity that it takes away: all beyond `latency_capacity`. So latency-bound tasks gather on few engines up to that bound,
+throughput tasks keep away from them as far as balance allows, and among engines with none of them load alone decides.
+Feasible: with a latency-bound task, of its own or there, an engine holds `latency_capacity` tokens at most (null: no fewer
+than without; docs/paper.md says why that is the default).
 
 To find an engine takes O(log E), times the different numbers of latency-bound tasks that engines have; a prefix held by many
 engines is looked for among the least loaded of them. A group is offered to engines until one holds it whole: O(E) at worst.
@@ -142,7 +146,7 @@ class Parrot(Passing):
                 waiting.remove(member)
 
     def _share(self, members: list[Task], cluster: Cluster) -> int:
-        """How many of the group go to one engine: all, or so many that it is spread over the knee of its speed-up."""
+        """How many of the group go to one engine: all, or so many that it is spread over as many as the knee says."""
         index = members[0].call.lane.ordered(by_load)
         engine = index.first()
         if engine is None or not self._spread_groups or engine.description.latency_profile is None:

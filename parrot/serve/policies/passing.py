@@ -243,6 +243,7 @@ class Passing(InOrder):
         passed.version = lane.version
         asked = self._to_ask(lane, passed, opened, queue, cluster)
         after: Key | None = None
+        task: Task | None = None
         mistaken, placed = 0, False
         try:
             while True:
@@ -272,8 +273,10 @@ class Passing(InOrder):
                     mistaken += 1
                     if mistaken == MOST_MISTAKEN:
                         opened = ()
-        finally:
-            if asked:  # the core had to stop here: they are asked the next time
+        finally:  # where the core had to stop here, the others are asked the next time
+            if task is not None and task.in_queue and task not in passed.of:
+                asked.append(task)
+            if asked:
                 self._fresh.setdefault(lane, {}).update(dict.fromkeys(asked))
         while placed and (head := queue.head(lane)) is not None:
             placed = False

@@ -16,7 +16,9 @@ from parrot.serve.policies.passing import Needs
 from tests.serve.driver import Driver, described, out, text, value
 from tests.serve.policies.scenes import ask, begun, engines_of, heads, rules
 
-STEPS = st.lists(st.tuples(st.sampled_from("add remove ask ask".split()), st.integers(0, 30), st.integers(0, 60)), max_size=60)
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["add", "remove", "ask", "ask"]), st.integers(0, 30), st.integers(0, 60)), max_size=60
+)
 
 
 @given(STEPS)
