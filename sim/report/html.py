@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.7rem; margin-bottom: 0.2rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; border-top: 1px solid #ddd; padding-top: 1rem; }
+h1 { font-size: 1.7rem; margin-bottom: 0.2rem; overflow-wrap: anywhere; } h2 { font-size: 1.25rem; margin-top: 2.5rem; border-top: 1px solid #ddd; padding-top: 1rem; }
 nav { font-size: 0.9rem; margin: 1rem 0; } nav a { margin-right: 1.1rem; white-space: nowrap; }
 a { color: #0b5394; text-decoration: none; } a:hover { text-decoration: underline; }
 figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; }
