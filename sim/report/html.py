@@ -31,6 +31,9 @@ details { margin: 0.5rem 0; } pre { white-space: pre-wrap; background: #f6f6f4; 
 """  # noqa: E501
 
 
+FULL_WIDTH_IN, FULL_WIDTH_PX = 9.0, 1000  #: a figure so wide fills the page; a narrower one is drawn at the same scale
+
+
 @dataclass(frozen=True)
 class Section:
     """A heading and what stands under it, in this order: warnings, text (a paragraph each), facts (name, what it is), figures
@@ -121,6 +124,7 @@ def _svg(figure: Figure, salt: str) -> str:
     with mpl.rc_context({"svg.hashsalt": salt, "svg.fonttype": "path"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     drawing = buffer.getvalue()
-    drawing = drawing[drawing.index("<svg") :]
+    width_px = round(figure.get_figwidth() * FULL_WIDTH_PX / FULL_WIDTH_IN)
+    drawing = f'<svg style="max-width: {width_px}px"{drawing[drawing.index("<svg") + 4 :]}'
     # matplotlib names groups and glyphs alike in every figure; one page has several, so all names get the salt.
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{salt}-", drawing)
