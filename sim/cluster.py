@@ -247,7 +247,7 @@ class Cluster:
             if error is not None:
                 raise ParrotError.of(error)
             deliver = functools.partial(self._from_engine if self._delay_s else self._deliver, answer.engine_id)
-            self.engines[answer.engine_id] = SimEngine(self.calendar, emulated, deliver, len(self.engines))
+            self.engines[answer.engine_id] = SimEngine(self.calendar, emulated, deliver)
 
         self._pending.append(events.RegisterEngine(self.expect(registered), model.description))
 

@@ -112,7 +112,8 @@ class Task:
     """A completion task: fills, then one generate. It is also the view of itself that policies read.
 
     `begin`, `end`: its own segments are call.segments[begin:end], the last of them its output; its chain starts at 0.
-    `criteria`: its performance objective. `depth`: the longest way to a fetched output, in tasks: how many come after it, one
+    `max_gen_length`: tokens that it may generate: all that a policy knows of its output's length. `criteria`: its performance
+    objective. `depth`: the longest way to a fetched output, in tasks: how many come after it, one
     behind the other, until somebody has what they asked for. `group`: its task group, None when nothing runs in parallel with
     it. `deadline_s`: the tightest deadline of what it serves, None without; `wanted_until_s`: nobody wants its output after
     that, None when nobody has set an end (`deadlines.py`). Times are seconds of the core's clock, None while they have not
@@ -122,7 +123,7 @@ class Task:
     __slots__ = (
         "activated", "aim", "alone", "attempt", "begin", "cached_tokens", "call", "contexts", "cost", "counted_latency",
         "criteria", "deadline_s", "decode_s", "depth", "dispatched_s", "end", "engine", "engine_name", "finished_s",
-        "first_token_s", "granted", "group", "held", "id", "lends", "level", "links", "max_gap_s", "missing", "order",
+        "first_token_s", "granted", "group", "held", "id", "lends", "level", "links", "max_gap_s", "max_gen_length", "missing", "order",
         "output", "output_tokens", "path", "path_s", "pinned", "placed_tokens", "prompt_tokens", "rank", "ready_s", "refusals",
         "reserved", "sampling", "sequence", "sources", "stage", "started_s", "state", "tokens", "touched", "tries",
         "wanted_until_s",
@@ -135,6 +136,7 @@ class Task:
         self.end = end
         self.output = output
         self.sampling = sampling
+        self.max_gen_length: int = sampling.max_gen_length  # tokens that it may generate: all that is known of its output's length
         self.missing = 0  # inputs that are not ready
         self.state = "waiting"
         self.attempt = 0
@@ -194,11 +196,6 @@ class Task:
         """Whether a policy may place it: it is ready, unplaced, and no limit of its tenant holds it beside the queue. (A
         policy's `order` is asked for held tasks too.)"""
         return self.state == "queued" and not self.held
-
-    @property
-    def max_gen_length(self) -> int:
-        """Tokens that it may generate: all that a policy knows of its output's length."""
-        return self.sampling.max_gen_length
 
     @property
     def session_id(self) -> int:

@@ -347,7 +347,7 @@ class Scheduler:
         engine.contexts[generate.id] = generate
         assert task.contexts is not None
         task.contexts.append(generate)
-        task.reserved = new_tokens + task.sampling.max_gen_length
+        task.reserved = new_tokens + task.max_gen_length
         engine.tasks[task] = None
         engine.reserved += task.reserved
         engine.prompt_tokens += task.placed_tokens
@@ -378,12 +378,12 @@ class Scheduler:
         of links behind that hint, and the tokens that no context holds yet."""
         assert task.path is not None
         assert task.links is not None
-        tokenizer = engine.description.tokenizer
+        tokenizer = engine.tokenizer
         chain: list[ChainLink] = []
         contexts: list[Context] = []
         new_tokens, whole, parent, cached_links = 0, 0, -1, 0
         engine_id, prefixes = engine.id, self.prefixes
-        bos_tokens = engine.description.bos_tokens
+        bos_tokens = engine.bos_tokens
         for depth, node in enumerate(task.path):
             link = task.links[depth]
             contents = link.contents
@@ -494,7 +494,7 @@ class Scheduler:
             task.first_token_s = now
             engine = task.engine
             assert engine is not None
-            engine.prefill_tokens -= task.reserved - task.sampling.max_gen_length
+            engine.prefill_tokens -= task.reserved - task.max_gen_length
             self.engines.load_changed(engine)
             for context in task.contexts or ():
                 context.filled = True
@@ -614,7 +614,7 @@ class Scheduler:
         engine.reserved -= task.reserved
         engine.prompt_tokens -= task.placed_tokens
         if task.first_token_s is None:
-            engine.prefill_tokens -= task.reserved - task.sampling.max_gen_length
+            engine.prefill_tokens -= task.reserved - task.max_gen_length
         engine.latency_tasks -= task.counted_latency
         if self.service is not None:
             self.service.left(task)

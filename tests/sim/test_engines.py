@@ -26,7 +26,7 @@ class Relay:
         self.told: list[tuple[int, EmulatedEvent]] = []
         self.tasks = 0
         self.engines = [
-            SimEngine(clock, EmulatedEngine(limits, LatencyModel(PROFILE), jump=jump), lambda e, i=i: self.hear(i, e), i)
+            SimEngine(clock, EmulatedEngine(limits, LatencyModel(PROFILE), jump=jump), lambda e, i=i: self.hear(i, e))
             for i in range(2)
         ]
 
