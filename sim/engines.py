@@ -8,7 +8,7 @@ edges at which nothing can change, which only stepping knows, come last of all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from typing import Final
 
 from parrot.engine.batches import EngineTask
@@ -21,15 +21,18 @@ QUIET_EDGE: Final = 4.0
 
 
 class SimEngine(Alarm):
-    """Drives one engine; `deliver` gets its events in order, all of one edge together. Its next edge is an alarm."""
+    """Drives one engine, whose next edge is an alarm."""
 
-    def __init__(self, clock: Calendar, engine: EmulatedEngine, deliver: Callable[[list[EmulatedEvent]], None]) -> None:
+    def __init__(self, clock: Calendar, engine: EmulatedEngine) -> None:
         super().__init__()
         self.engine = engine
         self._clock = clock
-        self._deliver = deliver
         self._quiet_s = NEVER  # the quiet edge that counts; those planned before it are stale
         clock.add_alarm(self)
+
+    def deliver(self, events: list[EmulatedEvent]) -> None:
+        """Told the engine's events in order, all of one edge together."""
+        raise NotImplementedError
 
     def submit(self, task: EngineTask, output_tokens: int) -> None:
         """Hands the engine a task and the tokens that it would generate. Whether it is taken is told by an event."""
@@ -78,4 +81,4 @@ class SimEngine(Alarm):
         events = self.engine.advance(now)
         self._plan(now)
         if events:
-            self._deliver(events)
+            self.deliver(events)

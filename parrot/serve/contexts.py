@@ -8,7 +8,6 @@ shared with everybody hangs below the common root, and what follows it is again 
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from typing import TYPE_CHECKING
@@ -79,9 +78,10 @@ class PrefixNode:
 
 class Context:
     """A prefix on an engine. `tasks` counts tasks in flight that use it or a child of it; `filled`: a task has said
-    that the engine holds it complete. `owner`: the session whose end frees it (None: shared, with a lifetime)."""
+    that the engine holds it complete. `owner`: the session whose end frees it (None: shared, with a lifetime). `older` and
+    `newer`: its neighbours among the shared ones that are retained, by their last use."""
 
-    __slots__ = ("engine", "filled", "id", "last_use_s", "node", "owner", "state", "tasks", "tokens")
+    __slots__ = ("engine", "filled", "id", "last_use_s", "newer", "node", "older", "owner", "state", "tasks", "tokens")
 
     def __init__(self, id: int, engine: Engine, node: PrefixNode | None, tokens: int, owner: Session | None) -> None:
         self.id = id
@@ -93,6 +93,8 @@ class Context:
         self.tasks = 1  # the one that it is made for
         self.filled = False
         self.last_use_s = 0.0
+        self.older: Context | None = None
+        self.newer: Context | None = None
 
 
 class PrefixStore:
@@ -101,7 +103,8 @@ class PrefixStore:
     def __init__(self, lifetime_s: float) -> None:
         self._lifetime_s = lifetime_s
         self._roots: dict[str, PrefixNode] = {}
-        self._shared: OrderedDict[Context, None] = OrderedDict()  # retained, no owner; longest unused first
+        self._oldest: Context | None = None  # of the retained ones without an owner: unused for the longest time
+        self._newest: Context | None = None
 
     # ------------------------------------------------------------------------------------------------ prefixes
 
@@ -186,7 +189,7 @@ class PrefixStore:
         if context.state == "retained":
             context.state = CONTEXT[context.state, "use"]
             if context.owner is None:
-                del self._shared[context]
+                self._unlink(context)
         context.tasks += 1
 
     def release(self, context: Context, now: float) -> None:
@@ -196,7 +199,29 @@ class PrefixStore:
             context.state = CONTEXT[context.state, "release"]
             context.last_use_s = now
             if context.owner is None:
-                self._shared[context] = None
+                self._link(context)
+
+    def _link(self, context: Context) -> None:
+        """It is the last used of the retained ones without an owner."""
+        context.older = self._newest
+        if self._newest is None:
+            self._oldest = context
+        else:
+            self._newest.newer = context
+        self._newest = context
+
+    def _unlink(self, context: Context) -> None:
+        """It is none of them any more."""
+        older, newer = context.older, context.newer
+        if older is None:
+            self._oldest = newer
+        else:
+            older.newer = newer
+        if newer is None:
+            self._newest = older
+        else:
+            newer.older = older
+        context.older = context.newer = None
 
     def drop(self, context: Context) -> list[Context]:
         """The context is gone, and with it all that continues it on that engine and is not in use. Returns them all."""
@@ -207,7 +232,7 @@ class PrefixStore:
             engine.cached_tokens -= gone.tokens
             if owner is None:
                 if gone.state == "retained":
-                    del self._shared[gone]
+                    self._unlink(gone)
             elif owner.contexts is not None:
                 owner.contexts.pop(gone, None)
             engine.contexts.pop(gone.id, None)
@@ -236,17 +261,16 @@ class PrefixStore:
 
     def next_deadline(self) -> float | None:
         """When the lifetime of the longest unused shared context is over."""
-        if not self._shared:
-            return None
-        return next(iter(self._shared)).last_use_s + self._lifetime_s
+        oldest = self._oldest
+        return None if oldest is None else oldest.last_use_s + self._lifetime_s
 
     def expired(self, now: float) -> list[Context]:
         """Shared contexts whose lifetime is over. They stay until they are dropped."""
         found: list[Context] = []
-        for context in self._shared:
-            if context.last_use_s + self._lifetime_s > now:
-                break
+        context = self._oldest
+        while context is not None and context.last_use_s + self._lifetime_s <= now:
             found.append(context)
+            context = context.newer
         return found
 
     # ------------------------------------------------------------------------------------------------ queries

@@ -11,7 +11,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator
 from itertools import islice
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from mypy_extensions import mypyc_attr
 
@@ -28,9 +28,14 @@ KEPT_LANES = 16
 KEPT_OPENED = 32
 LEAST_NOTED = 64  #: changes of loads that an index takes note of before it is sorted anew, or as many as it has engines
 
+# By names of this module's own that never change: the compiled module need not look them up.
+_bisect_left: Final = bisect_left
+_insort: Final = insort
+
 _load_of: Callable[[tuple[Load, int, Engine]], Load] = itemgetter(0)
 _engine_of: Callable[[tuple[Load, int, Engine]], Engine] = itemgetter(2)
-_TASK_BITS, _TOKEN_BITS = 24, 48  #: of a number of tasks on an engine, and of tokens reserved there
+_TASK_BITS: Final = 24  #: of a number of tasks on an engine
+_TOKEN_BITS: Final = 48  #: of tokens reserved there
 HARM_BITS = (_TASK_BITS, _TOKEN_BITS)  #: below the latency-bound tasks in `by_harm`
 
 
@@ -185,12 +190,12 @@ class EngineIndex:
         if load != old[0]:
             entries = self._sorted
             new = self._of[engine.id] = (load, engine.id, engine)
-            place = bisect_left(entries, old)
+            place = _bisect_left(entries, old)
             del entries[place]
             if load > old[0]:
-                insort(entries, new, place)
+                _insort(entries, new, place)
             else:
-                insort(entries, new, 0, place)
+                _insort(entries, new, 0, place)
 
     def __iter__(self) -> Iterator[Engine]:
         """From the least to the most loaded. Do not change a load while iterating; place, then ask again."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+
+from mypy_extensions import mypyc_attr
 
 from parrot.protocol.api import Criteria, SamplingConfig
 from parrot.protocol.engine import TaskId
@@ -23,10 +25,18 @@ if TYPE_CHECKING:
     from parrot.serve.engines import Engine, Lane
     from parrot.serve.sessions import Session
 
+# By names of this module's own that never change: the compiled module need not look them up.
+_LATENCY: Final = Criteria.LATENCY
+_THROUGHPUT: Final = Criteria.THROUGHPUT
+_TTFT: Final = Criteria.TTFT
+_CONSTANT: Final = Constant
+_OUTPUT: Final = Output
+_TASK_ID: Final = TaskId
+
 
 def latency_bound(criteria: Criteria | None) -> bool:
     """Whether all that leads to an output which is wanted so delays what is wanted: its latency, or its first token."""
-    return criteria is Criteria.LATENCY or criteria is Criteria.TTFT
+    return criteria is _LATENCY or criteria is _TTFT
 
 
 class Call:
@@ -98,6 +108,7 @@ class Group:
         return [member for member in self.members if not member.ended]
 
 
+@mypyc_attr(acyclic=True)
 class Link:
     """One context of a chain, engine-independent: the contents that it adds, and whether a task generated them."""
 
@@ -123,9 +134,9 @@ class Task:
     __slots__ = (
         "activated", "aim", "alone", "attempt", "begin", "cached_tokens", "call", "contexts", "cost", "counted_latency",
         "criteria", "deadline_s", "decode_s", "depth", "dispatched_s", "end", "engine", "engine_name", "finished_s",
-        "first_token_s", "granted", "group", "held", "id", "lends", "level", "links", "max_gap_s", "max_gen_length", "missing", "order",
-        "output", "output_tokens", "path", "path_s", "pinned", "placed_tokens", "prompt_tokens", "rank", "ready_s", "refusals",
-        "reserved", "sampling", "sequence", "sources", "stage", "started_s", "state", "tokens", "touched", "tries",
+        "first_token_s", "granted", "group", "held", "id", "lends", "level", "links", "max_gap_s", "max_gen_length", "missing",
+        "order", "output", "output_tokens", "path", "path_s", "pinned", "placed_tokens", "prompt_tokens", "rank", "ready_s",
+        "refusals", "reserved", "sampling", "sequence", "sources", "stage", "started_s", "state", "tokens", "touched", "tries",
         "wanted_until_s",
     )  # fmt: skip
 
@@ -136,7 +147,7 @@ class Task:
         self.end = end
         self.output = output
         self.sampling = sampling
-        self.max_gen_length: int = sampling.max_gen_length  # tokens that it may generate: all that is known of its output's length
+        self.max_gen_length: int = sampling.max_gen_length
         self.missing = 0  # inputs that are not ready
         self.state = "waiting"
         self.attempt = 0
@@ -215,12 +226,12 @@ class Task:
         """Whether its own latency matters. A member of a group may batch, since only the whole group's end counts, unless it
         is wanted for its own, or is all that waits between somebody and an output."""
         criteria = self.criteria
-        if criteria is None or criteria is Criteria.THROUGHPUT:
+        if criteria is None or criteria is _THROUGHPUT:
             return False
         if self.group is None or self.alone > 0 or self.pinned:
             return True
         own = self.output.criteria
-        return own is not None and own is not Criteria.THROUGHPUT
+        return own is not None and own is not _THROUGHPUT
 
     def inputs(self) -> dict[Variable, None]:
         """The variables that must be ready before it can run, each once, in template order; the output that it continues
@@ -261,10 +272,10 @@ def tasks_of(call: Call) -> list[Task]:
     tasks: list[Task] = []
     begin = 0
     for index, segment in enumerate(call.segments):
-        if type(segment) is Output:
+        if type(segment) is _OUTPUT:
             output = call.variables[index]
             assert output is not None
-            task_id = TaskId(call.session.id, call.number, len(tasks))
+            task_id = _TASK_ID(call.session.id, call.number, len(tasks))
             tasks.append(Task(task_id, call, begin, index + 1, output, segment.sampling))
             begin = index + 1
     return tasks
@@ -282,7 +293,7 @@ def chain_of(task: Task) -> list[Link]:
     for place in range(task.end - 1):
         segment, variable = call.segments[place], call.variables[place]
         generated = False
-        if type(segment) is Constant:
+        if type(segment) is _CONSTANT:
             content = segment.content
         else:
             assert variable is not None

@@ -35,6 +35,11 @@ from parrot.serve.states import IN_FLIGHT, TASK
 from parrot.serve.tenants import Tenant, Tenants
 
 MOST_MESSAGE = 200  #: characters that are kept of what a policy's error says
+# By names of this module's own that never change: the compiled module need not look them up.
+_CHAIN_LINK: Final = ChainLink
+_CONSTANT: Final = Constant
+_DISPATCH: Final = Dispatch
+_TASK_ENDED: Final = TaskEnded
 _NO_MORE: Final = object()  #: what a policy's placements end with
 
 
@@ -51,7 +56,7 @@ class Scheduler:
     ) -> None:
         self._config = config.global_scheduler
         self.epoch = epoch
-        self._effects = effects
+        self.effects = effects  #: where what is to be done goes
         self._finished = finished
         self._failed = failed
         self.engines = Engines()
@@ -131,7 +136,7 @@ class Scheduler:
         """Gives up the attempt, if one is in flight."""
         if task.state in IN_FLIGHT:
             assert task.engine is not None
-            self._effects.append(Abort(task.engine.id, self.epoch, task.id, task.attempt))
+            self.effects.append(Abort(task.engine.id, self.epoch, task.id, task.attempt))
             if self.service is not None:
                 self.service.cancelled(task)
             self._release(task, now)
@@ -219,7 +224,7 @@ class Scheduler:
         task.state = TASK[task.state, "fail"]
         task.finished_s = now
         self._forget(task)
-        self._effects.append(TaskEnded(task.id, task.attempt, task.output.id, error, self.event))
+        self.effects.append(TaskEnded(task.id, task.attempt, task.output.id, error, self.event))
         self._failed(task, error, now)
 
     # ------------------------------------------------------------------------------------------- placement
@@ -358,18 +363,19 @@ class Scheduler:
         if self.service is not None:
             self.service.placed(task, engine, new_tokens, now)
         self.engines.load_changed(engine)
-        self._effects.append(
-            Dispatch(
-                engine_id=engine.id,
-                epoch=self.epoch,
-                task=task.id,
-                attempt=task.attempt,
-                chain=chain,
-                parent=parent,
-                cached_links=cached_links,
-                generate_context_id=generate.id,
-                sampling=task.sampling,
-                output_var=task.output.id,
+        # by place: a name would cost as much as its value
+        self.effects.append(
+            _DISPATCH(
+                engine.id,
+                self.epoch,
+                task.id,
+                task.attempt,
+                chain,
+                parent,
+                cached_links,
+                generate.id,
+                task.sampling,
+                task.output.id,
             )
         )
 
@@ -403,7 +409,7 @@ class Scheduler:
             contexts.append(context)
             whole += context.tokens
             keys = (contents[0].key,) if len(contents) == 1 else tuple([c.key for c in contents])
-            chain.append(ChainLink(context.id, keys, context.tokens, link.output))
+            chain.append(_CHAIN_LINK(context.id, keys, context.tokens, link.output))
         task.contexts = contexts
         task.placed_tokens = whole
         return tuple(chain), parent, cached_links, new_tokens
@@ -509,15 +515,16 @@ class Scheduler:
             context.filled = True  # what was evicted since the first token is computed again
         engine.failures = 0
         generated = contexts[-1]
-        generated.tokens = event.output_tokens
-        engine.cached_tokens += event.output_tokens
+        output_tokens = event.output_tokens
+        generated.tokens = output_tokens
+        engine.cached_tokens += output_tokens
         generated.filled = True
-        if event.output_tokens == 0 or not self.prefixes.attach_output(
+        if output_tokens == 0 or not self.prefixes.attach_output(
             generated, path[-1] if path else None, event.content.key, task.call.session.domain
         ):
             self._free(generated)
         if self.service is not None:
-            self.service.finished(task, event.output_tokens, now)
+            self.service.finished(task, output_tokens, now)
         self._release(task, now)
         task.state = TASK[task.state, "finish"]
         self.changed = self.changed or self.queue.size > 0
@@ -540,7 +547,7 @@ class Scheduler:
         task.cost = event.cost
         task.finished_s = now
         self._forget(task)
-        self._effects.append(TaskEnded(task.id, task.attempt, task.output.id, None, self.event))
+        self.effects.append(_TASK_ENDED(task.id, task.attempt, task.output.id, None, self.event))
         self._finished(task, event.content, now)
 
     def fail(self, task: Task, event: TaskFailed, now: float) -> None:
@@ -654,7 +661,7 @@ class Scheduler:
         """One effect an engine for all that was freed in this instant."""
         for engine_id, ids in self.freed.items():
             if engine_id in self.engines.live:
-                self._effects.append(FreeContexts(engine_id, tuple(ids)))
+                self.effects.append(FreeContexts(engine_id, tuple(ids)))
         self.freed.clear()
 
     # ------------------------------------------------------------------------------------------- time
@@ -730,4 +737,4 @@ def _head_is_common(task: Task) -> bool:
     if not call.cache_prefix or call.fuse_fill:
         return False
     first = call.segments[0]
-    return type(first) is Constant and bool(task.links) and task.links[0].contents[0] is first.content  # type: ignore[index]
+    return type(first) is _CONSTANT and bool(task.links) and task.links[0].contents[0] is first.content  # type: ignore[index]

@@ -30,6 +30,7 @@ FEW_OPEN = 16  #: engines that have room, up to which they alone are looked at
 MOST_CANDIDATES = 8  #: engines whose terms a placement keeps, for policies that would look at all of them
 
 
+@mypyc_attr(acyclic=True)
 class Candidate:
     """An engine that was considered for a task. `fits`: whether it had room."""
 
@@ -41,6 +42,7 @@ class Candidate:
         self.fits = fits
 
 
+@mypyc_attr(acyclic=True)
 class Placement:
     """Run `task` on `engine`. `terms`: the score that led there; `candidates`: the engines that were weighed, best first,
     the chosen one among them (kept only while `Cluster.explaining`); `rule`: which of the policy's rules decided."""
