@@ -217,8 +217,10 @@ class Cluster:
             batch, self._pending = self._pending, []
             for effect in core.handle(batch, now):
                 if type(effect) is _REPLY:
-                    asker = waiting.pop(effect.request, None)
+                    request: int = effect.request
+                    asker = waiting.get(request)
                     if asker is not None:
+                        del waiting[request]
                         asker.replied(effect.payload, effect.error)
                 elif type(effect) is not _TASK_ENDED:
                     carry[type(effect)](effect)
@@ -245,7 +247,9 @@ class Cluster:
             self.post(events.Tick())
 
     def _session_ended(self, effect: effects.SessionEnded) -> None:
-        self._outputs.pop(effect.session_id, None)
+        session_id: int = effect.session_id
+        if session_id in self._outputs:
+            del self._outputs[session_id]
 
     # ------------------------------------------------------------------------------------------------- the engines
 

@@ -44,6 +44,7 @@ KEPT_SAMPLINGS: Final = 65_536  #: outputs of the same lengths share what says s
 
 
 # By names of this module's own that never change: the compiled module need not look up what each event is.
+_next: Final = next
 _OPEN_SESSION: Final = events.OpenSession
 _CLOSE_SESSION: Final = events.CloseSession
 _SUBMIT_CALL: Final = events.SubmitCall
@@ -145,7 +146,7 @@ class Population:
         calendar = self.cluster.calendar
         if program is None:  # more clients than programs
             return
-        self._next = next(self._programs, None)
+        self._next = _next(self._programs, None)
         if self._closed:
             program = msgspec.structs.replace(program, arrival_s=calendar.now)
         serial = self._serial

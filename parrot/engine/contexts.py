@@ -12,7 +12,8 @@ computed ≤ size, computed ≤ tokens. A context in use is *held*, any other is
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator
 from heapq import heapify, heappop, heappush
 from typing import Any, Final
 
@@ -102,7 +103,10 @@ class ContextTree:
         self._index: dict[int, Context] = {}
         self._nameless: dict[Context, None] = {}  # their id may name another by now
         self._evicted: list[int] | None = None
-        self._oldest: list[tuple[int, int, Context]] = []  # heap of retained leaves; stale entries are passed over
+        # Retained leaves by their last use; stale entries are passed over. Most come in that order; a heap has the others.
+        self._leaves: deque[tuple[int, int, Context]] = deque()
+        self._last_stamp = 0  # of the last of these
+        self._older: list[tuple[int, int, Context]] = []
         self._clock = 0
         self._pushed = 0
 
@@ -230,7 +234,7 @@ class ContextTree:
                 context.freed = False
             context.users += 1
 
-    def release(self, chain: Sequence[Context]) -> None:
+    def release(self, chain: list[Context]) -> None:
         """A running task no longer uses these contexts, head first. What was not computed is given up; the rest stays."""
         self._clock += 1
         for context in reversed(chain):
@@ -265,8 +269,12 @@ class ContextTree:
 
     def evict_one(self) -> bool:
         """Gives up the least recently used of the contexts that nobody uses and that have no children. False: there is none."""
-        while self._oldest:
-            stamp, _, context = _pop(self._oldest)
+        leaves, older = self._leaves, self._older
+        while leaves or older:
+            if not older or (leaves and leaves[0] < older[0]):
+                stamp, _, context = leaves.popleft()
+            else:
+                stamp, _, context = _pop(older)
             if self._is_entry(stamp, context):
                 self.retained_blocks -= context.owned
                 self._report(context)
@@ -312,11 +320,17 @@ class ContextTree:
             self._evicted.append(context.id)
 
     def _push(self, context: Context) -> None:
-        if len(self._oldest) > 2 * len(self._index) + STALE_ENTRIES:
-            self._oldest = [e for e in self._oldest if self._is_entry(e[0], e[2])]
-            heapify(self._oldest)
+        if len(self._leaves) + len(self._older) > 2 * len(self._index) + STALE_ENTRIES:
+            self._leaves = deque([e for e in self._leaves if self._is_entry(e[0], e[2])])
+            self._older = [e for e in self._older if self._is_entry(e[0], e[2])]
+            heapify(self._older)
         self._pushed += 1
-        _push(self._oldest, (context.stamp, self._pushed, context))
+        stamp = context.stamp
+        if stamp >= self._last_stamp:
+            self._last_stamp = stamp
+            self._leaves.append((stamp, self._pushed, context))
+        else:
+            _push(self._older, (stamp, self._pushed, context))
 
     @staticmethod
     def _is_entry(stamp: int, context: Context) -> bool:

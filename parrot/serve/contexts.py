@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from parrot.serve.states import CONTEXT
 
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 COMMON = ""  #: the domain of leading constants that all sessions may share
 
 NodeKey = str | tuple[str, ...]
+
+_USE: Final = CONTEXT.of("use")
+_RELEASE: Final = CONTEXT.of("release")
+_DROP: Final = CONTEXT.of("drop")
 
 
 def prefix_hash(parent: str, keys: Iterable[str]) -> str:
@@ -187,7 +191,7 @@ class PrefixStore:
     def use(self, context: Context) -> None:
         """One more task in flight needs it."""
         if context.state == "retained":
-            context.state = CONTEXT[context.state, "use"]
+            context.state = _USE[context.state]
             if context.owner is None:
                 self._unlink(context)
         context.tasks += 1
@@ -196,7 +200,7 @@ class PrefixStore:
         """One task fewer needs it; after the last one it is retained."""
         context.tasks -= 1
         if context.tasks == 0 and context.state == "live":
-            context.state = CONTEXT[context.state, "release"]
+            context.state = _RELEASE[context.state]
             context.last_use_s = now
             if context.owner is None:
                 self._link(context)
@@ -233,10 +237,11 @@ class PrefixStore:
             if owner is None:
                 if gone.state == "retained":
                     self._unlink(gone)
-            elif owner.contexts is not None:
-                owner.contexts.pop(gone, None)
-            engine.contexts.pop(gone.id, None)
-            gone.state = CONTEXT[gone.state, "drop"]
+            elif owner.contexts is not None and gone in owner.contexts:
+                del owner.contexts[gone]
+            if gone.id in engine.contexts:
+                del engine.contexts[gone.id]
+            gone.state = _DROP[gone.state]
             if node is not None and node.contexts is not None and node.contexts.get(engine.id) is gone:
                 del node.contexts[engine.id]
                 self._prune(node)

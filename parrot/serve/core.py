@@ -49,6 +49,8 @@ _EMPTY: Final[dict[str, Any]] = {}
 _REPLY: Final = Reply
 _SESSION_ENDED: Final = SessionEnded
 _THROUGHPUT: Final = Criteria.THROUGHPUT
+_PRODUCE: Final = VARIABLE.of("produce")
+_FINISH: Final = VARIABLE.of("finish")
 
 _Repeatable = ev.SubmitCall | ev.CreateVariable | ev.SetVariable
 _TaskEvent = TypeVar("_TaskEvent", ev.TaskStarted, ev.FirstToken, ev.TaskFinished, ev.TaskFailed, ev.TaskRejected)
@@ -543,7 +545,7 @@ class ServeCore:
         """Puts a new task into the graph: what it waits for, and who waits for it already."""
         output = task.output
         output.producer = task
-        output.state = VARIABLE[output.state, "produce"]
+        output.state = _PRODUCE[output.state]
         failed: Variable | None = None
         for variable in task.inputs():
             if variable.consumers is None:
@@ -589,7 +591,7 @@ class ServeCore:
         session = task.call.session
         session.active -= 1
         session.unfinished -= 1
-        task.output.state = VARIABLE[task.output.state, "finish"]
+        task.output.state = _FINISH[task.output.state]
         task.output.content = content
         self._became_ready(session, task.output, now)
 

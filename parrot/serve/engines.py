@@ -31,6 +31,7 @@ LEAST_NOTED = 64  #: changes of loads that an index takes note of before it is s
 # By names of this module's own that never change: the compiled module need not look them up.
 _bisect_left: Final = bisect_left
 _insort: Final = insort
+_map: Final = map
 
 _load_of: Callable[[tuple[Load, int, Engine]], Load] = itemgetter(0)
 _engine_of: Callable[[tuple[Load, int, Engine]], Engine] = itemgetter(2)
@@ -199,7 +200,7 @@ class EngineIndex:
 
     def __iter__(self) -> Iterator[Engine]:
         """From the least to the most loaded. Do not change a load while iterating; place, then ask again."""
-        return map(_engine_of, self._entries())  # a generator left after its first engine costs more than what is asked of it
+        return _map(_engine_of, self._entries())  # a generator left after its first engine costs more than what is asked of it
 
     def first(self) -> Engine | None:
         """The least loaded one."""

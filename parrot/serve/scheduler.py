@@ -40,6 +40,12 @@ _CHAIN_LINK: Final = ChainLink
 _CONSTANT: Final = Constant
 _DISPATCH: Final = Dispatch
 _TASK_ENDED: Final = TaskEnded
+_iter: Final = iter
+_next: Final = next
+_ENQUEUE: Final = TASK.of("enqueue")
+_PLACE: Final = TASK.of("place")
+_START: Final = TASK.of("start")
+_FINISH: Final = TASK.of("finish")
 _NO_MORE: Final = object()  #: what a policy's placements end with
 
 
@@ -103,7 +109,7 @@ class Scheduler:
             self._sequence += 1
             task.sequence = self._sequence
             task.ready_s = now
-            task.state = TASK[task.state, "enqueue"]
+            task.state = _ENQUEUE[task.state]
             if self.service is not None:
                 self.service.queued(task)
         if self.tenants.limiting:
@@ -275,8 +281,8 @@ class Scheduler:
             placement: Any = None
             try:
                 if placements is None:
-                    placements = iter(self.policy.place(self.queue, self.cluster, now))
-                placement = next(placements, _NO_MORE)
+                    placements = _iter(self.policy.place(self.queue, self.cluster, now))
+                placement = _next(placements, _NO_MORE)
                 if placement is _NO_MORE:
                     return
                 self._check(placement)
@@ -340,7 +346,7 @@ class Scheduler:
         if self.explanations is not None:
             self.explanations.add(placement, task.attempt + 1, now, self.queue.size, fallback)
         self._leave_queue(task, now)
-        task.state = TASK[task.state, "place"]
+        task.state = _PLACE[task.state]
         task.attempt += 1
         task.tries += 1
         task.engine = engine
@@ -487,14 +493,14 @@ class Scheduler:
 
     def started(self, task: Task, cached_tokens: int, now: float) -> None:
         if task.state == "dispatched":
-            task.state = TASK[task.state, "start"]
+            task.state = _START[task.state]
             task.started_s = now
             task.cached_tokens = cached_tokens
 
     def first_token(self, task: Task, now: float) -> None:
         """Its whole prompt is computed: its contexts are there for others to continue."""
         if task.state == "dispatched":
-            task.state = TASK[task.state, "start"]
+            task.state = _START[task.state]
             task.started_s = now
         if task.first_token_s is None:
             task.first_token_s = now
@@ -526,7 +532,7 @@ class Scheduler:
         if self.service is not None:
             self.service.finished(task, output_tokens, now)
         self._release(task, now)
-        task.state = TASK[task.state, "finish"]
+        task.state = _FINISH[task.state]
         self.changed = self.changed or self.queue.size > 0
         self._end_finished(task, event, now)
 
@@ -627,11 +633,11 @@ class Scheduler:
             self.service.left(task)
         if self.queue.size:
             self.changed = True
-        release = self.prefixes.release
+        prefixes = self.prefixes
         for context in reversed(contexts):
             if context.state == "gone":
                 continue
-            release(context, now)
+            prefixes.release(context, now)
             if context.tasks == 0 and (context.node is None or not context.filled) and engine.state != "lost":
                 self._free(context)
         self.engines.load_changed(engine, more_room)

@@ -18,6 +18,7 @@ from parrot.serve.variables import Variable
 # By names of this module's own that never change: the compiled module need not look up what each segment is.
 _INPUT: Final = ev.Input
 _OUTPUT: Final = ev.Output
+_SET: Final = VARIABLE.of("set")
 
 
 class Room(Protocol):
@@ -111,7 +112,7 @@ def bind(session: Session, event: ev.SubmitCall) -> tuple[Variable | None, ...]:
             else:
                 variable = values[name] = session.new_variable(name)
                 if type(segment) is _INPUT:
-                    variable.state = VARIABLE[variable.state, "set"]
+                    variable.state = _SET[variable.state]
                     variable.content = segment.value
             bound.append(variable)
         else:

@@ -68,7 +68,7 @@ class EmulatedEngine:
         Whether it is taken is told by an event."""
         task = task.fitted(self._largest_task)
         if task.generate_context_id is not None:
-            output = max(1, task.forced_tokens, min(output_tokens, task.max_gen_length))
+            output = max(max(1, task.forced_tokens), min(output_tokens, task.max_gen_length))
             if task.forced_tokens >= task.max_gen_length:  # nothing is left to say: it ends when its output is filled
                 task = task.with_most(task.forced_tokens + 1)
         else:
