@@ -185,8 +185,9 @@ class Player:
 
     def _left_s(self, number: int, now: float) -> float | None:
         """Seconds to the deadline of get `number`, below 0 after it; None while it has none, or none that runs yet."""
-        get = self.program.gets[number]
-        if get.deadline_s is None:
+        get = self._gets[number]
+        deadline_s = get.deadline_s
+        if deadline_s is None:
             return None
         begun_s = self.started_s
         for edge in get.after:
@@ -194,7 +195,7 @@ class Player:
             if returned_s is None:
                 return None
             begun_s = max(begun_s, returned_s + edge.delay_s)
-        return begun_s + get.deadline_s - now
+        return begun_s + deadline_s - now
 
     def _number_of(self, get_id: str) -> int:
         return next(number for number, get in enumerate(self.program.gets) if get.id == get_id)

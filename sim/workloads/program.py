@@ -237,14 +237,14 @@ class TextLengths:
         for call in program.calls:
             for segment in call.segments:
                 if type(segment) is Text:
-                    tokens = segment.tokens
+                    key, tokens = segment.key, segment.tokens
                 elif type(segment) is Write and segment.key is not None:
-                    most = segment.max_gen_length
+                    key, most = segment.key, segment.max_gen_length
                     tokens = segment.tokens if most is None else min(segment.tokens, most)
                 else:
                     continue
-                if known.setdefault(segment.key, tokens) != tokens:
-                    raise _two_lengths(segment.key, tokens, known[segment.key])
+                if known.setdefault(key, tokens) != tokens:
+                    raise _two_lengths(key, tokens, known[key])
         for source in program.sets:
             if known.setdefault(source.key, source.tokens) != source.tokens:
                 raise _two_lengths(source.key, source.tokens, known[source.key])
