@@ -217,7 +217,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
 
 
 class TaskReport(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The life of a completion task. Times are the core's clock in seconds, null while they have not come."""
+    """The life of a completion task. Times are the core's clock in seconds, null while they have not come. `reason`: why the
+    output ended, in the engine's word (`protocol.engine.Finished`)."""
 
     var_id: str
     state: str
@@ -237,6 +238,7 @@ class TaskReport(msgspec.Struct, frozen=True, omit_defaults=True):
     decode_s: float = 0.0
     max_gap_s: float = 0.0
     cost: float = 0.0
+    reason: str = ""
 
 
 class CallReport(msgspec.Struct, frozen=True):

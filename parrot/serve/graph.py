@@ -99,13 +99,15 @@ class Group:
 
 
 class Link:
-    """One context of a chain, engine-independent: the contents that it adds, and whether a task generated them."""
+    """One context of a chain, engine-independent: the contents that it adds, whether a task generated them, and the role of the
+    chat message that begins with it."""
 
-    __slots__ = ("contents", "output")
+    __slots__ = ("contents", "output", "role")
 
-    def __init__(self, contents: tuple[Content, ...], output: bool) -> None:
+    def __init__(self, contents: tuple[Content, ...], output: bool, role: str = "") -> None:
         self.contents = contents
         self.output = output
+        self.role = role
 
 
 class Task:
@@ -123,7 +125,8 @@ class Task:
         "activated", "aim", "alone", "attempt", "begin", "cached_tokens", "call", "contexts", "cost", "counted_latency",
         "criteria", "deadline_s", "decode_s", "depth", "dispatched_s", "end", "engine", "engine_name", "finished_s",
         "first_token_s", "granted", "group", "held", "id", "lends", "level", "links", "max_gap_s", "missing", "order",
-        "output", "output_tokens", "path", "path_s", "pinned", "placed_tokens", "prompt_tokens", "rank", "ready_s", "refusals",
+        "output", "output_tokens", "path", "path_s", "pinned", "placed_tokens", "prompt_tokens", "rank", "ready_s", "reason",
+        "refusals",
         "reserved", "sampling", "sequence", "sources", "stage", "started_s", "state", "tokens", "touched", "tries",
         "wanted_until_s",
     )  # fmt: skip
@@ -183,6 +186,7 @@ class Task:
         self.decode_s = 0.0
         self.max_gap_s = 0.0
         self.cost = 0.0
+        self.reason = ""
         self.path_s = 0.0  # service along the longest path that led to it, its own included once it ends (`Service`)
 
     @property
@@ -282,6 +286,7 @@ def chain_of(task: Task) -> list[Link]:
     call = task.call
     links: list[Link] = []
     run: list[Content] = []
+    begins = ""  # the role of a message whose first contents were empty
     for place in range(task.end - 1):
         segment, variable = call.segments[place], call.variables[place]
         generated = False
@@ -293,10 +298,13 @@ def chain_of(task: Task) -> list[Link]:
                 break
             content = variable.content
             generated = variable.producer is not None and variable.producer.call is call
+        role = begins if type(segment) is Output else segment.role or begins
         if _is_empty(content):
+            begins = role
             continue
+        begins = ""
         if not call.fuse_fill:
-            links.append(Link((content,), generated))
+            links.append(Link((content,), generated, role))
         elif generated:
             if run:
                 links.append(Link(tuple(run), False))

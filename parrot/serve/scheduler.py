@@ -370,6 +370,7 @@ class Scheduler:
                 generate_context_id=generate.id,
                 sampling=task.sampling,
                 output_var=task.output.id,
+                roles=_roles(task),
             )
         )
 
@@ -538,6 +539,7 @@ class Scheduler:
         task.output_tokens = event.output_tokens
         task.decode_s, task.max_gap_s = event.decode_s, event.max_gap_s
         task.cost = event.cost
+        task.reason = event.reason
         task.finished_s = now
         self._forget(task)
         self._effects.append(TaskEnded(task.id, task.attempt, task.output.id, None, self.event))
@@ -713,6 +715,15 @@ class Scheduler:
         self._lose(engines, "the core was restarted", now)
         for task in self._stranded:
             self._stranded[task] = now + self._config.engine_wait_timeout
+
+
+def _roles(task: Task) -> tuple[str, ...]:
+    """Of the links of its chain; () where none has one."""
+    links = task.links or ()
+    for link in links:
+        if link.role:
+            return tuple([link.role for link in links])
+    return ()
 
 
 def _said(error: Exception) -> str:

@@ -49,6 +49,7 @@ _OF_THE_ENGINE = ("unavailable", "conflict", "cancelled")
 
 #: The longest line that is taken in. A million tokens with their text are some 20 MB.
 MAX_LINE_BYTES = 64 * 1024 * 1024
+_MAX_REASON = 100  # characters
 _MAX_MESSAGE = 2000  # characters of an engine's error message
 
 
@@ -96,7 +97,8 @@ class TaskStream:
             self._translate_shown()
         generate = continued(GenerateSpec(effect.generate_context_id, effect.sampling), self._output)
         self._forced = generate.forced_ids
-        chain = tuple(self._fill(link, index == 0) for index, link in enumerate(effect.chain))
+        roles = effect.roles or ("",) * len(effect.chain)
+        chain = tuple(self._fill(link, roles[index], index == 0) for index, link in enumerate(effect.chain))
         task = (effect.engine_id, effect.epoch, effect.task, effect.attempt)
         return _ENCODER.encode(TaskRequest(*task, chain, generate, effect.parent, self._instance))
 
@@ -108,10 +110,10 @@ class TaskStream:
             output.stored_ids = len(output.ids)
         output.tokenizer = name
 
-    def _fill(self, link: ChainLink, is_head: bool) -> FillSpec:
+    def _fill(self, link: ChainLink, role: str, is_head: bool) -> FillSpec:
         if self._takes_text:
             text = "".join(map(self._texts.text, link.keys))
-            return FillSpec(link.context_id, text=text, output=link.output)
+            return FillSpec(link.context_id, text=text, output=link.output, role=role)
         name = self._engine.tokenizer
         head = self._tokenization.bos_id(name) if is_head and self._engine.bos_tokens else None
         ids = self._texts.ids(link.keys, name, head)
@@ -250,6 +252,7 @@ class TaskStream:
                 event.decode_s,
                 event.max_gap_s,
                 event.cost,
+                event.reason[:_MAX_REASON],
             )
         )
         self.ended = True

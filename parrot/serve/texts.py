@@ -78,9 +78,13 @@ class Texts:
         self._sessions.setdefault(session_id, {})
 
     def end(self, session_id: int) -> list[str]:
-        """Drops what only this session named, and returns those keys, with those that the journal still has though nobody
-        names them. An unknown session holds nothing."""
-        dropped = [key for key in self._sessions.pop(session_id, ()) if self._drop(key)]
+        """Drops what only this session named, and returns the keys that the journal has though nobody names them any more. An
+        unknown session holds nothing."""
+        dropped: list[str] = []
+        for key in self._sessions.pop(session_id, ()):
+            stored = self._pieces[key].stored
+            if self._drop(key) and stored:
+                dropped.append(key)
         dropped.extend(self._left)
         self._left.clear()
         return dropped

@@ -287,6 +287,22 @@ class ServeCorePlay(RuleBasedStateMachine):
         del self.asked[request]
         self.send(ev.CancelGet(request))
 
+    @precondition(lambda self: self.sessions)
+    @rule(data=st.data(), call=st.integers(0, 3))
+    def cancel_call(self, data: st.DataObject, call: int) -> None:
+        session = self.session(data)
+        made = self.core.calls(session)
+        ended = [task.state for task in made[call].tasks if task.ended] if call < len(made) else []
+        reply = self.ask(self.request_for(ev.CancelCall, session, f"auth{session}", call))
+        assert reply is not None
+        if call >= len(made):
+            assert reply.error is not None
+            assert reply.error.code == "not_found"
+            return
+        after = [task.state for task in made[call].tasks]
+        assert set(after) <= {"finished", "failed", "cancelled"}
+        assert after.count("finished") == ended.count("finished")
+
     def close_event(self, data: st.DataObject) -> Any:
         session = self.session(data)
         return self.request_for(ev.CloseSession, session, f"auth{session}")
