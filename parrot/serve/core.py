@@ -303,7 +303,7 @@ class ServeCore:
         account = tenants.of(event.tenant)
         if not self._recalling:
             self._check_sessions(account, now)
-        tenants.join(account)
+        tenants.join(account, now)
         self._sequence += 1
         session = Session(event.session_id, event.auth, event.tenant, account, self._sequence, now)
         self._sessions[session.id] = session
@@ -497,7 +497,9 @@ class ServeCore:
         outputs = check_form(event)
         if not self._recalling:  # how full it was then is not known any more
             check_room(session, outputs, self.config, self.scheduler, now)
+            session.account.check_minute(now)
         check_variables(session, event)
+        session.account.asked(now)
         call = Call(
             number=len(session.calls),
             session=session,
@@ -696,5 +698,10 @@ class ServeCore:
         until = now + self.config.session_life_span
         for key, (session_id, _) in self._opened.items():
             self._opened[key] = (session_id, until)
+        self.scheduler.tenants.begin_anew()
         for session in self._sessions.values():
             self._idle.touch(session, now)
+            if session.account.minute is not None:
+                for call in session.calls:
+                    for task in call.tasks:
+                        task.charged = 0
