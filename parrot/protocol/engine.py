@@ -144,12 +144,23 @@ class Started(msgspec.Struct, frozen=True, tag="started", tag_field="event", omi
     evicted: tuple[int, ...] = ()
 
 
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """A generated token's text and natural log-probability, before temperature and penalties; `top`: those of the most probable
+    tokens at its place, the first the most probable."""
+
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
 class Tokens(msgspec.Struct, frozen=True, tag="tokens", tag_field="event", omit_defaults=True):
-    """New tokens, in order. `text` is what they add to the decoded output (empty while a character is incomplete)."""
+    """New tokens, in order. `text` is what they add to the decoded output (empty while a character is incomplete).
+    `logprobs`: one a token, where the task asked for them."""
 
     ids: tuple[int, ...]
     text: str = ""
     evicted: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Finished(msgspec.Struct, frozen=True, tag="finished", tag_field="event", omit_defaults=True):
@@ -162,7 +173,7 @@ class Finished(msgspec.Struct, frozen=True, tag="finished", tag_field="event", o
 
     ids: tuple[int, ...]
     text: str
-    reason: str  #: eos | stop_token | stop_str | length
+    reason: str  #: eos | stop_token | stop_str | length | tool_calls
     prompt_tokens: int = 0
     cached_tokens: int = 0
     decode_s: float = 0.0

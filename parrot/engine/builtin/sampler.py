@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from parrot.engine.builtin.attention.rows import to_device
-from parrot.protocol.api import SamplingConfig
+from parrot.protocol.api import SamplingConfig, refuse_chat_options
 from parrot.protocol.errors import ParrotError
 
 #: Candidates that top-p looks at first, before it looks at eight times as many, and so on.
@@ -58,6 +58,9 @@ class SamplingRow:
 def check_sampling(sampling: SamplingConfig, vocab_size: int, dummy: bool) -> None:
     """Raises ParrotError `bad_sampling` for what this engine cannot honour."""
     sampling.check()
+    refuse_chat_options(sampling)
+    if sampling.logprobs is not None:
+        raise ParrotError("bad_sampling", "sampling_config.logprobs is not available on this engine", field="logprobs")
     if sampling.output_length is not None and not dummy:
         raise ParrotError(
             "bad_sampling",

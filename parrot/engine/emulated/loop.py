@@ -14,7 +14,9 @@ from parrot.engine.emulated.engine import EmulatedEngine, EmulatedEvent
 from parrot.engine.emulated.output import SyntheticOutput
 from parrot.engine.jobs import Job
 from parrot.engine.loop import MemoryUse, runtime_info
+from parrot.protocol.api import SamplingConfig, refuse_chat_options
 from parrot.protocol.engine import RuntimeInfo
+from parrot.protocol.errors import ParrotError
 from parrot.tokenizer import Tokenizer
 
 
@@ -47,8 +49,14 @@ class EmulatedLoop:
         if self._closed:
             job.fail("unavailable", "the engine is shutting down")
             return
-        self._jobs[job.key] = job
         task, sampling = job.task, job.sampling
+        if sampling is not None:
+            try:
+                _check(sampling)
+            except ParrotError as error:
+                job.fail(error.code, str(error))
+                return
+        self._jobs[job.key] = job
         output_tokens = 0
         if sampling is not None:
             output_tokens = sampling.output_length or sampling.max_gen_length
@@ -160,3 +168,11 @@ class EmulatedLoop:
             return (), ""
         ids = self._output.ids(self._output_keys[job.key], n_tokens)
         return ids, self._output.text(ids)
+
+
+def _check(sampling: SamplingConfig) -> None:
+    """Raises `bad_sampling` for what has no meaning without a model."""
+    refuse_chat_options(sampling)
+    if sampling.logprobs is not None:
+        message = "sampling_config.logprobs: an emulated engine computes no probabilities"
+        raise ParrotError("bad_sampling", message, field="logprobs")

@@ -10,7 +10,7 @@ from typing import Any
 
 from parrot.engine.config import OpenAIInstance
 from parrot.engine.jobs import Turn
-from parrot.protocol.api import SamplingConfig
+from parrot.protocol.api import SamplingConfig, refuse_chat_options
 from parrot.protocol.errors import ParrotError
 
 
@@ -45,12 +45,18 @@ def sampling_of(sampling: SamplingConfig, instance: OpenAIInstance, max_tokens: 
         ("presence_penalty", sampling.presence_penalty, 0.0),
         ("frequency_penalty", sampling.frequency_penalty, 0.0),
         ("logit_bias", sampling.logit_bias, None),
-        ("stop", sampling.stop_str, None),
+        ("stop", sampling.stop_str if isinstance(sampling.stop_str, str) else list(sampling.stops) or None, None),
     ):
         if value != default:
             found[name] = value
     if sampling.output_length is not None:
         raise ParrotError("bad_sampling", "sampling_config.output_length is for emulated and dummy-weight engines alone")
+    if sampling.logprobs is not None:
+        raise ParrotError("bad_sampling", "sampling_config.logprobs: this engine does not pass them on", field="logprobs")
+    if sampling.chat_options:
+        if instance.api_endpoint != "chat":
+            refuse_chat_options(sampling)
+        found.update(sampling.chat_options)
     extended = _extended(sampling)
     if extended and not instance.extended_sampling:
         raise ParrotError(
