@@ -44,6 +44,7 @@ class EngineDescription(msgspec.Struct, frozen=True, omit_defaults=True):
     random_seed: int = 0
     attn_func: str = ""
     latency_profile: LatencyProfile | None = None
+    tls: bool = False  #: it shows a certificate
 
 
 class RegisterRequest(msgspec.Struct, frozen=True):

@@ -7,7 +7,6 @@ what it does is the core's to say.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -48,7 +47,8 @@ from parrot.serve.events import (
     SetVariable,
     SubmitCall,
 )
-from parrot.serve.routing import Paths
+from parrot.serve.keys import Keys
+from parrot.serve.routing import Handler, Paths
 from parrot.serve.shell import Shell
 from parrot.serve.streams import OutputStream, OutputStreams
 from parrot.serve.texts import Piece, Texts
@@ -79,6 +79,7 @@ class ApiRoutes:
         streams: OutputStreams,
         credentials: Credentials,
         stream_response: Callable[..., web.StreamResponse] | None = None,
+        keys: Keys | None = None,
     ) -> None:
         self._shell = shell
         self._models = models
@@ -86,11 +87,12 @@ class ApiRoutes:
         self._tokenization = tokenization
         self._streams = streams
         self._credentials = credentials
+        self._keys = keys or Keys({})
         self._stream_response = stream_response or web.StreamResponse
 
     def paths(self) -> Paths:
         """Which of them has which path."""
-        return {
+        paths: Paths = {
             "/v1/session": {"POST": self.open_session},
             "/v1/session/": {"GET": self.describe_session, "DELETE": self.close_session},
             "/v1/semantic_call": {"POST": self.semantic_call},
@@ -99,14 +101,26 @@ class ApiRoutes:
             "/v1/semantic_var/": {"GET": self.get_variable, "POST": self.set_variable},
             "/v1/models": {"GET": self.models},
         }
+        if not self._keys.required:
+            return paths
+        return {path: {method: self._checked(each) for method, each in methods.items()} for path, methods in paths.items()}
+
+    def _checked(self, handler: Handler) -> Handler:
+        """A session's own token lets in; a key that is shown beside it must be a right one."""
+
+        async def checked(request: web.BaseRequest, tail: str, query: str) -> web.StreamResponse:
+            self._keys.check(request.headers.get("Authorization"))
+            return await handler(request, tail, query)
+
+        return checked
 
     # ----------------------------------------------------------------------------------------------------- sessions
 
     async def open_session(self, request: web.BaseRequest, _: str, query: str) -> web.StreamResponse:
         """POST /v1/session"""
         body = decoded(await body_of(request), OpenSessionRequest)
+        tenant = self._keys.tenant(request.headers.get("Authorization"), body.api_key)
         session_id = self._credentials.new_session_id()
-        tenant = hashlib.sha256(body.api_key.encode()).hexdigest() if body.api_key else ""
         auth = hashed(self._credentials.auth(session_id))
         assert auth is not None
         key = idempotency_key(request)
@@ -228,6 +242,7 @@ class ApiRoutes:
 
     async def models(self, request: web.BaseRequest, _: str, query: str) -> web.StreamResponse:
         """GET /v1/models"""
+        self._keys.tenant(request.headers.get("Authorization"))
         return answer({"models": self._models()})
 
     # ---------------------------------------------------------------------------------------------------- streaming

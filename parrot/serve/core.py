@@ -304,7 +304,7 @@ class ServeCore:
         account = tenants.of(event.tenant)
         if not self._recalling:
             self._check_sessions(account, now)
-        tenants.join(account)
+        tenants.join(account, now)
         self._sequence += 1
         opened = (event.session_id, event.auth, event.tenant, account, self._sequence, now, event.ephemeral)
         session = Session(*opened)
@@ -499,7 +499,9 @@ class ServeCore:
         outputs = check_form(event)
         if not self._recalling:  # how full it was then is not known any more
             check_room(session, outputs, self.config, self.scheduler, now)
+            session.account.check_minute(now)
         check_variables(session, event)
+        session.account.asked(now)
         call = Call(
             number=len(session.calls),
             session=session,
@@ -708,8 +710,13 @@ class ServeCore:
         until = now + self.config.session_life_span
         for key, (session_id, _) in self._opened.items():
             self._opened[key] = (session_id, until)
+        self.scheduler.tenants.begin_anew()
         for session in list(self._sessions.values()):
             if session.ephemeral:  # who waited for it was connected to the life before
                 self._end_session(session, "close", now)
-            else:
-                self._idle.touch(session, now)
+                continue
+            self._idle.touch(session, now)
+            if session.account.minute is not None:
+                for call in session.calls:
+                    for task in call.tasks:
+                        task.charged = 0

@@ -122,12 +122,12 @@ class Task:
     """
 
     __slots__ = (
-        "activated", "aim", "alone", "attempt", "begin", "cached_tokens", "call", "contexts", "cost", "counted_latency",
-        "criteria", "deadline_s", "decode_s", "depth", "dispatched_s", "end", "engine", "engine_name", "finished_s",
-        "first_token_s", "granted", "group", "held", "id", "lends", "level", "links", "max_gap_s", "missing", "order",
-        "output", "output_tokens", "path", "path_s", "pinned", "placed_tokens", "prompt_tokens", "rank", "ready_s", "reason",
-        "refusals",
-        "reserved", "sampling", "sequence", "sources", "stage", "started_s", "state", "tokens", "touched", "tries",
+        "activated", "aim", "alone", "attempt", "begin", "cached_tokens", "call", "charged", "contexts", "cost",
+        "counted_latency", "criteria", "deadline_s", "decode_s", "depth", "dispatched_s", "end", "engine", "engine_name",
+        "finished_s", "first_token_s", "granted", "group", "held", "id", "lends", "level", "links", "max_gap_s", "missing",
+        "order", "output", "output_tokens", "path", "path_s", "pinned", "placed_tokens", "prompt_tokens", "rank", "ready_s",
+        "reason", "refusals", "reserved", "sampling", "sequence", "sources", "stage", "started_s", "state", "tokens", "touched",
+        "tries",
         "wanted_until_s",
     )  # fmt: skip
 
@@ -166,6 +166,7 @@ class Task:
         self.tokens: dict[str, int] | None = None  # prompt length by tokenizer
         self.refusals: dict[int, int] | None = None  # engine id -> its capacity version then; -1: never again
         self.granted = 0  # tokens that count against its tenant's max_tokens_in_flight
+        self.charged = 0  # tokens that count against its tokens_per_minute until it is known what it used
         self.held = False  # for want of those: it waits beside the queue
         # while it is in flight
         self.engine: Engine | None = None

@@ -102,6 +102,7 @@ class Scheduler:
             if self.service is not None:
                 self.service.queued(task)
         if self.tenants.limiting:
+            call.session.account.charge(task, now)
             self._line_up(task)
         else:
             self.queue.add(task)
@@ -116,6 +117,8 @@ class Scheduler:
         if task.state == "queued":
             self._leave_queue(task, now)
             self.changed = True  # it may have held others back
+            if task.charged:
+                task.call.session.account.settle(task, 0, now)
         else:
             self._abort(task, now)
         task.state = TASK[task.state, "cancel"]
@@ -134,6 +137,8 @@ class Scheduler:
             self._effects.append(Abort(task.engine.id, self.epoch, task.id, task.attempt))
             if self.service is not None:
                 self.service.cancelled(task)
+            if task.charged:  # what it has generated was perhaps read
+                task.call.session.account.settle(task, task.charged, now)
             self._release(task, now)
 
     def reorder(self, task: Task) -> None:
@@ -218,6 +223,8 @@ class Scheduler:
     def _end_failed(self, task: Task, error: ErrorInfo, now: float) -> None:
         task.state = TASK[task.state, "fail"]
         task.finished_s = now
+        if task.charged:
+            task.call.session.account.settle(task, 0, now)
         self._forget(task)
         self._effects.append(TaskEnded(task.id, task.attempt, task.output.id, error, self.event))
         self._failed(task, error, now)
@@ -541,6 +548,8 @@ class Scheduler:
         task.cost = event.cost
         task.reason = event.reason
         task.finished_s = now
+        if task.charged:
+            task.call.session.account.settle(task, event.prompt_tokens + event.output_tokens, now)
         self._forget(task)
         self._effects.append(TaskEnded(task.id, task.attempt, task.output.id, None, self.event))
         self._finished(task, event.content, now)

@@ -39,6 +39,10 @@ def refusal(error: ErrorInfo) -> web.Response:
     elif error.retryable and error.status in (429, 503) and error.code not in _FAILED_WORK:
         wait_s = error.details.get("retry_after_s", 1.0)
         response.headers["Retry-After"] = str(max(1, math.ceil(wait_s)) if isinstance(wait_s, int | float) else 1)
+    elif error.status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    elif error.code == "request_timeout":
+        response.force_close()
     return response
 
 

@@ -29,11 +29,11 @@ KEYS = st.sampled_from([None, None, None, "k1", "k2"])
 #: What tenants may have: the one that is named, and each other.
 LIMITS = {
     "a": TenantConfig(max_tokens_in_flight=70, max_queued_tasks=4),
-    "*": TenantConfig(max_tokens_in_flight=200, max_sessions=3),
+    "*": TenantConfig(max_tokens_in_flight=200, max_sessions=3, requests_per_minute=30, tokens_per_minute=900),
 }
 
 #: What a core may answer to a request of a client that knows its sessions and variables.
-REFUSALS = {"conflict", "cyclic_dependency", "queue_full", "too_many_tasks"}
+REFUSALS = {"conflict", "cyclic_dependency", "queue_full", "too_many_tasks", "rate_limited"}
 
 
 class ServeCorePlay(RuleBasedStateMachine):
