@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable, Sequence
-from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -48,7 +47,7 @@ from parrot.serve.events import (
     SetVariable,
     SubmitCall,
 )
-from parrot.serve.following import follow, text_of
+from parrot.serve.following import Follower, text_of
 from parrot.serve.keys import Keys
 from parrot.serve.routing import Handler, Paths
 from parrot.serve.shell import Shell
@@ -260,11 +259,10 @@ class ApiRoutes:
         """Sends the text as it comes, from character `sent` on. Errors before the first line are ordinary refusals."""
         writer = StreamWriter(request, _NDJSON, self._reader_timeout_s, self._stream_response)
         stream = self._streams.watch(session_id, var_id)
-        pieces = follow(self._shell, self._texts, session_id, var_id, stream, future, sent)
+        reader = Follower(self._shell, self._texts, session_id, var_id, stream, future, sent)
         try:
-            async with aclosing(pieces):
-                async for delta in pieces:
-                    await writer.write(line({"delta": delta}))
+            while (delta := await reader.piece()) is not None:
+                await writer.write(line({"delta": delta}))
             await writer.write(line({"done": True}))
         except ParrotError as error:
             if not writer.begun:

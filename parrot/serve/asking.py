@@ -27,7 +27,7 @@ from parrot.serve.events import (
     Segment,
     SubmitCall,
 )
-from parrot.serve.following import follow, text_of
+from parrot.serve.following import Follower, text_of
 from parrot.serve.identity import Identity
 from parrot.serve.shell import Shell
 from parrot.serve.streams import OutputStream, OutputStreams
@@ -176,12 +176,12 @@ class Asking:
 
     # --------------------------------------------------------------------------------------------------- what is read
 
-    def pieces(self, choice: Choice) -> Any:
-        """The choice's text as it comes (`parrot.serve.following.follow`)."""
+    def reader(self, choice: Choice) -> Follower:
+        """Of the choice's text, as it comes."""
         assert choice.stream is not None
         assert choice.content is not None
         place = (self.session.id, choice.var_id, choice.stream, choice.content)
-        return follow(self._shell, self._texts, *place, ephemeral=self.session.ephemeral)
+        return Follower(self._shell, self._texts, *place, ephemeral=self.session.ephemeral)
 
     async def text(self, choice: Choice) -> str:
         """The choice's whole text. Raises ParrotError: the output failed."""

@@ -11,7 +11,6 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from contextlib import aclosing
 from typing import Any, NamedTuple
 
 import msgspec
@@ -285,11 +284,10 @@ class _ChoiceStream:
 
     async def text(self) -> bool:
         """Sends the text as it comes. Whether a filter cut it. Raises ParrotError."""
-        pieces = self._asking.pieces(self._choice)
+        reader = self._asking.reader(self._choice)
         try:
-            async with aclosing(pieces):
-                async for delta in pieces:
-                    await self._send(self._visible.add(delta))
+            while (delta := await reader.piece()) is not None:
+                await self._send(self._visible.add(delta))
         except ParrotError as error:
             stream = self._choice.stream
             if error.code != "content_filtered" or stream is None or not stream.text:
