@@ -38,6 +38,7 @@ from parrot.engine.core import EngineCore
 from parrot.engine.core_link import CoreLink
 from parrot.engine.iteration_log import IterationLog, versions
 from parrot.engine.loop import BuiltinLoop, EngineLoop, MemoryUse
+from parrot.engine.openai_routes import OpenAIRoutes
 from parrot.engine.primitives import Primitives
 from parrot.engine.server import EngineServer
 from parrot.engine.tasks import Tasks
@@ -346,7 +347,8 @@ async def serve(
     tasks = Tasks(loop, tokenizer, context_ids, instance)
     loop.on_evicted = tasks.note_evicted
     takes_text = isinstance(config, OpenAIEngineConfig)
-    app = EngineServer(loop, tasks, Primitives(loop, tokenizer, context_ids, takes_text)).application()
+    openai = OpenAIRoutes(loop, tokenizer, context_ids, description)
+    app = EngineServer(loop, tasks, Primitives(loop, tokenizer, context_ids, takes_text), openai).application()
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=STOP_S)
     await runner.setup()
     for listening in sockets:

@@ -19,6 +19,7 @@ _CODES = {
     "queue_full": "rate_limit_exceeded",
     "too_many_sessions": "rate_limit_exceeded",
     "too_many_tasks": "rate_limit_exceeded",
+    "rate_limited": "rate_limit_exceeded",
 }
 _STATUSES = {"content_filtered": 400}
 
@@ -38,6 +39,8 @@ def refusal_of(info: ErrorInfo) -> Refusal:
     headers: dict[str, str] = {}
     if info.code == "method_not_allowed":
         headers["Allow"] = ", ".join(details.get("allowed", ()))
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     if info.retryable and status in (429, 503):
         wait_s = details.get("retry_after_s", 1.0)
         headers["Retry-After"] = str(max(1, math.ceil(wait_s)) if isinstance(wait_s, int | float) else 1)
