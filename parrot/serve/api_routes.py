@@ -47,16 +47,19 @@ from parrot.serve.events import (
     SetVariable,
     SubmitCall,
 )
+from parrot.serve.following import Follower, text_of
 from parrot.serve.keys import Keys
 from parrot.serve.routing import Handler, Paths
 from parrot.serve.shell import Shell
-from parrot.serve.streams import OutputStream, OutputStreams
+from parrot.serve.streams import OutputStreams
 from parrot.serve.texts import Piece, Texts
 from parrot.serve.tokenization import Tokenization
 from parrot.serve.wire import NDJSON, answer, arguments, body_of, decoded, idempotency_key, line
+from parrot.sse import StreamWriter
 
 _MODEL_TYPES = ("token_id", "text")
 _EMPTY: dict[str, Any] = {}
+_NDJSON = {"Content-Type": NDJSON}
 
 
 class _SessionQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -80,7 +83,9 @@ class ApiRoutes:
         credentials: Credentials,
         stream_response: Callable[..., web.StreamResponse] | None = None,
         keys: Keys | None = None,
+        reader_timeout_s: float | None = None,
     ) -> None:
+        """`reader_timeout_s`: how long a client may take nothing of what is streamed to it; None: as long as it likes."""
         self._shell = shell
         self._models = models
         self._texts = texts
@@ -88,6 +93,7 @@ class ApiRoutes:
         self._streams = streams
         self._credentials = credentials
         self._keys = keys or Keys({})
+        self._reader_timeout_s = reader_timeout_s
         self._stream_response = stream_response or web.StreamResponse
 
     def paths(self) -> Paths:
@@ -251,53 +257,25 @@ class ApiRoutes:
         self, request: web.BaseRequest, future: asyncio.Future[str], session_id: int, var_id: str, sent: int
     ) -> web.StreamResponse:
         """Sends the text as it comes, from character `sent` on. Errors before the first line are ordinary refusals."""
-        response = self._stream_response(headers={"Content-Type": NDJSON})
-        try:
-            await self._send_pieces(request, response, future, session_id, var_id, sent)
-            await _write(request, response, {"done": True})
-        except ParrotError as error:
-            if not response.prepared:
-                raise
-            await _write(request, response, ErrorBody(error.info))  # a status cannot be sent any more
-        await response.write_eof()
-        return response
-
-    async def _send_pieces(
-        self,
-        request: web.BaseRequest,
-        response: web.StreamResponse,
-        future: asyncio.Future[str],
-        session_id: int,
-        var_id: str,
-        sent: int,
-    ) -> None:
-        """All of the text. Raises ParrotError, at any point."""
+        writer = StreamWriter(request, _NDJSON, self._reader_timeout_s, self._stream_response)
         stream = self._streams.watch(session_id, var_id)
-        future.add_done_callback(lambda _: stream.wake())
+        reader = Follower(self._shell, self._texts, session_id, var_id, stream, future, sent)
         try:
-            while not future.done():
-                if len(stream.text) > sent:
-                    delta = stream.text[sent:]
-                    await self._shell.show(session_id, var_id, stream)
-                    sent += len(delta)
-                    await _write(request, response, {"delta": delta})
-                else:
-                    await _changed(stream)
+            while (delta := await reader.piece()) is not None:
+                await writer.write(line({"delta": delta}))
+            await writer.write(line({"done": True}))
+        except ParrotError as error:
+            if not writer.begun:
+                raise
+            await writer.write(line(ErrorBody(error.info)))  # a status cannot be sent any more
         finally:
             self._streams.leave(session_id, var_id, stream)
-        content = self._text(future.result())
-        if not content.startswith(stream.text):
-            raise ParrotError("internal", "the output differs from what was streamed; get it again")
-        if len(content) > sent:
-            await _write(request, response, {"delta": content[sent:]})
+        return await writer.end()
 
     # ------------------------------------------------------------------------------------------------------- shared
 
     def _text(self, key: str) -> str:
-        try:
-            return self._texts.text(key)
-        except KeyError:
-            raise ParrotError("session_closed", "the session ended while its variable was read") from None
+        return text_of(self._texts, key)
 
     async def _ask_with_texts(self, event: SubmitCall | SetVariable, pieces: Sequence[Piece]) -> Any:
         """Stores the texts that `event` names for as long as the core accepts it."""
@@ -309,19 +287,6 @@ class ApiRoutes:
                 self._texts.release(session_id, keys)
 
         return await self._shell.ask(event, on_reply)
-
-
-async def _changed(stream: OutputStream) -> None:
-    """Waits for more text, or for the end of it."""
-    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    stream.on_change(lambda: None if future.done() else future.set_result(None))
-    await future
-
-
-async def _write(request: web.BaseRequest, response: web.StreamResponse, message: Any) -> None:
-    if not response.prepared:
-        await response.prepare(request)
-    await response.write(line(message))
 
 
 def _text_of(part: TemplatePiece, specs: dict[str, ParameterSpec]) -> str | None:

@@ -69,6 +69,7 @@ class ServeCoreConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     header_timeout: Seconds = 30.0
     body_timeout: Seconds = 120.0
     request_timeout: Seconds | None = None
+    reader_timeout: Seconds = 60.0
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
     engine_ca_file: str | None = None

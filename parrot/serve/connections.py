@@ -109,6 +109,8 @@ class Connection(web.RequestHandler):
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
+        if isinstance(exc, ConnectionError):  # nobody reads the answer any more
+            raise exc
         if status != 400 or request.writer.output_size > 0:
             return super().handle_error(request, status, exc, message)
         reason = (message or "").partition("\n")[0].rstrip(":") or "it cannot be read"

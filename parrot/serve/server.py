@@ -18,6 +18,7 @@ from aiohttp import web
 from parrot.configuration import ConfigurationError
 from parrot.protocol.errors import ErrorInfo
 from parrot.serve.api_routes import ApiRoutes
+from parrot.serve.asking import Stores
 from parrot.serve.config import ServeCoreConfig
 from parrot.serve.connections import HttpServer, Limits
 from parrot.serve.core import ServeCore
@@ -29,13 +30,15 @@ from parrot.serve.engine_routes import EngineRoutes
 from parrot.serve.events import Restarted
 from parrot.serve.keys import Keys
 from parrot.serve.ledger import Ledger, Past
+from parrot.serve.openai_routes import OpenAIRoutes
 from parrot.serve.recovery import RecoveryError, recover, restore
 from parrot.serve.routing import Routes
+from parrot.serve.served_models import ServedModels
 from parrot.serve.shell import Shell
 from parrot.serve.streams import OutputStreams
 from parrot.serve.texts import Texts
 from parrot.serve.tokenization import Tokenization, Tokenizer
-from parrot.serve.wire import answer, refusal
+from parrot.serve.wire import answer
 from parrot.tls import client_context, server_context
 
 if TYPE_CHECKING:
@@ -91,11 +94,16 @@ class Server:
             _log.info(
                 "life %d goes on with %d sessions, %d tasks in the queue", self.core.epoch, counts["sessions"], counts["queue"]
             )
-        api = ApiRoutes(self.shell, self.core.models, texts, self._tokenization, streams, credentials, keys=keys)
+        wait_s = config.reader_timeout
+        tools = (texts, self._tokenization, streams, credentials)
+        api = ApiRoutes(self.shell, self.core.models, *tools, keys=keys, reader_timeout_s=wait_s)
+        stores = Stores(self.shell, texts, streams, credentials)
+        served = ServedModels(lambda: self.core.engines, self._tokenization)
+        openai = OpenAIRoutes(stores, served, self.core.models, self._tokenization, keys, wait_s)
         engines = EngineRoutes(self.links, credentials)
         debug = DebugRoutes(self.core.placements, credentials)
         paths = {**api.paths(), **engines.paths(), **debug.paths(), "/health": {"GET": self._health}}
-        self._routes = Routes(paths)
+        self._routes = Routes(paths, openai.paths())
         self._runner: web.ServerRunner | None = None
 
     async def start(self) -> list[tuple[str, int]]:
@@ -146,7 +154,8 @@ class Server:
         except TimeoutError:
             if request.writer.output_size > 0:  # a stream: all that is left is to break it
                 raise ConnectionResetError(f"the answer took more than {limit_s:g} s") from None
-            return refusal(ErrorInfo("request_timeout", f"not answered within {limit_s:g} s, the server's request_timeout"))
+            late = ErrorInfo("request_timeout", f"not answered within {limit_s:g} s, the server's request_timeout")
+            return self._routes.refuse(request, late)
 
     async def _health(self, request: web.BaseRequest, _: str, query: str) -> web.StreamResponse:
         """GET /health: for scripts that wait for the cluster."""

@@ -169,7 +169,7 @@ class TaskStream:
         if isinstance(event, Tokens):
             self._check_tokens(event)
             self._first_token()
-            self._output.add(event.ids, event.text)
+            self._output.add(event.ids, event.text, event.logprobs)
         elif isinstance(event, Started):
             if event.cached_tokens < 0:
                 raise Nonsense(f"{event.cached_tokens} cached tokens")
@@ -205,6 +205,10 @@ class TaskStream:
             raise Nonsense(f"{count} tokens, where max_gen_length is {most}")
         if event.ids and min(event.ids) < 0:
             raise Nonsense(f"token id {min(event.ids)}")
+        if event.logprobs and len(event.logprobs) != len(event.ids) and not self._takes_text:
+            raise Nonsense(f"{len(event.logprobs)} log-probabilities of {len(event.ids)} tokens")
+        if len(self._output.logprobs) + len(event.logprobs) > most:
+            raise Nonsense(f"more than {most} log-probabilities, where max_gen_length is {most}")
         if len(self._output.text) + len(event.text) > MAX_LINE_BYTES:
             raise Nonsense(f"a text of more than {MAX_LINE_BYTES} characters")
 
@@ -237,6 +241,9 @@ class TaskStream:
         if event.ids:
             self._first_token()
         session_id = self._effect.task.session_id
+        if not self._takes_text:
+            del self._output.logprobs[len(event.ids) :]  # of tokens that the stop took away
+        self._output.told_logprobs = len(self._output.logprobs)
         if self._takes_text:
             (piece,) = await self._tokenization.pieces([event.text])
         else:
