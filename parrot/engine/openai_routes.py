@@ -139,7 +139,7 @@ class OpenAIRoutes:
     def _conversation(self, asked: ChatRequest) -> Prompt:
         """The prompt of a chat: in segments as the core makes them, so that an engine says the same with and without one."""
         if self._takes_text:
-            turns = [Turn(message.role, message.text) for message in asked.messages]
+            turns = [Turn(message.role, message.text, begins=True) for message in asked.messages]
             return Prompt([self._tokenizer.encode(turn.text) for turn in turns], turns)
         segments = conversation(self._tokenizer, asked.messages).segments
         return self._checked(Prompt([encode(self._tokenizer, text, place == 0) for place, text in enumerate(segments)]))

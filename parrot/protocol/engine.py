@@ -96,11 +96,15 @@ class HeartbeatRequest(msgspec.Struct, frozen=True):
 # ---------------------------------------------------------------------------------------------------- one task
 
 
+CONTINUED, WHOLE_MESSAGE = "continued", "message"  #: roles of fills that are no role's
+
+
 class FillSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     """One link of a chain: a context and the tokens (or, for text engines, the text) that it adds to its parent.
 
-    `output` says that this text was generated (its role in a chat is the assistant's). `role`: the role that a client gave
-    it in a chat; "" for none, which is the user's.
+    `output` says that this text was generated (its role in a chat is the assistant's). `role`: of a chat, the role of the
+    message that begins with it; "" for none, which is the user's; CONTINUED: it goes on with the message before;
+    WHOLE_MESSAGE: its text is a whole message as JSON, of more than a role and a text.
     """
 
     context_id: int

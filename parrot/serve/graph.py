@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from parrot.protocol.api import Criteria, SamplingConfig
-from parrot.protocol.engine import TaskId
+from parrot.protocol.engine import CONTINUED, TaskId
 from parrot.serve import states
 from parrot.serve.contexts import prefix_hash
 from parrot.serve.events import Constant, Content, Output, Segment
@@ -299,7 +299,9 @@ def chain_of(task: Task) -> list[Link]:
                 break
             content = variable.content
             generated = variable.producer is not None and variable.producer.call is call
-        role = begins if type(segment) is Output else segment.role or begins
+        role = "" if type(segment) is Output else segment.role
+        if begins and role in ("", CONTINUED):
+            role = begins
         if _is_empty(content):
             begins = role
             continue

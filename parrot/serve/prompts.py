@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from parrot.protocol.engine import CONTINUED, WHOLE_MESSAGE
 from parrot.protocol.openai import ChatRequest, Message
 from parrot.protocol.openai_checks import chat_options_of, refusal
 from parrot.serve.events import Constant, Input, Segment
@@ -21,8 +22,6 @@ from parrot.serve.texts import Piece
 from parrot.serve.tokenization import Tokenization
 from parrot.tokenizer.chat import conversation
 
-#: The role of a part that is a whole message as JSON: one that is more than a role and a text.
-WHOLE_MESSAGE = "message"
 _BY_TEMPLATE = ("tools", "tool_choice", "parallel_tool_calls")
 
 
@@ -120,14 +119,15 @@ def _with_inputs(parts: Sequence[Part], inputs: Mapping[str, str], param: str) -
             found.append(part)
             continue
         role, at = part.role, 0
+        rest = CONTINUED if role else ""
         for match in placeholder.finditer(part.text):
             if match.start() > at:
                 found.append(Part(part.text[at : match.start()], role))
-                role = ""
+                role = rest
             name = match[0][2:-2]
             seen.add(name)
             found.append(Part(name, role, var_id=inputs[name]))
-            role, at = "", match.end()
+            role, at = rest, match.end()
         if at < len(part.text):
             found.append(Part(part.text[at:], role))
     missing = [name for name in inputs if name not in seen]

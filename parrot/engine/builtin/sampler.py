@@ -45,8 +45,8 @@ class SamplingRow:
 
     @property
     def plain(self) -> bool:
-        """The most probable token, nothing else."""
-        return self.greedy and not self.penalised and not self.sampling.logit_bias
+        """The most probable token, and nothing else that the logits tell."""
+        return self.greedy and not self.penalised and not self.sampling.logit_bias and self.sampling.logprobs is None
 
     def took(self, token_id: int) -> None:
         """The token was chosen."""
@@ -59,8 +59,6 @@ def check_sampling(sampling: SamplingConfig, vocab_size: int, dummy: bool) -> No
     """Raises ParrotError `bad_sampling` for what this engine cannot honour."""
     sampling.check()
     refuse_chat_options(sampling)
-    if sampling.logprobs is not None:
-        raise ParrotError("bad_sampling", "sampling_config.logprobs is not available on this engine", field="logprobs")
     if sampling.output_length is not None and not dummy:
         raise ParrotError(
             "bad_sampling",
