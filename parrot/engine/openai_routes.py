@@ -33,7 +33,6 @@ from parrot.protocol.openai_answers import (
     CompletionAnswers,
     Outcome,
     event,
-    finish_reason,
     usage_of,
 )
 from parrot.protocol.openai_checks import (
@@ -47,9 +46,10 @@ from parrot.protocol.openai_checks import (
     sampling_of,
 )
 from parrot.protocol.openai_errors import refusal_of
+from parrot.protocol.outcomes import Visible, outcome_of
 from parrot.sse import EVENT_STREAM, StreamWriter
 from parrot.tokenizer import Tokenizer
-from parrot.tokenizer.chat import conversation
+from parrot.tokenizer.chat import asked_conversation, fill_of
 
 PREFIX = "/v1/"
 _encode = msgspec.json.Encoder().encode
@@ -103,7 +103,8 @@ class OpenAIRoutes:
         self._check(asked)
         prompt = self._conversation(asked)
         most = asked.max_completion_tokens or asked.max_tokens or self._room(prompt)
-        sampling = sampling_of(asked, most, chat_logprobs(asked), chat_options_of(asked))
+        options = chat_options_of(asked) if self._takes_text else None  # else the prompt has them
+        sampling = sampling_of(asked, most, chat_logprobs(asked), options)
         answers = ChatAnswers(*self._head("chatcmpl", asked), _with_usage(asked))
         return await self._serve(request, asked, [prompt], sampling, answers)
 
@@ -139,9 +140,9 @@ class OpenAIRoutes:
     def _conversation(self, asked: ChatRequest) -> Prompt:
         """The prompt of a chat: in segments as the core makes them, so that an engine says the same with and without one."""
         if self._takes_text:
-            turns = [Turn(message.role, message.text, begins=True) for message in asked.messages]
+            turns = [Turn(role, text, begins=True) for role, text in map(fill_of, asked.messages)]
             return Prompt([self._tokenizer.encode(turn.text) for turn in turns], turns)
-        segments = conversation(self._tokenizer, asked.messages).segments
+        segments = asked_conversation(asked, self._tokenizer).segments
         return self._checked(Prompt([encode(self._tokenizer, text, place == 0) for place, text in enumerate(segments)]))
 
     def _prompt(self, given: str | list[int], place: int) -> Prompt:
@@ -192,9 +193,9 @@ class OpenAIRoutes:
         self._check_length(max(prompt.tokens for prompt in prompts), sampling.max_gen_length)
         async with self._choices(prompts, n, sampling) as jobs:
             if asked.stream:
-                return await self._stream(request, asked, jobs, prompts, answers)
+                return await self._stream(request, asked, jobs, prompts, sampling, answers)
             finished = await _all([_end_of(job) for job in jobs])
-            outcomes = [_outcome(end, logprobs) for end, logprobs in finished]
+            outcomes = [_outcome(asked, end, sampling)._replace(logprobs=logprobs) for end, logprobs in finished]
             usage = _usage([end for end, _ in finished], prompts, n)
             return _answer(answers.whole(outcomes, usage))
 
@@ -233,7 +234,13 @@ class OpenAIRoutes:
         return Job(key, f"openai.{self._count}", task, link_ids, sampling, self._loop.now(), texts=prompt.turns)
 
     async def _stream(
-        self, request: web.Request, asked: Request, jobs: Sequence[Job], prompts: Sequence[Prompt], answers: Answers
+        self,
+        request: web.Request,
+        asked: Request,
+        jobs: Sequence[Job],
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig,
+        answers: Answers,
     ) -> web.StreamResponse:
         """Each choice as it comes. What is refused before the first token is an ordinary refusal."""
         writer = StreamWriter(request, EVENT_STREAM)
@@ -241,6 +248,7 @@ class OpenAIRoutes:
 
         async def choice(index: int, job: Job) -> Finished:
             begun = False
+            visible = Visible(_tagged(asked, sampling), bool(sampling.chat_options))
             while True:
                 events = await _taken(job)
                 parts: list[Any] = []
@@ -248,11 +256,15 @@ class OpenAIRoutes:
                     if not begun and isinstance(each, Tokens | Finished):
                         begun = True
                         parts.append(answers.first(index))
-                    if isinstance(each, Tokens) and (each.text or each.logprobs):
-                        parts.append(answers.delta(index, each.text, each.logprobs or None))
+                    if isinstance(each, Tokens):
+                        text = visible.add(each.text)
+                        if text or each.logprobs:
+                            parts.append(answers.delta(index, text, each.logprobs or None))
                     elif isinstance(each, Finished):
-                        text = _outcome(each, None)
-                        parts += answers.end(index, text.finish_reason, text.tool_calls)
+                        outcome = _outcome(asked, each, sampling)
+                        if rest := outcome.text[visible.shown :]:
+                            parts.append(answers.delta(index, rest))
+                        parts += answers.end(index, outcome.finish_reason, outcome.tool_calls)
                 if data := b"".join([event(part) for part in parts if part is not None]):
                     async with turn:
                         await writer.write(data)
@@ -327,8 +339,13 @@ async def _all(work: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
             task.cancel()
 
 
-def _outcome(end: Finished, logprobs: Sequence[TokenLogprob] | None) -> Outcome:
-    return Outcome(end.text, finish_reason(end.reason), (), logprobs)
+def _tagged(asked: Request, sampling: SamplingConfig) -> bool:
+    """Whether the model may call tools in its text."""
+    return isinstance(asked, ChatRequest) and bool(asked.tools) and asked.tool_choice != "none" and not sampling.chat_options
+
+
+def _outcome(asked: Request, end: Finished, sampling: SamplingConfig) -> Outcome:
+    return outcome_of(end.text, end.reason, _tagged(asked, sampling))
 
 
 def _usage(ended: Sequence[Finished], prompts: Sequence[Prompt], n: int) -> Any:

@@ -49,11 +49,11 @@ from parrot.protocol.openai_checks import (
     sampling_of,
 )
 from parrot.protocol.openai_errors import refusal_of
+from parrot.protocol.outcomes import Visible, outcome_of
 from parrot.serve.asking import Asking, Choice, Manner, Programs, Session, Stores, Wanted
 from parrot.serve.credentials import hashed
 from parrot.serve.identity import Identity, identity_of
 from parrot.serve.keys import Keys
-from parrot.serve.outcomes import Visible, outcome_of
 from parrot.serve.prompts import Prompt, chat_prompt, completion_prompt, known_tokens, pieces_of, segments_of
 from parrot.serve.routing import Paths
 from parrot.serve.served_models import ServedModel, ServedModels

@@ -11,18 +11,14 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import msgspec
-
 from parrot.protocol.engine import CONTINUED, WHOLE_MESSAGE
-from parrot.protocol.openai import ChatRequest, Message
+from parrot.protocol.openai import ChatRequest
 from parrot.protocol.openai_checks import chat_options_of, refusal
 from parrot.serve.events import Constant, Input, Segment
 from parrot.serve.served_models import TEXT, ServedModel
 from parrot.serve.texts import Piece
 from parrot.serve.tokenization import Tokenization
-from parrot.tokenizer.chat import conversation
-
-_BY_TEMPLATE = ("tools", "tool_choice", "parallel_tool_calls")
+from parrot.tokenizer.chat import asked_conversation, fill_of
 
 
 class Part(NamedTuple):
@@ -51,26 +47,15 @@ class Prompt(NamedTuple):
 
 def chat_prompt(request: ChatRequest, model: ServedModel) -> Prompt:
     """The prompt of a checked request. Raises `bad_request` for what the model cannot do."""
-    options = chat_options_of(request)
-    tools = options.get("tools") if request.tool_choice != "none" else None
+    tools = bool(request.tools) and request.tool_choice != "none"
     inputs = request.parrot.inputs if request.parrot is not None else {}
     if model.kind == TEXT:
         shareable = request.messages[0].role in ("system", "developer")
-        parts = [_message_part(message) for message in request.messages]
-        return Prompt(_with_inputs(parts, inputs, "messages"), shareable, options, bool(tools))
-    for name in options:
-        if name not in _BY_TEMPLATE:
-            told = f"the model '{model.name}' samples freely here; only models behind a chat endpoint take it"
-            raise refusal(f"Unsupported parameter: '{name}': {told}.", name, "unsupported_parameter")
-    if request.tool_choice not in (None, "auto", "none"):
-        told = f"the model '{model.name}' cannot be made to call a tool; 'auto' and 'none' are supported"
-        raise refusal(f"Unsupported value: 'tool_choice': {told}.", "tool_choice", "unsupported_value")
-    if request.parallel_tool_calls is False and tools:
-        told = f"the model '{model.name}' cannot be kept from calling several tools"
-        raise refusal(f"Unsupported value: 'parallel_tool_calls': {told}.", "parallel_tool_calls", "unsupported_value")
-    found = conversation(model.tokenizer, request.messages, tools)
+        parts = [Part(text, role) for role, text in map(fill_of, request.messages)]
+        return Prompt(_with_inputs(parts, inputs, "messages"), shareable, chat_options_of(request), tools)
+    found = asked_conversation(request, model.tokenizer)
     parts = [Part(segment) for segment in _without_bos(found.segments, model.bos_text)]
-    return Prompt(_with_inputs(parts, inputs, "messages"), found.shareable, {}, bool(tools))
+    return Prompt(_with_inputs(parts, inputs, "messages"), found.shareable, {}, tools)
 
 
 def completion_prompt(prompt: str | list[int], model: ServedModel, inputs: Mapping[str, str]) -> Prompt:
@@ -86,18 +71,6 @@ def completion_prompt(prompt: str | list[int], model: ServedModel, inputs: Mappi
     except Exception as error:  # each library raises something else
         raise refusal(f"Invalid 'prompt': not all of these are token ids of '{model.name}'.", "prompt") from error
     return Prompt([Part(text, ids=prompt)])
-
-
-def _message_part(message: Message) -> Part:
-    """The message for engines that take text. What has no text, or more than a role and a text, goes as it is."""
-    text = message.text
-    plain = not (message.tool_calls or message.tool_call_id or message.name or message.refusal)
-    if plain and text:
-        return Part(text, message.role)
-    whole = {name: value for name, value in msgspec.to_builtins(message).items() if value is not None}
-    if "content" not in whole:
-        whole["content"] = None
-    return Part(msgspec.json.encode(whole).decode(), WHOLE_MESSAGE)
 
 
 def _without_bos(segments: Sequence[str], bos_text: str) -> list[str]:

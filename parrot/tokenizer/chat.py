@@ -21,8 +21,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from parrot.protocol.engine import WHOLE_MESSAGE
 from parrot.protocol.errors import ParrotError
-from parrot.protocol.openai import Message, ToolCall
+from parrot.protocol.openai import ChatRequest, Message, ToolCall
+from parrot.protocol.openai_checks import chat_options_of, refusal
 from parrot.tokenizer.base import Tokenizer
 
 # Marks around contents while a template is rendered: characters of the private use area, which no template treats specially.
@@ -57,6 +59,34 @@ def conversation(
     cuts = _cuts(tokenizer, turns, tools, whole)
     segments = [whole[a:b] for a, b in pairwise([0, *(at for at, _ in cuts), len(whole)]) if a < b]
     return Conversation(segments, bool(cuts) and cuts[0][1] == 0 and turns[0]["role"] == "system")
+
+
+def asked_conversation(request: ChatRequest, tokenizer: Tokenizer) -> Conversation:
+    """The prompt of a checked request for a model that samples freely. Raises ParrotError `bad_request`, also for what nothing
+    but an endpoint of its own could hold the model to."""
+    for name in chat_options_of(request):
+        if name not in ("tools", "tool_choice", "parallel_tool_calls"):
+            told = f"the model '{request.model}' samples freely here; only models behind a chat endpoint take it"
+            raise refusal(f"Unsupported parameter: '{name}': {told}.", name, "unsupported_parameter")
+    if request.tool_choice not in (None, "auto", "none"):
+        told = f"the model '{request.model}' cannot be made to call a tool; 'auto' and 'none' are supported"
+        raise refusal(f"Unsupported value: 'tool_choice': {told}.", "tool_choice", "unsupported_value")
+    tools = msgspec.to_builtins(request.tools) if request.tools and request.tool_choice != "none" else None
+    if request.parallel_tool_calls is False and tools:
+        told = f"the model '{request.model}' cannot be kept from calling several tools"
+        raise refusal(f"Unsupported value: 'parallel_tool_calls': {told}.", "parallel_tool_calls", "unsupported_value")
+    return conversation(tokenizer, request.messages, tools)
+
+
+def fill_of(message: Message) -> tuple[str, str]:
+    """The message for engines that take text: its role, and its text. What has no text, or more than a role and a text, is a
+    whole message as JSON (`parrot.protocol.engine.FillSpec`)."""
+    text = message.text
+    if text and not (message.tool_calls or message.tool_call_id or message.name or message.refusal):
+        return message.role, text
+    whole = {name: value for name, value in msgspec.to_builtins(message).items() if value is not None}
+    whole.setdefault("content", None)
+    return WHOLE_MESSAGE, msgspec.json.encode(whole).decode()
 
 
 def tool_format(tokenizer: Tokenizer) -> str | None:

@@ -261,3 +261,25 @@ async def test_the_stream_is_of_server_sent_events_that_end_with_done() -> None:
             own = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
             assert "".join(choice["text"] for choice in own) == "w100 w101 w102"
             assert [choice["finish_reason"] for choice in own][-1] == "length"
+
+
+async def test_an_engine_behind_an_endpoint_passes_tools_on_and_its_calls_back() -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}
+    tools: Any = [{"type": "function", "function": {"name": "weather"}}]
+    asked: Any = {"model": "gpt35", "messages": HELLO, "tools": tools}
+    async with stand_in(respond=lambda _: Answer("let me", calls=[call])) as stand:
+        engine = await start_openai(configuration(stand, chat=True), with_core=False)
+        try:
+            async with client_of(engine.url) as client:
+                answer = await client.chat.completions.create(**asked)
+                assert stand.seen[0]["tools"] == tools
+                choice = answer.choices[0]
+                assert (choice.message.content, choice.finish_reason) == ("let me", "tool_calls")
+                assert [made.model_dump() for made in choice.message.tool_calls or ()] == [call]
+                again = [*HELLO, choice.message, {"role": "tool", "tool_call_id": "c1", "content": "12 °C"}]
+                chunks = [c async for c in await client.chat.completions.create(**{**asked, "messages": again}, stream=True)]
+                assert stand.seen[1]["messages"][-2]["tool_calls"] == [call]
+                assert "".join(c.choices[0].delta.content or "" for c in chunks) == "let me"
+                assert chunks[-1].choices[0].finish_reason == "tool_calls"
+        finally:
+            await engine.close()
