@@ -79,8 +79,8 @@ class StreamWriter:
         return self.response
 
     def _cannot_wait(self, length: int) -> bool:
-        """Whether a write of so many bytes ends at once: all that was written before is on its way. So it is nearly always, and a
-        timeout would cost more than the write."""
+        """Whether a write of so many bytes ends at once, because all that was written before is on its way. So it is nearly
+        always, and a timeout would cost more than the write."""
         transport = self._request.transport
         return length <= _SMALL and transport is not None and transport.get_write_buffer_size() == 0
 
