@@ -96,7 +96,8 @@ def measured(sent_s: float, parts: Sequence[tuple[float, bytes]], tokens: int) -
         raise RuntimeError(f"no answer of {tokens} tokens: {whole[:300]!r} … {whole[-300:]!r}")
     first_s, last_s = texts[0][0], texts[-1][0]
     gaps = [b - a for (a, _), (b, _) in itertools.pairwise(texts)]
-    return Measured(first_s - sent_s, (tokens - texts[0][1]) / (last_s - first_s), max(gaps), len(texts))
+    rate = (tokens - texts[0][1]) / (last_s - first_s) if gaps else 0.0
+    return Measured(first_s - sent_s, rate, max(gaps, default=0.0), len(texts))
 
 
 def _words(data: bytes) -> int:
@@ -154,14 +155,13 @@ async def measure(running: Cluster, arguments: argparse.Namespace) -> bool:
             cpu[row][1] += cpu_s(running.engine_pid) - before[1]
             await asyncio.sleep(0.2)
     print(f"{arguments.streams} streams at once, {len(found['core'])} answers a row, {arguments.tokens} tokens each")
-    columns = ("asked", "TTFT p50 ms", "p90 ms", "tokens/s p50", "longest gap ms", "pieces", "core CPU µs/token", "engine's")
+    columns = ("asked", "TTFT p10 ms", "p50 ms", "p90 ms", "tokens/s", "gap ms", "pieces", "core CPU µs/token", "engine's")
     print(" ".join(f"{name:>{max(12, len(name))}}" for name in columns))
     for row, each in found.items():
         tokens = len(each) * arguments.tokens
         values = (
             row,
-            f"{statistics.median(m.ttft_s for m in each) * 1e3:.2f}",
-            f"{percentile([m.ttft_s for m in each], 0.9) * 1e3:.2f}",
+            *(f"{percentile([m.ttft_s for m in each], share) * 1e3:.2f}" for share in (0.1, 0.5, 0.9)),
             f"{statistics.median(m.rate for m in each):.2f}",
             f"{statistics.median(m.gap_s for m in each) * 1e3:.1f}",
             f"{statistics.mean(m.pieces for m in each):.0f}",

@@ -20,6 +20,7 @@ EVENT_STREAM: dict[str, str] = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",  # proxies such as nginx hold streams back otherwise
 }
+_SMALL = 16_384  # bytes; a transport takes in four times as many before it lets its writer wait
 #: The longest run of characters that is sent in one piece.
 PIECE_CHARACTERS = 16_384
 
@@ -52,7 +53,7 @@ class StreamWriter:
         """Sends `data`. Raises ReaderGone, the connection closed, when nobody takes it in time."""
         if not self.begun:
             await self.response.prepare(self._request)
-        if self._patience_s is None:
+        if self._patience_s is None or self._cannot_wait(len(data)):
             await self.response.write(data)
             return
         try:
@@ -76,6 +77,12 @@ class StreamWriter:
             self._cut_off()
             raise ReaderGone(f"the reader took nothing for {self._patience_s:g} s") from None
         return self.response
+
+    def _cannot_wait(self, length: int) -> bool:
+        """Whether a write of so many bytes ends at once, because all that was written before is on its way. So it is nearly
+        always, and a timeout would cost more than the write."""
+        transport = self._request.transport
+        return length <= _SMALL and transport is not None and transport.get_write_buffer_size() == 0
 
     def _cut_off(self) -> None:
         transport = self._request.transport

@@ -36,6 +36,7 @@ from parrot.protocol.openai_answers import (
     usage_of,
 )
 from parrot.protocol.openai_checks import (
+    CHAT_MAX_TOKENS,
     COMPLETION_MAX_TOKENS,
     chat_logprobs,
     chat_options_of,
@@ -102,7 +103,7 @@ class OpenAIRoutes:
         check_chat(asked)
         self._check(asked)
         prompt = self._conversation(asked)
-        most = asked.max_completion_tokens or asked.max_tokens or self._room(prompt)
+        most = self._most([prompt], asked.max_completion_tokens or asked.max_tokens or CHAT_MAX_TOKENS)
         options = chat_options_of(asked) if self._takes_text else None  # else the prompt has them
         sampling = sampling_of(asked, most, chat_logprobs(asked), options)
         answers = ChatAnswers(*self._head("chatcmpl", asked), _with_usage(asked))
@@ -113,7 +114,7 @@ class OpenAIRoutes:
         given = check_completion(asked)
         self._check(asked)
         prompts = [self._prompt(each, place) for place, each in enumerate(given)]
-        sampling = sampling_of(asked, asked.max_tokens or COMPLETION_MAX_TOKENS, asked.logprobs, None)
+        sampling = sampling_of(asked, self._most(prompts, asked.max_tokens or COMPLETION_MAX_TOKENS), asked.logprobs, None)
         echoes: list[str] = []
         if asked.echo:
             texts = [each if isinstance(each, str) else self._tokenizer.decode(each) for each in given]
@@ -162,18 +163,17 @@ class OpenAIRoutes:
             raise refusal("Invalid 'prompt': it has no tokens, and the models here need something to continue.", "prompt")
         return prompt
 
-    def _check_length(self, prompt: int, output: int) -> None:
-        most = self._engine.max_seq_len
-        if prompt + output > most:
+    def _most(self, prompts: Sequence[Prompt], asked: int) -> int:
+        """Tokens that each answer may have: as many as asked for, as far as there is room. Raises task_too_large when there is
+        none behind a prompt."""
+        longest = max(prompt.tokens for prompt in prompts)
+        room = min(self._engine.max_seq_len, self._engine.tokens_capacity) - longest
+        if room < 1:
             raise ParrotError(
                 "task_too_large",
-                f"This model's maximum context length is {most} tokens. However, you requested {prompt + output} tokens "
-                f"({prompt} in the prompt, {output} in the output). Please reduce the length of either one.",
+                f"the prompt has {longest} tokens; this engine has room for {longest + room} with the output",
             )
-
-    def _room(self, prompt: Prompt) -> int:
-        """How long an answer may be whose request says nothing of it: as long as the model can make it."""
-        return max(1, min(self._engine.max_seq_len, self._engine.tokens_capacity) - prompt.tokens)
+        return min(asked, room)
 
     def _head(self, kind: str, asked: Request) -> tuple[str, int, str]:
         return f"{kind}-{secrets.token_hex(12)}", int(time.time()), asked.model
@@ -190,7 +190,6 @@ class OpenAIRoutes:
     ) -> web.StreamResponse:
         sampling.check()
         n = asked.n or 1
-        self._check_length(max(prompt.tokens for prompt in prompts), sampling.max_gen_length)
         async with self._choices(prompts, n, sampling) as jobs:
             if asked.stream:
                 return await self._stream(request, asked, jobs, prompts, sampling, answers)

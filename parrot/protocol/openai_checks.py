@@ -25,6 +25,7 @@ MOST_PROMPTS = 1024  #: choices of all prompts of one request
 MOST_TOOLS = 128
 MOST_CHAT_LOGPROBS = 20
 MOST_COMPLETION_LOGPROBS = 5
+CHAT_MAX_TOKENS = 2048  #: of an answer whose request names no limit, if the model's context has room for so many
 COMPLETION_MAX_TOKENS = 16  #: OpenAI's default for /v1/completions
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")

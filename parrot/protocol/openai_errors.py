@@ -46,7 +46,10 @@ def refusal_of(info: ErrorInfo) -> Refusal:
         headers["Retry-After"] = str(max(1, math.ceil(wait_s)) if isinstance(wait_s, int | float) else 1)
     elif not info.retryable and (status >= 500 or status in (408, 409, 429)):
         headers["x-should-retry"] = "false"
-    return Refusal(status, OpenAIError(info.message, _type(status), param if isinstance(param, str) else None, code), headers)
+    message = info.message
+    if info.code == "task_too_large":  # clients that look into the text, and not at the code, look for these words
+        message += "; it is longer than the model's context length"
+    return Refusal(status, OpenAIError(message, _type(status), param if isinstance(param, str) else None, code), headers)
 
 
 def _type(status: int) -> str:

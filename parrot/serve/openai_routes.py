@@ -40,6 +40,7 @@ from parrot.protocol.openai_answers import (
     usage_of,
 )
 from parrot.protocol.openai_checks import (
+    CHAT_MAX_TOKENS,
     COMPLETION_MAX_TOKENS,
     chat_logprobs,
     check_chat,
@@ -61,9 +62,6 @@ from parrot.serve.texts import Piece
 from parrot.serve.tokenization import Tokenization
 from parrot.serve.wire import answer, body_of
 from parrot.sse import EVENT_STREAM, StreamWriter
-
-#: Tokens of an answer whose request names no limit, if the model's context has room for so many.
-DEFAULT_MAX_TOKENS = 2048
 
 
 class Work(NamedTuple):
@@ -352,7 +350,7 @@ def _sampling(
     body: Request, model: ServedModel, prompt: Prompt, pieces: Sequence[Piece], limit: int | None, logprobs: int | None
 ) -> SamplingConfig:
     room = max(1, model.max_seq_len - known_tokens(pieces, model.tokenizer.name))
-    return sampling_of(body, min(limit or DEFAULT_MAX_TOKENS, room), logprobs, dict(prompt.options))
+    return sampling_of(body, min(limit or CHAT_MAX_TOKENS, room), logprobs, dict(prompt.options))
 
 
 def _seeded(sampling: SamplingConfig, choice: int) -> SamplingConfig:

@@ -174,7 +174,7 @@ async def test_an_engine_behind_an_endpoint_passes_the_roles_on_and_its_counts_b
         ("chat/completions", {"model": "fake", "messages": HELLO, "stop": list("abcde")}, 400, None, "stop"),
         ("completions", {"model": "fake", "prompt": [[1], []]}, 400, None, "prompt[1]"),
         ("completions", {"model": "fake", "prompt": "   "}, 400, None, "prompt"),
-        ("completions", {"model": "fake", "prompt": "x", "max_tokens": 100000}, 400, "context_length_exceeded", None),
+        ("completions", {"model": "fake", "prompt": "x " * 5000}, 400, "context_length_exceeded", None),
         ("completions", {"model": "fake", "prompt": "x", "output_length": 3}, 400, "bad_sampling", None),
         ("nowhere", {}, 404, "not_found", None),
     ],
