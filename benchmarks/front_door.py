@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import json
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -229,6 +230,7 @@ def main() -> int:
     add("--profile", help="write a cProfile of the core to this file (the numbers are worse then)")
     add("--serve", action="store_true", help="start core and engine and wait for Ctrl-C: for another load generator")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the servers are stopped then, too
     arguments.spread = arguments.tokens * arguments.tpot_ms / 1e3 / 2
     try:
         import uvloop

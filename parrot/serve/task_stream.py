@@ -81,6 +81,7 @@ class TaskStream:
         self._parts: list[bytes] = []  # of a line whose end has not come
         self._parts_bytes = 0
         self._forced: tuple[int, ...] = ()  # ids that the output must begin with
+        self._most_tokens = effect.sampling.max_gen_length
         self._has_token = False
         self.ended = False
         self.spoilt = False
@@ -97,6 +98,8 @@ class TaskStream:
             self._translate_shown()
         generate = continued(GenerateSpec(effect.generate_context_id, effect.sampling), self._output)
         self._forced = generate.forced_ids
+        # What was shown may be more tokens here than where it was generated.
+        self._most_tokens = max(self._most_tokens, len(self._forced))
         roles = effect.roles or ("",) * len(effect.chain)
         chain = tuple(self._fill(link, roles[index], index == 0) for index, link in enumerate(effect.chain))
         task = (effect.engine_id, effect.epoch, effect.task, effect.attempt)
@@ -193,11 +196,6 @@ class TaskStream:
     def _takes_text(self) -> bool:
         """Whether this engine knows texts alone, and no ids."""
         return self._engine.engine_type == "openai"
-
-    @property
-    def _most_tokens(self) -> int:
-        # What was shown may be more tokens here than where it was generated.
-        return max(self._effect.sampling.max_gen_length, len(self._forced))
 
     def _check_tokens(self, event: Tokens) -> None:
         most, count = self._most_tokens, len(self._output.ids) + len(event.ids)

@@ -272,10 +272,10 @@ async def test_a_client_that_goes_away_takes_its_work_along(c: Cluster) -> None:
 async def test_what_fails_on_the_engine_has_openais_form(c: Cluster, code: str, status: int, openai_code: str) -> None:
     engine = await c.engine()
     engine.script(Started(), Failed(code, "no"))
-    assert (await post(c, ask())) == (
-        status,
-        {"error": {"message": "no", "type": _type(status), "param": None, "code": openai_code}},
-    )
+    told, answer = await post(c, ask())
+    assert told == status
+    assert answer["error"].pop("message").startswith("no")
+    assert answer == {"error": {"type": _type(status), "param": None, "code": openai_code}}
 
 
 def _type(status: int) -> str:
