@@ -113,6 +113,7 @@ class Scheduler:
             if self.service is not None:
                 self.service.queued(task)
         if self.tenants.limiting:
+            call.session.account.charge(task, now)
             self._line_up(task)
         else:
             self.queue.add(task)
@@ -127,6 +128,8 @@ class Scheduler:
         if task.state == "queued":
             self._leave_queue(task, now)
             self.changed = True  # it may have held others back
+            if task.charged:
+                task.call.session.account.settle(task, 0, now)
         else:
             self._abort(task, now)
         task.state = TASK[task.state, "cancel"]
@@ -145,6 +148,8 @@ class Scheduler:
             self.effects.append(Abort(task.engine.id, self.epoch, task.id, task.attempt))
             if self.service is not None:
                 self.service.cancelled(task)
+            if task.charged:  # what it has generated was perhaps read
+                task.call.session.account.settle(task, task.charged, now)
             self._release(task, now)
 
     def reorder(self, task: Task) -> None:
@@ -229,6 +234,8 @@ class Scheduler:
     def _end_failed(self, task: Task, error: ErrorInfo, now: float) -> None:
         task.state = TASK[task.state, "fail"]
         task.finished_s = now
+        if task.charged:
+            task.call.session.account.settle(task, 0, now)
         self._forget(task)
         self.effects.append(TaskEnded(task.id, task.attempt, task.output.id, error, self.event))
         self._failed(task, error, now)
@@ -382,6 +389,7 @@ class Scheduler:
                 generate.id,
                 task.sampling,
                 task.output.id,
+                _roles(task),
             )
         )
 
@@ -551,7 +559,10 @@ class Scheduler:
         task.output_tokens = event.output_tokens
         task.decode_s, task.max_gap_s = event.decode_s, event.max_gap_s
         task.cost = event.cost
+        task.reason = event.reason
         task.finished_s = now
+        if task.charged:
+            task.call.session.account.settle(task, event.prompt_tokens + event.output_tokens, now)
         self._forget(task)
         self.effects.append(_TASK_ENDED(task.id, task.attempt, task.output.id, None, self.event))
         self._finished(task, event.content, now)
@@ -726,6 +737,15 @@ class Scheduler:
         self._lose(engines, "the core was restarted", now)
         for task in self._stranded:
             self._stranded[task] = now + self._config.engine_wait_timeout
+
+
+def _roles(task: Task) -> tuple[str, ...]:
+    """Of the links of its chain; () where none has one."""
+    links = task.links or ()
+    for link in links:
+        if link.role:
+            return tuple([link.role for link in links])
+    return ()
 
 
 def _said(error: Exception) -> str:
