@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from parrot.latency import LatencyProfile
 from sim.calibrate.fitting import Array, predictions
@@ -70,8 +70,11 @@ def _against(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
     elif inputs and max(inputs) > 50:  # 0 has a place of its own on the left
-        axes.set_xscale("symlog", linthresh=max(1.0, max(inputs) / 1e4))
-        axes.set_xlim(-0.3 * max(1.0, max(inputs) / 1e4), 1.6 * max(inputs))
+        linear = max(1.0, max(inputs) / 1e4)
+        axes.set_xscale("symlog", linthresh=linear)
+        axes.set_xlim(-0.3 * linear, 1.6 * max(inputs))
+        decades = [10.0**k for k in range(16) if linear <= 10.0**k <= 1.6 * max(inputs)]
+        axes.xaxis.set_major_locator(FixedLocator([0.0, *decades]))
     if spans:  # a few outliers must not flatten the rest
         low, high = min(s[0] for s in spans), max(s[1] for s in spans)
         margin = 0.08 * max(high - low, 1.0)
