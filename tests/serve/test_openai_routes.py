@@ -592,3 +592,9 @@ async def test_a_model_whose_template_knows_no_tools_refuses_them(c: Cluster) ->
     status, answer = await post(c, ask(tools=[TOOL]))
     assert (status, answer["error"]["param"], answer["error"]["code"]) == (400, "tools", "unsupported_parameter")
     assert (await post(c, ask(tools=[TOOL], tool_choice="none")))[0] == 200
+
+
+async def test_the_ids_of_an_output_are_an_engine_s_to_give(c: Cluster) -> None:
+    await c.engine()
+    status, answer = await c.client.send("POST", "/v1/completions", {"model": "m", "prompt": "x", "return_token_ids": True})
+    assert (status, answer["error"]["param"]) == (400, "return_token_ids")
