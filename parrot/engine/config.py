@@ -132,8 +132,9 @@ class OpenAIInstance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     and `max_gen_length`, as Azure counts them. `stream_usage`: ask for the token counts with the stream (null: yes, but not of
     Azure, whose older versions refuse it). `max_tokens_field`: newer models of OpenAI's take max_completion_tokens.
     `extended_sampling`: the server knows top_k, repetition_penalty, stop_token_ids and ignore_eos. `send_token_ids`: send the
-    prompt as ids of `tokenizer` (api_endpoint "completion" alone). `max_seq_len`: the model's context window in tokens.
-    `prompt_price`, `output_price`: of a million tokens, in any currency.
+    prompt as ids of `tokenizer` (api_endpoint "completion" alone); `return_token_ids`: the server, vLLM or an engine of this
+    project, gives back those of the output, so that other calls read what was generated to the token. `max_seq_len`: the
+    model's context window in tokens. `prompt_price`, `output_price`: of a million tokens, in any currency.
     """
 
     api_key: str | None = None
@@ -150,6 +151,7 @@ class OpenAIInstance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     extended_sampling: bool = False
     send_token_ids: bool = False
+    return_token_ids: bool = False
     max_seq_len: Positive | None = None
     prompt_price: Annotated[float, Meta(ge=0)] = 0.0
     output_price: Annotated[float, Meta(ge=0)] = 0.0
@@ -412,4 +414,5 @@ def description_of(
         attn_func=attn_func,
         latency_profile=latency_profile or profile_of(config),
         tls=config.ssl_certfile is not None,
+        takes_token_ids=isinstance(config.instance, OpenAIInstance) and config.instance.send_token_ids,
     )

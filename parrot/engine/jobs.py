@@ -158,12 +158,14 @@ class Job:
         counts = (self.prompt_tokens, self.cached_tokens)
         self.stream.put(Finished(ids, text, reason, *counts, decode_s, max_gap_s, evicted=self._evicted()), last=True)
 
-    def finish_text(self, text: str, reason: str, prompt_tokens: int, output_tokens: int, cost: float) -> None:
-        """It ended with the whole output `text`, whose ids nobody knows; the counts are another's."""
+    def finish_text(
+        self, text: str, reason: str, prompt_tokens: int, output_tokens: int, cost: float, ids: tuple[int, ...] = ()
+    ) -> None:
+        """It ended with the whole output `text`, whose `ids` nobody knows unless they are given; the counts are another's."""
         self.show((), text)
         decode_s = max(0.0, self._last_at - self._first_at)
         counts = (prompt_tokens, self.cached_tokens, decode_s, self._max_gap_s, output_tokens, cost)
-        self.stream.put(Finished((), text, reason, *counts, self._evicted()), last=True)
+        self.stream.put(Finished(ids, text, reason, *counts, self._evicted()), last=True)
 
     @property
     def max_gap_s(self) -> float:

@@ -189,7 +189,8 @@ async def start_openai(
     if tokenizer.name == ESTIMATED:
         log.warning("tokens are estimated, since the file names no 'tokenizer': four bytes of text count as one")
     limits = limits_of(config)
-    description = description_of(config, limits, tokenizer=tokenizer.name)
+    bos = bos_tokens(tokenizer) if config.instance.send_token_ids else 0
+    description = description_of(config, limits, tokenizer=tokenizer.name, bos_tokens=bos)
     request_log = None
     if config.iteration_log is not None:
         request_log = IterationLog(config.iteration_log, _remote_header(config, description))

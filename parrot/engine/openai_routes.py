@@ -25,7 +25,15 @@ from parrot.engine.tasks import encode
 from parrot.protocol.api import SamplingConfig
 from parrot.protocol.engine import EngineDescription, Failed, Finished, Rejected, TokenLogprob, Tokens
 from parrot.protocol.errors import ErrorInfo, ParrotError
-from parrot.protocol.openai import ChatRequest, CompletionRequest, ModelCard, ModelList, OpenAIErrorBody, Request
+from parrot.protocol.openai import (
+    ChatRequest,
+    CompletionChoice,
+    CompletionRequest,
+    ModelCard,
+    ModelList,
+    OpenAIErrorBody,
+    Request,
+)
 from parrot.protocol.openai_answers import (
     DONE,
     Answers,
@@ -196,7 +204,11 @@ class OpenAIRoutes:
             finished = await _all([_end_of(job) for job in jobs])
             outcomes = [_outcome(asked, end, sampling)._replace(logprobs=logprobs) for end, logprobs in finished]
             usage = _usage([end for end, _ in finished], prompts, n)
-            return _answer(answers.whole(outcomes, usage))
+            answer = answers.whole(outcomes, usage)
+            if _wants_ids(asked):
+                choices = [_with_ids(choice, end) for choice, (end, _) in zip(answer.choices, finished, strict=True)]
+                answer = msgspec.structs.replace(answer, choices=choices)
+            return _answer(answer)
 
     @asynccontextmanager
     async def _choices(self, prompts: Sequence[Prompt], n: int, sampling: SamplingConfig) -> AsyncIterator[list[Job]]:
@@ -264,6 +276,9 @@ class OpenAIRoutes:
                         if rest := outcome.text[visible.shown :]:
                             parts.append(answers.delta(index, rest))
                         parts += answers.end(index, outcome.finish_reason, outcome.tool_calls)
+                        if _wants_ids(asked):
+                            (last,) = parts[-1].choices
+                            parts[-1] = msgspec.structs.replace(parts[-1], choices=[_with_ids(last, each)])
                 if data := b"".join([event(part) for part in parts if part is not None]):
                     async with turn:
                         await writer.write(data)
@@ -292,6 +307,15 @@ def refused(info: ErrorInfo) -> web.Response:
 
 def _answer(data: object) -> web.Response:
     return web.Response(body=_encode(data), headers=_JSON)
+
+
+def _wants_ids(asked: Request) -> bool:
+    return isinstance(asked, CompletionRequest) and bool(asked.return_token_ids)
+
+
+def _with_ids(choice: CompletionChoice, end: Finished) -> CompletionChoice:
+    """The choice with the ids of all its tokens, cut where its text is."""
+    return msgspec.structs.replace(choice, token_ids=list(end.ids))
 
 
 def _with_usage(asked: Request) -> bool:

@@ -45,6 +45,7 @@ class EngineDescription(msgspec.Struct, frozen=True, omit_defaults=True):
     attn_func: str = ""
     latency_profile: LatencyProfile | None = None
     tls: bool = False  #: it shows a certificate
+    takes_token_ids: bool = False  #: of an engine that takes text: it passes the ids of its prompt's tokens on
 
 
 class RegisterRequest(msgspec.Struct, frozen=True):

@@ -155,6 +155,7 @@ class CompletionRequest(Request, frozen=True, kw_only=True, forbid_unknown_field
     """POST /v1/completions. `prompt`: a text or token ids, or a list of them."""
 
     prompt: str | list[Any]
+    return_token_ids: bool | None = None  #: as vLLM has it: the choice's `token_ids` too; engines alone
     best_of: int | None = None
     echo: bool | None = None
     logprobs: int | None = None
@@ -223,6 +224,7 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     text: str
     finish_reason: str | None = None
     logprobs: CompletionLogprobs | None = None
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class OutputReference(msgspec.Struct, frozen=True):

@@ -140,6 +140,12 @@ class OpenAIRoutes:
         identity = identity_of(request, self._keys)
         body = decode(await body_of(request), CompletionRequest)
         given = check_completion(body)
+        if body.return_token_ids:
+            raise refusal(
+                "Unsupported parameter: 'return_token_ids': an output has ids where it was generated; ask an engine.",
+                "return_token_ids",
+                "unsupported_parameter",
+            )
         model = self._models.find(body.model)
         inputs = body.parrot.inputs if body.parrot is not None else {}
         prompts = [completion_prompt(each, model, inputs) for each in given]

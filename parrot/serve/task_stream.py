@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import isfinite
+from typing import Any
 
 import msgspec
 
@@ -114,13 +115,13 @@ class TaskStream:
         output.tokenizer = name
 
     def _fill(self, link: ChainLink, role: str, is_head: bool) -> FillSpec:
-        if self._takes_text:
-            text = "".join(map(self._texts.text, link.keys))
+        text = "".join(map(self._texts.text, link.keys)) if self._takes_text else None
+        if self._takes_text and not self._engine.takes_token_ids:
             return FillSpec(link.context_id, text=text, output=link.output, role=role)
         name = self._engine.tokenizer
         head = self._tokenization.bos_id(name) if is_head and self._engine.bos_tokens else None
-        ids = self._texts.ids(link.keys, name, head)
-        return FillSpec(link.context_id, ids, output=link.output)  # type: ignore[arg-type]  # encoded already
+        ids: Any = self._texts.ids(link.keys, name, head)  # encoded already
+        return FillSpec(link.context_id, ids, text, link.output, role if self._takes_text else "")
 
     # --------------------------------------------------------------------------------------------------- the answer
 
@@ -242,7 +243,7 @@ class TaskStream:
         if not self._takes_text:
             del self._output.logprobs[len(event.ids) :]  # of tokens that the stop took away
         self._output.told_logprobs = len(self._output.logprobs)
-        if self._takes_text:
+        if self._takes_text and not event.ids:
             (piece,) = await self._tokenization.pieces([event.text])
         else:
             piece = await self._tokenization.output(self._engine.tokenizer, event.text, event.ids)

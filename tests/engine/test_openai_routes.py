@@ -92,6 +92,17 @@ async def test_a_completion_takes_text_or_token_ids_or_several_of_them() -> None
         await nothing_is_left(engine)
 
 
+async def test_a_completion_gives_the_ids_of_its_tokens_to_who_asks() -> None:
+    async with fake_engine() as engine, client_of(engine.url) as client:
+        asked: Any = {"model": "fake", "prompt": ["x", "y"], "max_tokens": 3, "extra_body": {"return_token_ids": True}}
+        whole = await client.completions.create(**asked)
+        assert [choice.token_ids for choice in whole.choices] == [[100, 101, 102]] * 2  # type: ignore[attr-defined]
+        chunks = [chunk async for chunk in await client.completions.create(**asked, stream=True)]
+        found = [c.choices[0].token_ids for c in chunks if hasattr(c.choices[0], "token_ids")]  # type: ignore[attr-defined]
+        assert found == [[100, 101, 102]] * 2
+        assert not hasattr((await client.completions.create(model="fake", prompt="x")).choices[0], "token_ids")
+
+
 async def test_choices_of_one_prompt_share_its_contexts_and_have_seeds_of_their_own() -> None:
     async with fake_engine() as engine, client_of(engine.url) as client:
         engine.runner.gate.clear()

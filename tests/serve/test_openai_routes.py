@@ -158,6 +158,14 @@ async def test_without_a_limit_an_answer_may_fill_what_the_prompt_leaves_of_the_
     assert [task.generate.sampling.max_gen_length for task in engine.tasks] == [1997, 1997]
 
 
+async def test_a_prompt_that_is_longer_than_the_context_is_refused(c: Cluster) -> None:
+    await c.engine()
+    for body, path in ((ask("word " * 2001), CHAT), ({"model": "m", "prompt": "word " * 2000}, "/v1/completions")):
+        status, answer = await post(c, body, path)
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    assert sessions(c) == 0
+
+
 async def test_log_probabilities_come_with_the_tokens(c: Cluster) -> None:
     engine = await c.engine()
     first, second = TokenLogprob("fine", -0.1, (("fine", -0.1),)), TokenLogprob(" thanks", -0.2, ((" thanks", -0.2),))
@@ -272,10 +280,9 @@ async def test_a_client_that_goes_away_takes_its_work_along(c: Cluster) -> None:
 async def test_what_fails_on_the_engine_has_openais_form(c: Cluster, code: str, status: int, openai_code: str) -> None:
     engine = await c.engine()
     engine.script(Started(), Failed(code, "no"))
-    told, answer = await post(c, ask())
-    assert told == status
+    found, answer = await post(c, ask())
     assert answer["error"].pop("message").startswith("no")
-    assert answer == {"error": {"type": _type(status), "param": None, "code": openai_code}}
+    assert (found, answer) == (status, {"error": {"type": _type(status), "param": None, "code": openai_code}})
 
 
 def _type(status: int) -> str:
@@ -592,3 +599,9 @@ async def test_a_model_whose_template_knows_no_tools_refuses_them(c: Cluster) ->
     status, answer = await post(c, ask(tools=[TOOL]))
     assert (status, answer["error"]["param"], answer["error"]["code"]) == (400, "tools", "unsupported_parameter")
     assert (await post(c, ask(tools=[TOOL], tool_choice="none")))[0] == 200
+
+
+async def test_the_ids_of_an_output_are_an_engine_s_to_give(c: Cluster) -> None:
+    await c.engine()
+    status, answer = await c.client.send("POST", "/v1/completions", {"model": "m", "prompt": "x", "return_token_ids": True})
+    assert (status, answer["error"]["param"]) == (400, "return_token_ids")

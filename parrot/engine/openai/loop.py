@@ -35,14 +35,15 @@ MILLION = 1_000_000
 
 
 class _Piece(NamedTuple):
-    """A part of an answer: text, how it ended, the endpoint's counts, log-probabilities, parts of tool calls; each where it
-    came."""
+    """A part of an answer: text, how it ended, the endpoint's counts, log-probabilities, parts of tool calls, token ids; each
+    where it came."""
 
     text: str = ""
     reason: str | None = None
     usage: Any = None
     logprobs: tuple[TokenLogprob, ...] = ()
     calls: Sequence[Any] = ()
+    ids: Sequence[int] = ()
 
 
 class _Broken(Exception):
@@ -172,6 +173,7 @@ class RemoteLoop:
         async for piece in self._pieces(request):
             if piece.usage is not None:
                 request.usage = piece.usage
+            request.ids += piece.ids
             if piece.text:
                 text = request.add(piece.text)
                 if text:
@@ -194,7 +196,8 @@ class RemoteLoop:
             request.reason = "length" if reason == "length" else "stop_str" if job.sampling and job.sampling.stops else "eos"
         job.cached_tokens = request.cached_tokens
         cost = request.prompt_tokens * self._instance.prompt_price + request.output_tokens * self._instance.output_price
-        job.finish_text(request.text, request.reason, request.prompt_tokens, request.output_tokens, cost / MILLION)
+        counts = (request.prompt_tokens, request.output_tokens, cost / MILLION)
+        job.finish_text(request.text, request.reason, *counts, request.output_ids())
 
     async def _pieces(self, request: _Request) -> AsyncIterator[_Piece]:
         if self._instance.api_endpoint == "chat":
@@ -214,7 +217,8 @@ class RemoteLoop:
                     text = choice.text
                 elif choice.delta is not None:
                     text, calls = choice.delta.content, choice.delta.tool_calls or ()
-                yield _Piece(text or "", choice.finish_reason, usage, logprobs_of(choice.logprobs), calls)
+                ids = getattr(choice, "token_ids", None) or ()
+                yield _Piece(text or "", choice.finish_reason, usage, logprobs_of(choice.logprobs), calls, ids)
 
     def _give_up(self, job: Job, refusal: Refusal, tries: int) -> None:
         message = refusal.message if tries == 1 else f"{refusal.message} (sent {tries} times)"
@@ -274,6 +278,9 @@ class _Request:
             self.parameters["prompt"] = [*ids, *(tokenizer.encode(self._shown) if self._shown else ())]
         else:
             self.parameters["prompt"] = prompt_of(job.texts, tokenizer) + self._shown
+        if instance.return_token_ids:
+            self.parameters["extra_body"] = {**self.parameters.get("extra_body", {}), "return_token_ids": True}
+        self.ids: list[int] = []  # of the tokens that have come
         self.wants_logprobs = sampling.logprobs is not None
         self.told_logprobs = 0
         self.calls: dict[int, list[str]] = {}  # id, name and arguments of the tool calls, as far as they have come
@@ -302,6 +309,13 @@ class _Request:
         if delta.function is not None:
             call[1] += delta.function.name or ""
             call[2] += delta.function.arguments or ""
+
+    def output_ids(self) -> tuple[int, ...]:
+        """The ids of the output, where the endpoint gave those of its text and of nothing more (a stop string's, say)."""
+        if not self.ids:
+            return ()
+        ids = [*(self._tokenizer.encode(self._shown) if self._shown else ()), *self.ids]
+        return tuple(ids) if self._tokenizer.decode(ids) == self.text else ()
 
     def tool_calls(self) -> list[ToolCall]:
         """The tool calls, in their order."""

@@ -33,6 +33,7 @@ class Answer:
     cut: int | None = None
     error_after: int | None = None
     reason: str = "stop"
+    ids: tuple[int, ...] = ()  # of the tokens, one a chunk
     gate: asyncio.Event | None = None
     usage: tuple[int, int, int] | None = None  # prompt, cached, output
     delay_s: float = 0.0
@@ -107,6 +108,8 @@ class StandIn:
             if answer.gate is not None and n == len(pieces) - 1:
                 await answer.gate.wait()
             shown = {"delta": {"content": piece}} if chat else {"text": piece}
+            if answer.ids:
+                shown["token_ids"] = [answer.ids[n]]
             if answer.logprobs:
                 shown["logprobs"] = _logprobs(piece, chat)
             await send([{"index": 0, "finish_reason": None, **shown}])

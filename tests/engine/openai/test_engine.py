@@ -116,6 +116,28 @@ async def test_ids_go_to_an_endpoint_that_takes_them() -> None:
         assert server.seen[0]["prompt"] == [5, 6, 7]
 
 
+@pytest.mark.parametrize(("ids", "kept"), [((5, 6, 7), (5, 6, 7)), ((5, 6, 8), ()), ((), ())])
+async def test_the_ids_of_an_output_are_kept_where_they_are_those_of_its_text(
+    ids: tuple[int, ...], kept: tuple[int, ...]
+) -> None:
+    instance = {"send_token_ids": True, "return_token_ids": True}
+    keys: dict[str, Any] = {"azure": False, "tokenizer": "synthetic", "instance": instance}
+    async with stand_in(answers=[Answer("w5 w6 w7", ids=ids)]) as server, remote(server, **keys) as engine:
+        ended = last(await engine.run(task("w1")), Finished)
+        assert (ended.text, ended.ids) == ("w5 w6 w7", kept)
+        assert server.seen[0]["return_token_ids"] is True
+
+
+async def test_an_output_that_goes_on_behind_what_was_shown_has_the_ids_of_both() -> None:
+    instance = {"send_token_ids": True, "return_token_ids": True}
+    keys: dict[str, Any] = {"azure": False, "tokenizer": "synthetic", "instance": instance}
+    async with stand_in(answers=[Answer("w6 w7", ids=(6, 7))]) as server, remote(server, **keys) as engine:
+        request = task("w1")
+        generate = msgspec.structs.replace(request.generate, forced_text="w5 ")
+        ended = last(await engine.run(msgspec.structs.replace(request, generate=generate)), Finished)
+        assert (ended.text, ended.ids) == ("w5 w6 w7", (5, 6, 7))
+
+
 async def test_price_and_usage_make_the_cost() -> None:
     prices = {"prompt_price": 2.0, "output_price": 10.0}
     async with stand_in(answers=[Answer(usage=(1000, 0, 100))]) as server, remote(server, instance=prices) as engine:
@@ -328,6 +350,7 @@ async def test_every_request_has_a_line_in_the_log(tmp_path: Path) -> None:
         ({"base_url": "localhost:8000"}, "http://"),
         ({"base_url": "http://x/v1", "api_endpoint": "chat", "send_token_ids": True}, "completion"),
         ({"base_url": "http://x/v1", "send_token_ids": True}, "tokenizer"),
+        ({"base_url": "http://x/v1", "return_token_ids": True}, "send_token_ids is false"),
         ({"api_key": "k", "api_endpoint": "responses"}, "api_endpoint"),
     ],
 )

@@ -37,12 +37,14 @@ except ConfigurationError as error:
     pytest.skip(f"the model is not here: {error}", allow_module_level=True)
 
 TEXTS = ["The sky is blue because air scatters blue light most — “Rayleigh” found it.", "Ants live in colonies; 蟻 is ant."]
-#: Summaries of two texts at once, joined by a call with two outputs, the second of which reads the first.
+#: Summaries of two texts and some noise at once, joined by a call with two outputs, the second of which reads the first.
 PROGRAM = '''
 from parrot import P
 from tests.engine.openai.test_same_application import TEXTS, told
 
 GREEDY = P.SamplingConfig(temperature=0.0, max_gen_length=10)
+# The same token again and again: read as a text, these would be fewer and longer tokens.
+ODD = P.SamplingConfig(temperature=0.0, max_gen_length=6, logit_bias={"81": 100.0})
 
 
 @P.semantic_function(model_type=MODEL_TYPE)
@@ -54,9 +56,14 @@ def summarise(text: P.Input, summary: P.Output(GREEDY)):
 
 
 @P.semantic_function(model_type=MODEL_TYPE)
-def join(first: P.Input, second: P.Input, joined: P.Output(GREEDY), title: P.Output(GREEDY)):
+def mumble(noise: P.Output(ODD)):
+    """Mumble: {{noise}}"""
+
+
+@P.semantic_function(model_type=MODEL_TYPE)
+def join(first: P.Input, second: P.Input, third: P.Input, joined: P.Output(GREEDY), title: P.Output(GREEDY)):
     """<|im_start|>user
-    Join: {{first}} and {{second}}<|im_end|>
+    Join: {{first}} and {{second}} and {{third}}<|im_end|>
     <|im_start|>assistant
     {{joined}}<|im_end|>
     <|im_start|>user
@@ -66,7 +73,7 @@ def join(first: P.Input, second: P.Input, joined: P.Output(GREEDY), title: P.Out
 
 
 def main(vm):
-    summaries = [summarise(text) for text in TEXTS]
+    summaries = [*(summarise(text) for text in TEXTS), mumble()]
     joined, title = join(*summaries)
     texts = [title.get(P.PerformanceCriteria.LATENCY), *(v.get() for v in (joined, *summaries))]
     told.append((texts, vm.report()))
@@ -75,11 +82,13 @@ told: list[tuple[list[str], SessionReport]] = []  #: what programs report of the
 
 
 class Outcome(NamedTuple):
-    """`dag`: each call's name and tasks; `placements`: the number of each task's engine."""
+    """`dag`: each call's name and tasks; `placements`: the number of each task's engine; `tokens`: of prompts and outputs. (In
+    simulation an output's tokens are those of its text.)"""
 
     texts: list[str]
     dag: list[Any]
     placements: list[str]
+    tokens: list[tuple[int, int]]
 
 
 def program(folder: Path, model_type: str) -> Path:
@@ -93,11 +102,10 @@ def outcome() -> Outcome:
     texts, report = told.pop()
     assert not told
     assert report.reports is not None
-    dag = [
-        (call.func_name, [(t.var_id, t.state, t.criteria, t.depth, t.prompt_tokens, t.output_tokens) for t in call.tasks])
-        for call in report.reports
-    ]
-    return Outcome(texts, dag, [(task.engine or "").rpartition("-")[2] for call in report.reports for task in call.tasks])
+    tasks = [task for call in report.reports for task in call.tasks]
+    dag = [(call.func_name, [(t.var_id, t.state, t.criteria, t.depth) for t in call.tasks]) for call in report.reports]
+    placements = [(task.engine or "").rpartition("-")[2] for task in tasks]
+    return Outcome(texts, dag, placements, [(task.prompt_tokens, task.output_tokens) for task in tasks])
 
 
 def played(path: Path, url: str) -> Outcome:
@@ -143,7 +151,7 @@ async def builtin(number: int, port: int) -> RunningEngine:
 
 
 async def remote(number: int, port: int, url: str) -> RunningEngine:
-    instance = {"base_url": f"{url}/v1", "send_token_ids": True, "extended_sampling": True, "max_seq_len": 2048}
+    instance = {"base_url": f"{url}/v1", "send_token_ids": True, "return_token_ids": True, "max_seq_len": 2048}
     config = parse_engine_config(
         {
             **SHARED,
@@ -160,8 +168,8 @@ async def remote(number: int, port: int, url: str) -> RunningEngine:
 
 ANSWERS = """
 def answer(output, inputs):
-    title, joined, *summaries = SAID
-    return {"title": title, "joined": joined}.get(output) or summaries[TEXTS.index(inputs["text"])]
+    title, joined, *summaries, noise = SAID
+    return {"title": title, "joined": joined, "noise": noise}.get(output) or summaries[TEXTS.index(inputs["text"])]
 """
 
 
@@ -210,6 +218,7 @@ def test_an_application_is_the_same_on_builtin_engines_behind_openai_s_protocol_
     assert all(on_builtin.texts)
     assert on_remote.texts == on_builtin.texts
     in_simulation = simulated(near, on_builtin.texts)
+    assert on_remote.tokens == on_builtin.tokens
     for name, other in {"remote": on_remote, "simulated": in_simulation}.items():
         assert other.dag == on_builtin.dag, name
         assert other.placements == on_builtin.placements, name
