@@ -332,6 +332,7 @@ class Scheduler:
 
     def _dispatch(self, placement: Placement, now: float, fallback: bool = False) -> None:
         task, engine = placement.task, placement.engine
+        self.cluster.forget()
         if self.explanations is not None:
             self.explanations.add(placement, task.attempt + 1, now, self.queue.size, fallback)
         self._leave_queue(task, now)

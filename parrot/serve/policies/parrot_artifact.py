@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from parrot.serve.engines import Engine, Lane, Load
+from parrot.serve.engines import Engine, EngineIndex, Lane, Load
 from parrot.serve.graph import Task
 from parrot.serve.policies.base import Cluster, InOrder, Placement, Terms, best_of, open_first
 from parrot.serve.policies.parameters import Parameter
@@ -102,14 +102,14 @@ class ParrotArtifact(InOrder):
             return (found,)
         index = task.call.lane.ordered(self._key)
         rule = "fewest_places" if self._key is fewest_places else "most_places"
-
-        def rank(ids: list[int] | None) -> Iterator[tuple[Engine, Terms]]:
-            for engine in index if ids is None else index.among(ids):
-                if self._allows(task, engine):
-                    yield engine, _places(engine)
-
-        found = best_of(task, open_first(task, cluster, rank), cluster, rule=rule)
+        ranked = open_first(task, cluster, lambda ids: self._by_places(task, index, ids))
+        found = best_of(task, ranked, cluster, rule=rule)
         return () if found is None else (found,)
+
+    def _by_places(self, task: Task, index: EngineIndex, ids: list[int] | None) -> Iterator[tuple[Engine, Terms]]:
+        for engine in index if ids is None else index.among(ids):
+            if self._allows(task, engine):
+                yield engine, _places(engine)
 
     def _holders(self, task: Task) -> Iterator[tuple[Engine, Terms]]:
         path = task.path

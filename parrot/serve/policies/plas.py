@@ -88,8 +88,7 @@ class LeastAttained(InOrder):
             stalled, version = self._stalled.pop(lane, (None, 0))
             while (task := self.first(queue, lane)) is not None:
                 found: Placement | None = None
-                again = task is not stalled or any(cluster.fits(task, engine) for engine in lane.opened_since(version))
-                if again and cluster.anywhere(task):
+                if self.admitted(task, cluster, version if task is stalled else None):
                     found = self._engine_for(task, cluster)
                 if found is None:
                     self._stalled[lane] = (task, lane.version)

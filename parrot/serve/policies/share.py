@@ -72,8 +72,7 @@ class ByShare(InOrder):
             stalled, version = self._stalled.pop(lane, (None, 0))
             while (task := self.first(queue, lane)) is not None:
                 found: Placement | None = None
-                again = task is not stalled or any(cluster.fits(task, engine) for engine in lane.opened_since(version))
-                if again and cluster.anywhere(task):
+                if self.admitted(task, cluster, version if task is stalled else None):
                     found = next(iter(self.choose(task, queue, cluster)), None)
                 if found is None:
                     self._stalled[lane] = (task, lane.version)
