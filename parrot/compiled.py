@@ -35,6 +35,7 @@ MODULES = (
     "parrot.engine.running",
     "parrot.latency",
     "parrot.serve.claims",
+    "parrot.serve.containment",
     "parrot.serve.contexts",
     "parrot.serve.core",
     "parrot.serve.deadlines",

@@ -23,6 +23,7 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Any, ClassVar
 
 import numpy as np
+from mypy_extensions import mypyc_attr
 
 from parrot.serve.engines import Engine, EngineIndex, Lane, Load
 from parrot.serve.graph import Task
@@ -42,6 +43,7 @@ def fewest_places(engine: Engine) -> Load:
     return free if free > 0 else 1 << 40
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class ParrotArtifact(InOrder):
     """Whatever task finds an engine is placed, in the order of the queue."""
 

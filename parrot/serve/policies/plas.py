@@ -22,6 +22,7 @@ from heapq import heapify, heappop, heappush
 from typing import Any, ClassVar
 
 import numpy as np
+from mypy_extensions import mypyc_attr
 
 from parrot.serve.engines import Engine, Lane, by_load
 from parrot.serve.graph import Task
@@ -33,6 +34,7 @@ from parrot.serve.queue import TaskQueue
 MOST_HOMES = 65536  #: programs whose engine is remembered, those with a long prompt last
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class LeastAttained(InOrder):
     """Tasks by the level of the service that `attained` says, with the starving ones first."""
 
@@ -148,6 +150,7 @@ class LeastAttained(InOrder):
                 yield engine, terms
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Plas(LeastAttained):
     """By the service of all finished tasks of the program."""
 
