@@ -66,6 +66,7 @@ class ContainedPolicy:
                     placements = iter(self.policy.place(queue, cluster, now))
                 placement = next(placements, _NO_MORE)
                 if placement is _NO_MORE:
+                    cluster.forget()  # what it holds for the policy is of this instant
                     return
                 _check(placement, cluster)
             except Exception as error:
