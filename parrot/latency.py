@@ -15,6 +15,8 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
+from mypy_extensions import mypyc_attr
+
 from parrot.latency_profile import FixedCost, Hinge, LatencyProfile
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
 ]  # fmt: skip
 
 
+@mypyc_attr(acyclic=True)
 class BatchShape:
     """What the duration of an iteration depends on; counts only, no token values.
 
@@ -194,6 +197,7 @@ class Coverage:
             self.outside[name] = (float(value), least, most)
 
 
+@mypyc_attr(acyclic=True)
 class DecodeRun:
     """Iterations of an unchanged decoding batch: each reads one KV token a row more than the one before.
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from parrot.configuration import ConfigurationError, parse, read_json
+from parrot.configuration import ConfigurationError, masked, parse, read_json
 from parrot.engine.batches import EngineLimits
 from parrot.engine.profiles import find_profile, profile_for
 from parrot.latency import LatencyProfile
@@ -72,16 +72,22 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ServeCoreAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Section `serve_core`. `engine_secret`: the cluster's shared secret, or `env:NAME`; null: the core asks for none."""
+    """Section `serve_core`. `engine_secret`: the cluster's shared secret, or `env:NAME`; null: the core asks for none.
+    `tls`: it shows a certificate; `ca_file`: of those whose certificates are believed (null: the system's authorities)."""
 
     host: str = "localhost"
     port: Annotated[int, Meta(ge=1, le=65535)] = 9000
     engine_secret: str | None = None
+    tls: bool = False
+    ca_file: str | None = None
 
     @property
     def url(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}"
+        return f"{'https' if self.tls else 'http'}://{host}:{self.port}"
+
+    def __repr__(self) -> str:
+        return masked(self, "engine_secret")
 
 
 class BuiltinInstance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -148,12 +154,16 @@ class OpenAIInstance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prompt_price: Annotated[float, Meta(ge=0)] = 0.0
     output_price: Annotated[float, Meta(ge=0)] = 0.0
 
+    def __repr__(self) -> str:
+        return masked(self, "api_key")
+
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What every engine's file has; the three kinds below narrow `engine_type` and `instance`.
 
     Null: `engine_name` and `tokenizer` are the model's name, `tokens_capacity` is min(KV capacity, max_total_tokens).
-    `latency_profile`: a file, or a shipped profile's name. `iteration_log`: see docs/iteration-log.md.
+    `latency_profile`: a file, or a shipped profile's name. `iteration_log`: see docs/iteration-log.md. `ssl_certfile`,
+    `ssl_keyfile`: the certificate that the engine shows, see docs/security.md.
     """
 
     model: str
@@ -169,6 +179,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     tokens_capacity: Positive | None = None
     latency_profile: str | None = None
     iteration_log: str | None = None
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
     scheduler: SchedulerConfig = SchedulerConfig()
     serve_core: ServeCoreAddress = ServeCoreAddress()
     instance: BuiltinInstance | EmulatedInstance | OpenAIInstance
@@ -301,6 +313,8 @@ def as_emulated(config: EngineConfig, latency_profile: str, tokenizer: str = "sy
         "latency_profile": latency_profile,
         "tokenizer": tokenizer,
         "iteration_log": None,
+        "ssl_certfile": None,
+        "ssl_keyfile": None,
         "scheduler": msgspec.structs.replace(config.scheduler, pipeline_depth=pipeline_depth_of(config)),
     }
     return EmulatedEngineConfig(**fields)
@@ -397,4 +411,5 @@ def description_of(
         random_seed=config.random_seed,
         attn_func=attn_func,
         latency_profile=latency_profile or profile_of(config),
+        tls=config.ssl_certfile is not None,
     )

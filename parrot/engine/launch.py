@@ -38,11 +38,13 @@ from parrot.engine.core import EngineCore
 from parrot.engine.core_link import CoreLink
 from parrot.engine.iteration_log import IterationLog, versions
 from parrot.engine.loop import BuiltinLoop, EngineLoop, MemoryUse
+from parrot.engine.openai_routes import OpenAIRoutes
 from parrot.engine.primitives import Primitives
 from parrot.engine.server import EngineServer
 from parrot.engine.tasks import Tasks
 from parrot.latency import LatencyModel
 from parrot.protocol.engine import EngineDescription
+from parrot.tls import client_context, server_context
 from parrot.tokenizer import ESTIMATED, Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -69,8 +71,8 @@ class RunningEngine:
 
     @property
     def url(self) -> str:
-        host = self.description.host
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        host, scheme = self.description.host, "https" if self.description.tls else "http"
+        return f"{scheme}://[{host}]:{self.port}" if ":" in host else f"{scheme}://{host}:{self.port}"
 
     async def close(self) -> None:
         if self._link_task is not None:
@@ -333,24 +335,28 @@ async def serve(
     with_core: bool,
 ) -> RunningEngine:
     """The server of an engine whose `loop` runs, on `sockets` (None: those that the configuration says), and its link."""
+    tls = server_context(config.ssl_certfile, config.ssl_keyfile)
+    core = config.serve_core
+    trust = client_context(core.ca_file, "serve_core.ca_file") if with_core and core.tls else None
     if sockets is None:
         sockets = bind(config.host, config.port)
     port = int(sockets[0].getsockname()[1])
-    description = msgspec.structs.replace(description, host=_reachable(config.host, config.serve_core.host), port=port)
+    description = msgspec.structs.replace(description, host=_reachable(config.host, core.host), port=port)
     context_ids = ContextIds()
     instance = secrets.token_hex(16)
     tasks = Tasks(loop, tokenizer, context_ids, instance)
     loop.on_evicted = tasks.note_evicted
     takes_text = isinstance(config, OpenAIEngineConfig)
-    app = EngineServer(loop, tasks, Primitives(loop, tokenizer, context_ids, takes_text)).application()
+    openai = OpenAIRoutes(loop, tokenizer, context_ids, description)
+    app = EngineServer(loop, tasks, Primitives(loop, tokenizer, context_ids, takes_text), openai).application()
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=STOP_S)
     await runner.setup()
     for listening in sockets:
-        await web.SockSite(runner, listening).start()
+        await web.SockSite(runner, listening, ssl_context=tls).start()
     link = link_task = None
     if with_core:
         link = CoreLink(
-            config.serve_core.url,
+            core.url,
             description,
             instance,
             tasks,
@@ -358,6 +364,7 @@ async def serve(
             loop.runtime_info,
             heartbeat_interval_s=config.heartbeat_interval,
             secret=secret_of(config),
+            trust=trust,
         )
         link_task = asyncio.create_task(link.run(), name=f"link of {description.engine_name}")
     return RunningEngine(description, loop, link, link_task, runner)

@@ -18,6 +18,9 @@ from parrot.serve.queue import LAST, TaskQueue
 
 MOST_MESSAGE = 200  #: characters that are kept of what a policy's error says
 _NO_MORE: Final = object()  #: what a policy's placements end with
+# By names of this module's own that never change: the compiled module need not look them up.
+_iter: Final = iter
+_next: Final = next
 
 #: Carries a placement out at that time; whether `least_loaded` made it.
 CarryOut = Callable[[Placement, float, bool], None]
@@ -63,8 +66,8 @@ class ContainedPolicy:
             placement: Any = None
             try:
                 if placements is None:
-                    placements = iter(self.policy.place(queue, cluster, now))
-                placement = next(placements, _NO_MORE)
+                    placements = _iter(self.policy.place(queue, cluster, now))
+                placement = _next(placements, _NO_MORE)
                 if placement is _NO_MORE:
                     cluster.forget()  # what it holds for the policy is of this instant
                     return

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from parrot.protocol.engine import EngineDescription
 from parrot.protocol.errors import ErrorInfo
@@ -34,6 +34,16 @@ from parrot.serve.sessions import Session
 from parrot.serve.states import IN_FLIGHT, TASK
 from parrot.serve.tenants import Tenant, Tenants
 
+# By names of this module's own that never change: the compiled module need not look them up.
+_CHAIN_LINK: Final = ChainLink
+_CONSTANT: Final = Constant
+_DISPATCH: Final = Dispatch
+_TASK_ENDED: Final = TaskEnded
+_ENQUEUE: Final = TASK.of("enqueue")
+_PLACE: Final = TASK.of("place")
+_START: Final = TASK.of("start")
+_FINISH: Final = TASK.of("finish")
+
 
 class Scheduler:
     """The global scheduler. `finished(task, content, now)` and `failed(task, error, now)` are told once a task."""
@@ -48,7 +58,7 @@ class Scheduler:
     ) -> None:
         self._config = config.global_scheduler
         self.epoch = epoch
-        self._effects = effects
+        self.effects = effects  #: where what is to be done goes
         self._finished = finished
         self._failed = failed
         self.engines = Engines()
@@ -93,10 +103,11 @@ class Scheduler:
             self._sequence += 1
             task.sequence = self._sequence
             task.ready_s = now
-            task.state = TASK[task.state, "enqueue"]
+            task.state = _ENQUEUE[task.state]
             if self.service is not None:
                 self.service.queued(task)
         if self.tenants.limiting:
+            call.session.account.charge(task, now)
             self._line_up(task)
         else:
             self.queue.add(task)
@@ -111,6 +122,8 @@ class Scheduler:
         if task.state == "queued":
             self._leave_queue(task, now)
             self.changed = True  # it may have held others back
+            if task.charged:
+                task.call.session.account.settle(task, 0, now)
         else:
             self._abort(task, now)
         task.state = TASK[task.state, "cancel"]
@@ -126,9 +139,11 @@ class Scheduler:
         """Gives up the attempt, if one is in flight."""
         if task.state in IN_FLIGHT:
             assert task.engine is not None
-            self._effects.append(Abort(task.engine.id, self.epoch, task.id, task.attempt))
+            self.effects.append(Abort(task.engine.id, self.epoch, task.id, task.attempt))
             if self.service is not None:
                 self.service.cancelled(task)
+            if task.charged:  # what it has generated was perhaps read
+                task.call.session.account.settle(task, task.charged, now)
             self._release(task, now)
 
     def reorder(self, task: Task) -> None:
@@ -213,8 +228,10 @@ class Scheduler:
     def _end_failed(self, task: Task, error: ErrorInfo, now: float) -> None:
         task.state = TASK[task.state, "fail"]
         task.finished_s = now
+        if task.charged:
+            task.call.session.account.settle(task, 0, now)
         self._forget(task)
-        self._effects.append(TaskEnded(task.id, task.attempt, task.output.id, error, self.event))
+        self.effects.append(TaskEnded(task.id, task.attempt, task.output.id, error, self.event))
         self._failed(task, error, now)
 
     # ------------------------------------------------------------------------------------------- placement
@@ -266,7 +283,7 @@ class Scheduler:
         if self.explanations is not None:
             self.explanations.add(placement, task.attempt + 1, now, self.queue.size, fallback)
         self._leave_queue(task, now)
-        task.state = TASK[task.state, "place"]
+        task.state = _PLACE[task.state]
         task.attempt += 1
         task.tries += 1
         task.engine = engine
@@ -278,7 +295,7 @@ class Scheduler:
         engine.contexts[generate.id] = generate
         assert task.contexts is not None
         task.contexts.append(generate)
-        task.reserved = new_tokens + task.sampling.max_gen_length
+        task.reserved = new_tokens + task.max_gen_length
         engine.tasks[task] = None
         engine.reserved += task.reserved
         engine.prompt_tokens += task.placed_tokens
@@ -289,18 +306,20 @@ class Scheduler:
         if self.service is not None:
             self.service.placed(task, engine, new_tokens, now)
         self.engines.load_changed(engine)
-        self._effects.append(
-            Dispatch(
-                engine_id=engine.id,
-                epoch=self.epoch,
-                task=task.id,
-                attempt=task.attempt,
-                chain=chain,
-                parent=parent,
-                cached_links=cached_links,
-                generate_context_id=generate.id,
-                sampling=task.sampling,
-                output_var=task.output.id,
+        # by place: a name would cost as much as its value
+        self.effects.append(
+            _DISPATCH(
+                engine.id,
+                self.epoch,
+                task.id,
+                task.attempt,
+                chain,
+                parent,
+                cached_links,
+                generate.id,
+                task.sampling,
+                task.output.id,
+                _roles(task),
             )
         )
 
@@ -309,12 +328,12 @@ class Scheduler:
         of links behind that hint, and the tokens that no context holds yet."""
         assert task.path is not None
         assert task.links is not None
-        tokenizer = engine.description.tokenizer
+        tokenizer = engine.tokenizer
         chain: list[ChainLink] = []
         contexts: list[Context] = []
         new_tokens, whole, parent, cached_links = 0, 0, -1, 0
         engine_id, prefixes = engine.id, self.prefixes
-        bos_tokens = engine.description.bos_tokens
+        bos_tokens = engine.bos_tokens
         for depth, node in enumerate(task.path):
             link = task.links[depth]
             contents = link.contents
@@ -334,7 +353,7 @@ class Scheduler:
             contexts.append(context)
             whole += context.tokens
             keys = (contents[0].key,) if len(contents) == 1 else tuple([c.key for c in contents])
-            chain.append(ChainLink(context.id, keys, context.tokens, link.output))
+            chain.append(_CHAIN_LINK(context.id, keys, context.tokens, link.output))
         task.contexts = contexts
         task.placed_tokens = whole
         return tuple(chain), parent, cached_links, new_tokens
@@ -412,20 +431,20 @@ class Scheduler:
 
     def started(self, task: Task, cached_tokens: int, now: float) -> None:
         if task.state == "dispatched":
-            task.state = TASK[task.state, "start"]
+            task.state = _START[task.state]
             task.started_s = now
             task.cached_tokens = cached_tokens
 
     def first_token(self, task: Task, now: float) -> None:
         """Its whole prompt is computed: its contexts are there for others to continue."""
         if task.state == "dispatched":
-            task.state = TASK[task.state, "start"]
+            task.state = _START[task.state]
             task.started_s = now
         if task.first_token_s is None:
             task.first_token_s = now
             engine = task.engine
             assert engine is not None
-            engine.prefill_tokens -= task.reserved - task.sampling.max_gen_length
+            engine.prefill_tokens -= task.reserved - task.max_gen_length
             self.engines.load_changed(engine)
             for context in task.contexts or ():
                 context.filled = True
@@ -440,17 +459,18 @@ class Scheduler:
             context.filled = True  # what was evicted since the first token is computed again
         engine.failures = 0
         generated = contexts[-1]
-        generated.tokens = event.output_tokens
-        engine.cached_tokens += event.output_tokens
+        output_tokens = event.output_tokens
+        generated.tokens = output_tokens
+        engine.cached_tokens += output_tokens
         generated.filled = True
-        if event.output_tokens == 0 or not self.prefixes.attach_output(
+        if output_tokens == 0 or not self.prefixes.attach_output(
             generated, path[-1] if path else None, event.content.key, task.call.session.domain
         ):
             self._free(generated)
         if self.service is not None:
-            self.service.finished(task, event.output_tokens, now)
+            self.service.finished(task, output_tokens, now)
         self._release(task, now)
-        task.state = TASK[task.state, "finish"]
+        task.state = _FINISH[task.state]
         self.changed = self.changed or self.queue.size > 0
         self._end_finished(task, event, now)
 
@@ -469,9 +489,12 @@ class Scheduler:
         task.output_tokens = event.output_tokens
         task.decode_s, task.max_gap_s = event.decode_s, event.max_gap_s
         task.cost = event.cost
+        task.reason = event.reason
         task.finished_s = now
+        if task.charged:
+            task.call.session.account.settle(task, event.prompt_tokens + event.output_tokens, now)
         self._forget(task)
-        self._effects.append(TaskEnded(task.id, task.attempt, task.output.id, None, self.event))
+        self.effects.append(_TASK_ENDED(task.id, task.attempt, task.output.id, None, self.event))
         self._finished(task, event.content, now)
 
     def fail(self, task: Task, event: TaskFailed, now: float) -> None:
@@ -545,17 +568,17 @@ class Scheduler:
         engine.reserved -= task.reserved
         engine.prompt_tokens -= task.placed_tokens
         if task.first_token_s is None:
-            engine.prefill_tokens -= task.reserved - task.sampling.max_gen_length
+            engine.prefill_tokens -= task.reserved - task.max_gen_length
         engine.latency_tasks -= task.counted_latency
         if self.service is not None:
             self.service.left(task)
         if self.queue.size:
             self.changed = True
-        release = self.prefixes.release
+        prefixes = self.prefixes
         for context in reversed(contexts):
             if context.state == "gone":
                 continue
-            release(context, now)
+            prefixes.release(context, now)
             if context.tasks == 0 and (context.node is None or not context.filled) and engine.state != "lost":
                 self._free(context)
         self.engines.load_changed(engine, more_room)
@@ -585,7 +608,7 @@ class Scheduler:
         """One effect an engine for all that was freed in this instant."""
         for engine_id, ids in self.freed.items():
             if engine_id in self.engines.live:
-                self._effects.append(FreeContexts(engine_id, tuple(ids)))
+                self.effects.append(FreeContexts(engine_id, tuple(ids)))
         self.freed.clear()
 
     # ------------------------------------------------------------------------------------------- time
@@ -646,6 +669,15 @@ class Scheduler:
             self._stranded[task] = now + self._config.engine_wait_timeout
 
 
+def _roles(task: Task) -> tuple[str, ...]:
+    """Of the links of its chain; () where none has one."""
+    links = task.links or ()
+    for link in links:
+        if link.role:
+            return tuple([link.role for link in links])
+    return ()
+
+
 def _head_is_common(task: Task) -> bool:
     """Whether its chain begins with a constant that everybody may share: with the call's own first segment, not with what
     comes behind an empty one."""
@@ -653,4 +685,4 @@ def _head_is_common(task: Task) -> bool:
     if not call.cache_prefix or call.fuse_fill:
         return False
     first = call.segments[0]
-    return type(first) is Constant and bool(task.links) and task.links[0].contents[0] is first.content  # type: ignore[index]
+    return type(first) is _CONSTANT and bool(task.links) and task.links[0].contents[0] is first.content  # type: ignore[index]

@@ -14,7 +14,9 @@ from parrot.engine.emulated.engine import EmulatedEngine, EmulatedEvent
 from parrot.engine.emulated.output import SyntheticOutput
 from parrot.engine.jobs import Job
 from parrot.engine.loop import MemoryUse, runtime_info
+from parrot.protocol.api import SamplingConfig, refuse_chat_options
 from parrot.protocol.engine import RuntimeInfo
+from parrot.protocol.errors import ParrotError
 from parrot.tokenizer import Tokenizer
 
 
@@ -32,6 +34,7 @@ class EmulatedLoop:
         self._started = time.monotonic()
         self._jobs: dict[Hashable, Job] = {}
         self._output_keys: dict[Hashable, bytes] = {}
+        self._cuts: dict[Hashable, tuple[int, int]] = {}  # of outputs with a stop string: tokens and characters before it
         self._speaking: dict[Hashable, None] = {}  # tasks that have begun to stream their output, in that order
         self._recent_s: deque[float] = deque(maxlen=64)  # seconds a token, of tasks that finished
         self._pump_soon: asyncio.Handle | None = None
@@ -43,22 +46,35 @@ class EmulatedLoop:
         return time.monotonic() - self._started
 
     def submit(self, job: Job) -> None:
-        """The output is `output_length` tokens, or all of `max_gen_length` when that is not given."""
+        """The output is `output_length` tokens, or all of `max_gen_length` when that is not given and no stop string comes
+        before (whose own tokens then take no time)."""
         if self._closed:
             job.fail("unavailable", "the engine is shutting down")
             return
-        self._jobs[job.key] = job
         task, sampling = job.task, job.sampling
+        if sampling is not None:
+            try:
+                _check(sampling)
+            except ParrotError as error:
+                job.fail(error.code, str(error))
+                return
+        self._jobs[job.key] = job
         output_tokens = 0
         if sampling is not None:
             output_tokens = sampling.output_length or sampling.max_gen_length
-            self._output_keys[job.key] = self._output.key(job.link_ids, sampling)
+            key = self._output_keys[job.key] = self._output.key(job.link_ids, sampling)
+            if sampling.stops and sampling.output_length is None:
+                cut = self._output.stopped(key, output_tokens, sampling.stops)
+                if cut is not None:
+                    self._cuts[job.key] = cut
+                    output_tokens = max(cut[0], task.forced_tokens + 1)
         self._engine.submit(task, output_tokens, self.now())
         self._schedule()
 
     def abort(self, key: Hashable) -> None:
         if self._jobs.pop(key, None) is not None:
             self._output_keys.pop(key, None)
+            self._cuts.pop(key, None)
             self._speaking.pop(key, None)
             self._engine.abort(key, self.now())
             self._schedule()
@@ -86,6 +102,7 @@ class EmulatedLoop:
             job.fail("unavailable", reason, retryable=True)
         self._jobs.clear()
         self._output_keys.clear()
+        self._cuts.clear()
 
     # --------------------------------------------------------------------------------------------------------- the edges
 
@@ -143,12 +160,14 @@ class EmulatedLoop:
                 ids, text = self._said(job, event.output_tokens)
                 if event.output_tokens > 1:
                     self._recent_s.append(event.decode_s / (event.output_tokens - 1))
-                job.finish_timed(ids, text, "length", event.decode_s, event.max_gap_s)
+                reason = "stop_str" if event.key in self._cuts else "length"
+                job.finish_timed(ids, text, reason, event.decode_s, event.max_gap_s)
             case "rejected" | "failed":
                 job.refuse(event.code, event.message)
         if job.ended:
             del self._jobs[event.key]
             self._output_keys.pop(event.key, None)
+            self._cuts.pop(event.key, None)
             self._speaking.pop(event.key, None)
 
     def _show(self, job: Job, n_tokens: int) -> None:
@@ -158,5 +177,14 @@ class EmulatedLoop:
         """The first tokens of the job's output. Another attempt at the same task says the same."""
         if n_tokens == 0:
             return (), ""
-        ids = self._output.ids(self._output_keys[job.key], n_tokens)
-        return ids, self._output.text(ids)
+        kept, characters = self._cuts.get(job.key, (n_tokens, None))
+        ids = self._output.ids(self._output_keys[job.key], min(n_tokens, kept))
+        return ids, self._output.text(ids)[:characters]
+
+
+def _check(sampling: SamplingConfig) -> None:
+    """Raises `bad_sampling` for what has no meaning without a model."""
+    refuse_chat_options(sampling)
+    if sampling.logprobs is not None:
+        message = "sampling_config.logprobs: an emulated engine computes no probabilities"
+        raise ParrotError("bad_sampling", message, field="logprobs")
