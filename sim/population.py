@@ -242,9 +242,8 @@ class Conversation:
             else:
                 segments.append(_CONSTANT(content(piece.key, piece.tokens)))
         # by place: a name would cost as much as its value
-        return _SUBMIT_CALL(
-            request, session_id, AUTH, tuple(segments), call.name, call.models, "token_id", call.cache_prefix
-        )
+        model_type = self._cluster.model_types.of(call)
+        return _SUBMIT_CALL(request, session_id, AUTH, tuple(segments), call.name, call.models, model_type, call.cache_prefix)
 
     def submitted(
         self, session_id: int, call: int, output: int, pieces: Iterable[Piece], answer: CallAnswer

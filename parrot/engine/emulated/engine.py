@@ -17,6 +17,7 @@ from parrot.engine.batches import Batch, EngineLimits, EngineTask, Refused
 from parrot.engine.core import EngineCore
 from parrot.engine.emulated.events import EmulatedEvent, Iterations, Kind
 from parrot.engine.emulated.jobs import Decoding, Job
+from parrot.engine.emulated.timed import TimedEngine
 from parrot.engine.running import Task
 from parrot.latency import Coverage, DecodeRun, LatencyModel
 
@@ -25,7 +26,7 @@ __all__ = ["EmulatedEngine", "EmulatedEvent", "Iterations"]
 NEVER: Final = math.inf
 
 
-class EmulatedEngine:
+class EmulatedEngine(TimedEngine):
     """EngineCore and LatencyModel in anybody's time. Times are absolute seconds and never decrease between calls."""
 
     def __init__(
@@ -37,9 +38,9 @@ class EmulatedEngine:
         coverage: Coverage | None = None,
     ) -> None:
         """`observe` is told of the iterations, `coverage` of their shapes."""
+        super().__init__(jump)
         self.core = EngineCore(limits)
         self.latency = latency
-        self.jumps = jump  #: whether quiet iterations are passed over
         self._observe = observe
         self._coverage = coverage
         self._overhead_s = latency.profile.task_overhead_s
