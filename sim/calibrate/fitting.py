@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
+from parrot.engine.profiles import AnyProfile
 from parrot.latency import BatchShape, FixedCost, Hinge, LatencyModel, LatencyProfile, seen_ranges
 from sim.calibrate.logs import CalibrationError, Header, Iteration, Run
 from sim.calibrate.split import HOLD_OUT, folds, levels, tails
@@ -300,7 +301,7 @@ def describe(profile: LatencyProfile) -> str:
     )
 
 
-def write_profile(profile: LatencyProfile, path: str | Path) -> None:
+def write_profile(profile: AnyProfile, path: str | Path) -> None:
     """Writes the profile as JSON that a person can read; the file is there whole or as it was. Raises OSError."""
     whole = Path(path).with_name(f".{Path(path).name}.part")
     whole.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=2) + b"\n")

@@ -71,6 +71,11 @@ class Run(msgspec.Struct):
     tasks: list[TaskLine] = []
 
     @property
+    def size(self) -> int:
+        """How many iterations it has."""
+        return len(self.iterations)
+
+    @property
     def load(self) -> float:
         """Mean rows of an iteration."""
         return sum(i.decode_rows + i.prefill_rows for i in self.iterations) / max(len(self.iterations), 1)
@@ -86,7 +91,7 @@ def read_log(path: str | Path, *, allow_cut: bool = False) -> list[Run]:
     out; else it is refused. Raises CalibrationError when the file is empty, cut off, of two engines, or no such log."""
     decoder = msgspec.json.Decoder(Header | Iteration | TaskLine)
     runs: list[Run] = []
-    for number, line in _lines(path, allow_cut):
+    for number, line in lines_of(path, allow_cut):
         try:
             entry = decoder.decode(line)
         except msgspec.DecodeError as error:
@@ -121,7 +126,9 @@ def _check(entry: Iteration, run: Run, where: str) -> None:
         )
 
 
-def _lines(path: str | Path, allow_cut: bool) -> Iterator[tuple[int, bytes]]:
+def lines_of(path: str | Path, allow_cut: bool) -> Iterator[tuple[int, bytes]]:
+    """The lines of a log with their numbers, from 1. Raises CalibrationError for a last one that is cut off (unless
+    `allow_cut`) and for a file that cannot be read."""
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
