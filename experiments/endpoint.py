@@ -5,8 +5,8 @@ stands where no endpoint can be had: to try a configuration, or to see what `sim
 is a token. Its text is made up.
 
 The first token of a request with p prompt tokens that is the l-th in flight comes after a + b·p + c·l seconds, every further
-one d + e·l seconds after the one before, l counted anew each time. Both are multiplied by a lognormal deviation of the request's
-own, whose mean is 1.
+one d + e·l seconds after the one before, l counted anew each time. Both are multiplied by a deviation of the request's own,
+lognormal with mean 1.
 """
 
 from __future__ import annotations
