@@ -33,11 +33,11 @@ HOST = "127.0.0.1"
 class Law:
     """Seconds, and standard deviations of the logarithm."""
 
-    ttft_s: float = 0.15
-    prompt_s: float = 0.0001
-    ttft_load_s: float = 0.02
-    tpot_s: float = 0.015
-    tpot_load_s: float = 0.0015
+    ttft_s: float = 0.3
+    prompt_s: float = 0.0002
+    ttft_load_s: float = 0.04
+    tpot_s: float = 0.03
+    tpot_load_s: float = 0.003
     ttft_spread: float = 0.2
     tpot_spread: float = 0.1
 
