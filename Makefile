@@ -48,8 +48,9 @@ types: $(INSTALLED)
 imports: $(INSTALLED)
 	$(BIN)/lint-imports
 
+# a process a core, but no more than four: each may hold a model
 tests: $(INSTALLED)
-	PARROT_PURE=1 $(BIN)/python -m pytest
+	PARROT_PURE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 clean:
 	rm -rf results log build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

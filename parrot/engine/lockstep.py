@@ -78,6 +78,8 @@ class Lockstep:
         assert gen is not None
         del self.tasks[task]
         self._snapshot = None
+        if not self.tasks:
+            self._ends.clear()  # who ended before max_gen_length is in it still
         if task in self._fresh:
             del self._fresh[task]
         else:

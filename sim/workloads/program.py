@@ -217,6 +217,42 @@ def _check_acyclic(program: Program, producers: dict[str, int]) -> None:
                 stack.append((child, before(child)))
 
 
+KEPT_TEXTS = 32_768  #: of so many different texts at a time the length is remembered, to be held against later ones
+
+
+class TextLengths:
+    """Holds the texts of programs against each other: equal keys are equal texts, so their lengths are equal too. What was
+    wrong here would be a context that is longer for one program than for the next. Memory is bounded: texts are compared
+    within some KEPT_TEXTS different ones."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[str, int] = {}
+
+    def check(self, program: Program) -> None:
+        """Raises ValueError for a key that is of two lengths."""
+        known = self._tokens
+        if len(known) > KEPT_TEXTS:
+            known.clear()
+        for call in program.calls:
+            for segment in call.segments:
+                if type(segment) is Text:
+                    tokens = segment.tokens
+                elif type(segment) is Write and segment.key is not None:
+                    most = segment.max_gen_length
+                    tokens = segment.tokens if most is None else min(segment.tokens, most)
+                else:
+                    continue
+                if known.setdefault(segment.key, tokens) != tokens:
+                    raise _two_lengths(segment.key, tokens, known[segment.key])
+        for source in program.sets:
+            if known.setdefault(source.key, source.tokens) != source.tokens:
+                raise _two_lengths(source.key, source.tokens, known[source.key])
+
+
+def _two_lengths(key: str, tokens: int, before: int) -> ValueError:
+    return ValueError(f"the text {key!r} has {tokens} tokens here and {before} before; equal keys are equal texts")
+
+
 _decoder = msgspec.json.Decoder(Program)
 _encoder = msgspec.json.Encoder()
 
@@ -224,6 +260,7 @@ _encoder = msgspec.json.Encoder()
 def read_programs(path: str | Path) -> Iterator[Program]:
     """The programs of a JSONL file, one at a time. Raises WorkloadError with file, line and reason."""
     last = 0.0
+    lengths = TextLengths()
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -232,6 +269,7 @@ def read_programs(path: str | Path) -> Iterator[Program]:
                 try:
                     program = _decoder.decode(line)
                     check(program)
+                    lengths.check(program)
                     if program.arrival_s < last:
                         raise ValueError(f"arrival_s {program.arrival_s} is before the line above it ({last})")
                 except (msgspec.DecodeError, ValueError) as error:

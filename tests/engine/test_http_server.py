@@ -166,7 +166,7 @@ def test_release_mode_logs_no_more_than_warnings(tmp_path: Path) -> None:
 def test_the_launch_document_s_builtin_file_serves_with_dummy_weights_and_no_network(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     data = read_json(SEED / "builtin.json")
-    data["instance"] |= {"use_dummy_weights": True, "attn_fallback": True, "model_config": {"num_hidden_layers": 2}}
+    data["instance"] |= {"use_dummy_weights": True, "attn_fallback": True, "model_config": {"num_hidden_layers": 1}}
     path = write(tmp_path / "engine.json", data)
     log = tmp_path / "iterations.jsonl"
     flags = ["--device", "cpu", "--port", "0", "--without_core", "--num_threads", "1", "--iteration_log", str(log)]
