@@ -20,7 +20,7 @@ from scipy.optimize import nnls
 from parrot.engine.profiles import AnyProfile
 from parrot.latency import BatchShape, FixedCost, Hinge, LatencyModel, LatencyProfile, seen_ranges
 from sim.calibrate.logs import CalibrationError, Header, Iteration, Run
-from sim.calibrate.split import HOLD_OUT, folds, levels, tails
+from sim.calibrate.split import HOLD_OUT, folds, levels, not_apart, tails
 
 Array = NDArray[np.float64]
 
@@ -262,9 +262,7 @@ def _notes(
             f"Held out: {len(held)} whole run(s), mean rows {_loads(held)}, {len(apart)} iterations; `error` is "
             "|predicted/measured - 1| on them (mean, p99), and `total` the error of their summed durations. "
         )
-        own = {id(run) for run in runs}
-        seen = {id(run) for level in levels([*runs, *held]) if any(id(r) in own for r in level) for run in level}
-        if alike := [run.name for run in held if id(run) in seen]:
+        if alike := [run.name for run in not_apart(runs, held)]:
             notes += f"Not at a load of its own: {', '.join(alike)}. "
     else:
         notes += (

@@ -18,7 +18,7 @@ from sim.calibrate.logs import CalibrationError
 from sim.calibrate.rate_limits import limits_in
 from sim.calibrate.remote_laws import Loads, Part, part_of, solved, tpot_of, whole
 from sim.calibrate.request_logs import Array, RemoteRun, Request
-from sim.calibrate.split import HOLD_OUT, levels
+from sim.calibrate.split import HOLD_OUT, levels, not_apart
 
 QUANTILES = 101
 
@@ -194,9 +194,7 @@ def _notes(
     notes = f"Fitted to {count} requests of {len(runs)} run(s), mean load {_loads(runs)}. "
     if held:
         notes += f"Held out: {len(held)} whole run(s), mean load {_loads(held)}, {others} requests, which tell `error`. "
-        own = {id(run) for run in runs}
-        seen = {id(run) for level in levels([*runs, *held]) if any(id(r) in own for r in level) for run in level}
-        if alike := [run.name for run in held if id(run) in seen]:
+        if alike := [run.name for run in not_apart(runs, held)]:
             notes += f"Not at a load of its own: {', '.join(alike)}. "
     else:
         notes += (

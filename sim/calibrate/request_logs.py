@@ -6,6 +6,7 @@ of each run, how many requests were in flight at any time.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.calibrate.logs import CalibrationError, lines_of
+from sim.calibrate.logs import CalibrationError, entries_of, lines_of, read_together
 
 Array = NDArray[np.float64]
 
@@ -125,27 +126,16 @@ def kind_of_log(path: str | Path, *, allow_cut: bool = False) -> Literal["iterat
 def read_request_log(path: str | Path, *, allow_cut: bool = False) -> list[RemoteRun]:
     """The runs of one request log; `allow_cut` as of `sim.calibrate.logs.read_log`. Raises CalibrationError when the file is
     empty, cut off, of two engines, or no such log, and for times and counts that cannot be."""
-    decoder = msgspec.json.Decoder(RemoteHeader | Request)
+    decoder: Any = msgspec.json.Decoder(RemoteHeader | Request)
     runs: list[RemoteRun] = []
     last_s = 0.0
-    for number, line in lines_of(path, allow_cut):
-        try:
-            entry = decoder.decode(line)
-        except msgspec.DecodeError as error:
-            what = "not a request log" if not runs else "not a line of a request log"
-            raise CalibrationError(f"{path}:{number}: {what}: {error}") from None
+    for where, entry in entries_of(path, decoder, "request log", allow_cut):
         if isinstance(entry, RemoteHeader):
-            if entry.iteration_log != 1:
-                raise CalibrationError(f"{path}:{number}: request log of format {entry.iteration_log}; this reader knows 1")
             runs.append(RemoteRun(entry, f"{Path(path).name}#{len(runs) + 1}"))
             last_s = 0.0
-        elif not runs:
-            raise CalibrationError(f"{path}:{number}: a request log begins with a header line; this is another file")
         else:
-            last_s = _check(entry, last_s, f"{path}:{number}")
+            last_s = _check(entry, last_s, where)
             runs[-1].requests.append(entry)
-    if not runs:
-        raise CalibrationError(f"{path}: empty: a request log begins with a header line")
     return runs
 
 
@@ -172,17 +162,4 @@ def _check(entry: Request, last_s: float, where: str) -> float:
 
 def read_request_logs(paths: Sequence[str | Path], *, allow_cut: bool = False) -> list[RemoteRun]:
     """The runs of several logs. Raises CalibrationError unless all are of one model at one endpoint."""
-    runs: list[RemoteRun] = []
-    names = [Path(path).name for path in paths]
-    for number, path in enumerate(paths):
-        if path in paths[:number]:
-            raise CalibrationError(f"{path}: named twice: its requests would count double")
-        for start, run in enumerate(read_request_log(path, allow_cut=allow_cut), 1):
-            if names.count(names[number]) > 1:  # the folder tells them apart
-                run.name = f"{path}#{start}"
-            for name in ALIKE:
-                first, this = getattr((runs[0] if runs else run).header, name), getattr(run.header, name)
-                if first != this:
-                    raise CalibrationError(f"{path}: mixed logs: its {name} is {this!r}, but {paths[0]} has {first!r}")
-            runs.append(run)
-    return runs
+    return read_together(paths, functools.partial(read_request_log, allow_cut=allow_cut), ALIKE, "requests")

@@ -48,6 +48,14 @@ def levels(runs: Sequence[R]) -> list[list[R]]:
     return found
 
 
+def not_apart(fitted: Sequence[R], held: Sequence[R]) -> list[R]:
+    """Those of `held` whose load was fitted too."""
+    own = {id(run) for run in fitted}
+    shared = [level for level in levels([*fitted, *held]) if any(id(run) in own for run in level)]
+    seen = {id(run) for level in shared for run in level}
+    return [run for run in held if id(run) in seen]
+
+
 def hold_out_by_load(runs: Sequence[R]) -> Split[R]:
     """Holds out a fifth of the levels, evenly spread over the loads and away from their ends where that can be; of two, the
     lower. With one level nothing is held out."""
