@@ -2,8 +2,8 @@
 
 The modules are compiled as they stand, by mypyc, into a folder beside the package's sources that nothing else reads. They
 are used only when all of them were built from exactly the sources that lie here, and what they import is unchanged too (they
-rely on its types); otherwise the sources are, as without a build. PARROT_PURE=1 in the environment leaves the build out.
-docs/compiled.md says more.
+rely on its types); otherwise the sources are, as without a build. PARROT_PURE=1 in the environment leaves the build out,
+PARROT_COMPILED names another folder to look for it in. docs/compiled.md says more.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent  #: the folder of the packages `parrot` and `sim`
-FOLDER = Path(__file__).resolve().parent / "_compiled" / str(sys.implementation.cache_tag)
+ELSEWHERE = "PARROT_COMPILED"
+FOLDER = Path(
+    os.environ.get(ELSEWHERE) or Path(__file__).resolve().parent / "_compiled" / str(sys.implementation.cache_tag)
+)
 MANIFEST = FOLDER / "manifest.json"
 PURE = "PARROT_PURE"
 
@@ -50,6 +53,7 @@ MODULES = (
     "parrot.serve.policies.base",
     "parrot.serve.policies.least_loaded",
     "parrot.serve.policies.parrot",
+    "parrot.serve.policies.passing",
     "parrot.serve.policies.round_robin",
     "parrot.serve.queue",
     "parrot.serve.rates",
@@ -65,6 +69,7 @@ MODULES = (
     "sim.clients",
     "sim.cluster",
     "sim.engines",
+    "sim.model_types",
     "sim.population",
     "sim.recorder",
 )

@@ -15,6 +15,8 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
+from mypy_extensions import mypyc_attr
+
 from parrot.latency_profile import FixedCost, Hinge, LatencyProfile
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
 ]  # fmt: skip
 
 
+@mypyc_attr(acyclic=True)
 class BatchShape:
     """What the duration of an iteration depends on; counts only, no token values.
 
@@ -204,6 +207,7 @@ class Coverage(Outside):
             self.beyond(self._kv, kv, 0.0, self._most_kv)
 
 
+@mypyc_attr(acyclic=True)
 class DecodeRun:
     """Iterations of an unchanged decoding batch: each reads one KV token a row more than the one before.
 

@@ -62,6 +62,13 @@ def test_without_a_build_the_sources_are_used_and_nothing_is_said(tree: Path) ->
     assert (done.stdout, done.stderr) == (source_line(tree), "")
 
 
+def test_a_build_can_lie_elsewhere(tree: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(build(tree).parent, elsewhere)
+    done = python(tree, ORIGIN, **{compiled.ELSEWHERE: str(elsewhere)})
+    assert (done.stdout, done.stderr) == (f"{elsewhere}/parrot.latency.so True\n", "")
+
+
 def test_parrot_pure_leaves_a_build_out_and_says_nothing(tree: Path) -> None:
     build(tree)
     done = python(tree, ORIGIN, **{compiled.PURE: "1"})

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+
+from mypy_extensions import mypyc_attr
 
 from parrot.protocol.api import Criteria, SamplingConfig
 from parrot.protocol.engine import TaskId
@@ -23,10 +25,18 @@ if TYPE_CHECKING:
     from parrot.serve.engines import Engine, Lane
     from parrot.serve.sessions import Session
 
+# By names of this module's own that never change: the compiled module need not look them up.
+_LATENCY: Final = Criteria.LATENCY
+_THROUGHPUT: Final = Criteria.THROUGHPUT
+_TTFT: Final = Criteria.TTFT
+_CONSTANT: Final = Constant
+_OUTPUT: Final = Output
+_TASK_ID: Final = TaskId
+
 
 def latency_bound(criteria: Criteria | None) -> bool:
     """Whether all that leads to an output which is wanted so delays what is wanted: its latency, or its first token."""
-    return criteria is Criteria.LATENCY or criteria is Criteria.TTFT
+    return criteria is _LATENCY or criteria is _TTFT
 
 
 class Call:
@@ -98,6 +108,7 @@ class Group:
         return [member for member in self.members if not member.ended]
 
 
+@mypyc_attr(acyclic=True)
 class Link:
     """One context of a chain, engine-independent: the contents that it adds, and whether a task generated them."""
 
@@ -112,7 +123,8 @@ class Task:
     """A completion task: fills, then one generate. It is also the view of itself that policies read.
 
     `begin`, `end`: its own segments are call.segments[begin:end], the last of them its output; its chain starts at 0.
-    `criteria`: its performance objective. `depth`: the longest way to a fetched output, in tasks: how many come after it, one
+    `max_gen_length`: tokens that it may generate: all that a policy knows of its output's length. `criteria`: its performance
+    objective. `depth`: the longest way to a fetched output, in tasks: how many come after it, one
     behind the other, until somebody has what they asked for. `group`: its task group, None when nothing runs in parallel with
     it. `deadline_s`: the tightest deadline of what it serves, None without; `wanted_until_s`: nobody wants its output after
     that, None when nobody has set an end (`deadlines.py`). Times are seconds of the core's clock, None while they have not
@@ -122,9 +134,9 @@ class Task:
     __slots__ = (
         "activated", "aim", "alone", "attempt", "begin", "cached_tokens", "call", "contexts", "cost", "counted_latency",
         "criteria", "deadline_s", "decode_s", "depth", "dispatched_s", "end", "engine", "engine_name", "finished_s",
-        "first_token_s", "granted", "group", "held", "id", "lends", "level", "links", "max_gap_s", "missing", "order",
-        "output", "output_tokens", "path", "path_s", "pinned", "placed_tokens", "prompt_tokens", "rank", "ready_s", "refusals",
-        "reserved", "sampling", "sequence", "sources", "stage", "started_s", "state", "tokens", "touched", "tries",
+        "first_token_s", "granted", "group", "held", "id", "lends", "level", "links", "max_gap_s", "max_gen_length", "missing",
+        "order", "output", "output_tokens", "path", "path_s", "pinned", "placed_tokens", "prompt_tokens", "rank", "ready_s",
+        "refusals", "reserved", "sampling", "sequence", "sources", "stage", "started_s", "state", "tokens", "touched", "tries",
         "wanted_until_s",
     )  # fmt: skip
 
@@ -135,6 +147,7 @@ class Task:
         self.end = end
         self.output = output
         self.sampling = sampling
+        self.max_gen_length: int = sampling.max_gen_length
         self.missing = 0  # inputs that are not ready
         self.state = "waiting"
         self.attempt = 0
@@ -196,11 +209,6 @@ class Task:
         return self.state == "queued" and not self.held
 
     @property
-    def max_gen_length(self) -> int:
-        """Tokens that it may generate: all that a policy knows of its output's length."""
-        return self.sampling.max_gen_length
-
-    @property
     def session_id(self) -> int:
         return self.id.session_id
 
@@ -218,12 +226,12 @@ class Task:
         """Whether its own latency matters. A member of a group may batch, since only the whole group's end counts, unless it
         is wanted for its own, or is all that waits between somebody and an output."""
         criteria = self.criteria
-        if criteria is None or criteria is Criteria.THROUGHPUT:
+        if criteria is None or criteria is _THROUGHPUT:
             return False
         if self.group is None or self.alone > 0 or self.pinned:
             return True
         own = self.output.criteria
-        return own is not None and own is not Criteria.THROUGHPUT
+        return own is not None and own is not _THROUGHPUT
 
     def inputs(self) -> dict[Variable, None]:
         """The variables that must be ready before it can run, each once, in template order; the output that it continues
@@ -264,10 +272,10 @@ def tasks_of(call: Call) -> list[Task]:
     tasks: list[Task] = []
     begin = 0
     for index, segment in enumerate(call.segments):
-        if type(segment) is Output:
+        if type(segment) is _OUTPUT:
             output = call.variables[index]
             assert output is not None
-            task_id = TaskId(call.session.id, call.number, len(tasks))
+            task_id = _TASK_ID(call.session.id, call.number, len(tasks))
             tasks.append(Task(task_id, call, begin, index + 1, output, segment.sampling))
             begin = index + 1
     return tasks
@@ -285,7 +293,7 @@ def chain_of(task: Task) -> list[Link]:
     for place in range(task.end - 1):
         segment, variable = call.segments[place], call.variables[place]
         generated = False
-        if type(segment) is Constant:
+        if type(segment) is _CONSTANT:
             content = segment.content
         else:
             assert variable is not None

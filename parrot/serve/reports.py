@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from parrot.protocol.api import CallAnswer, CallReport, ParamInfo, SessionReport, TaskReport, Usage
 from parrot.protocol.errors import ErrorInfo
 from parrot.serve import events as ev
 from parrot.serve.graph import Call
 from parrot.serve.sessions import Session
 from parrot.serve.variables import Variable
+
+# By names of this module's own that never change: the compiled module need not look them up.
+_INPUT: Final = ev.Input
+_OUTPUT: Final = ev.Output
+_CALL_ANSWER: Final = CallAnswer
+_PARAM_INFO: Final = ParamInfo
 
 
 def input_failed(variable: Variable, error: ErrorInfo) -> ErrorInfo:
@@ -22,11 +30,11 @@ def call_answer(call: Call) -> CallAnswer:
     infos: list[ParamInfo] = []
     for place, variable in enumerate(call.variables):
         segment = call.segments[place]
-        if variable is not None and type(segment) is not ev.Constant:
+        if variable is not None and (type(segment) is _INPUT or type(segment) is _OUTPUT):
             name = segment.name
-            is_output = type(segment) is ev.Output
-            infos.append(ParamInfo(name, name, is_output, variable.name, variable.id, "", call.func_name))
-    return CallAnswer(call.number, call.session.id, tuple(infos))
+            is_output = type(segment) is _OUTPUT
+            infos.append(_PARAM_INFO(name, name, is_output, variable.name, variable.id, "", call.func_name))
+    return _CALL_ANSWER(call.number, call.session.id, tuple(infos))
 
 
 def session_report(session: Session, now: float, calls: bool) -> SessionReport:

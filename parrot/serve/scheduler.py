@@ -35,6 +35,17 @@ from parrot.serve.states import IN_FLIGHT, TASK
 from parrot.serve.tenants import Tenant, Tenants
 
 MOST_MESSAGE = 200  #: characters that are kept of what a policy's error says
+# By names of this module's own that never change: the compiled module need not look them up.
+_CHAIN_LINK: Final = ChainLink
+_CONSTANT: Final = Constant
+_DISPATCH: Final = Dispatch
+_TASK_ENDED: Final = TaskEnded
+_iter: Final = iter
+_next: Final = next
+_ENQUEUE: Final = TASK.of("enqueue")
+_PLACE: Final = TASK.of("place")
+_START: Final = TASK.of("start")
+_FINISH: Final = TASK.of("finish")
 _NO_MORE: Final = object()  #: what a policy's placements end with
 
 
@@ -51,7 +62,7 @@ class Scheduler:
     ) -> None:
         self._config = config.global_scheduler
         self.epoch = epoch
-        self._effects = effects
+        self.effects = effects  #: where what is to be done goes
         self._finished = finished
         self._failed = failed
         self.engines = Engines()
@@ -98,7 +109,7 @@ class Scheduler:
             self._sequence += 1
             task.sequence = self._sequence
             task.ready_s = now
-            task.state = TASK[task.state, "enqueue"]
+            task.state = _ENQUEUE[task.state]
             if self.service is not None:
                 self.service.queued(task)
         if self.tenants.limiting:
@@ -131,7 +142,7 @@ class Scheduler:
         """Gives up the attempt, if one is in flight."""
         if task.state in IN_FLIGHT:
             assert task.engine is not None
-            self._effects.append(Abort(task.engine.id, self.epoch, task.id, task.attempt))
+            self.effects.append(Abort(task.engine.id, self.epoch, task.id, task.attempt))
             if self.service is not None:
                 self.service.cancelled(task)
             self._release(task, now)
@@ -219,7 +230,7 @@ class Scheduler:
         task.state = TASK[task.state, "fail"]
         task.finished_s = now
         self._forget(task)
-        self._effects.append(TaskEnded(task.id, task.attempt, task.output.id, error, self.event))
+        self.effects.append(TaskEnded(task.id, task.attempt, task.output.id, error, self.event))
         self._failed(task, error, now)
 
     # ------------------------------------------------------------------------------------------- placement
@@ -270,8 +281,8 @@ class Scheduler:
             placement: Any = None
             try:
                 if placements is None:
-                    placements = iter(self.policy.place(self.queue, self.cluster, now))
-                placement = next(placements, _NO_MORE)
+                    placements = _iter(self.policy.place(self.queue, self.cluster, now))
+                placement = _next(placements, _NO_MORE)
                 if placement is _NO_MORE:
                     return
                 self._check(placement)
@@ -335,7 +346,7 @@ class Scheduler:
         if self.explanations is not None:
             self.explanations.add(placement, task.attempt + 1, now, self.queue.size, fallback)
         self._leave_queue(task, now)
-        task.state = TASK[task.state, "place"]
+        task.state = _PLACE[task.state]
         task.attempt += 1
         task.tries += 1
         task.engine = engine
@@ -347,7 +358,7 @@ class Scheduler:
         engine.contexts[generate.id] = generate
         assert task.contexts is not None
         task.contexts.append(generate)
-        task.reserved = new_tokens + task.sampling.max_gen_length
+        task.reserved = new_tokens + task.max_gen_length
         engine.tasks[task] = None
         engine.reserved += task.reserved
         engine.prompt_tokens += task.placed_tokens
@@ -358,18 +369,19 @@ class Scheduler:
         if self.service is not None:
             self.service.placed(task, engine, new_tokens, now)
         self.engines.load_changed(engine)
-        self._effects.append(
-            Dispatch(
-                engine_id=engine.id,
-                epoch=self.epoch,
-                task=task.id,
-                attempt=task.attempt,
-                chain=chain,
-                parent=parent,
-                cached_links=cached_links,
-                generate_context_id=generate.id,
-                sampling=task.sampling,
-                output_var=task.output.id,
+        # by place: a name would cost as much as its value
+        self.effects.append(
+            _DISPATCH(
+                engine.id,
+                self.epoch,
+                task.id,
+                task.attempt,
+                chain,
+                parent,
+                cached_links,
+                generate.id,
+                task.sampling,
+                task.output.id,
             )
         )
 
@@ -378,12 +390,12 @@ class Scheduler:
         of links behind that hint, and the tokens that no context holds yet."""
         assert task.path is not None
         assert task.links is not None
-        tokenizer = engine.description.tokenizer
+        tokenizer = engine.tokenizer
         chain: list[ChainLink] = []
         contexts: list[Context] = []
         new_tokens, whole, parent, cached_links = 0, 0, -1, 0
         engine_id, prefixes = engine.id, self.prefixes
-        bos_tokens = engine.description.bos_tokens
+        bos_tokens = engine.bos_tokens
         for depth, node in enumerate(task.path):
             link = task.links[depth]
             contents = link.contents
@@ -403,7 +415,7 @@ class Scheduler:
             contexts.append(context)
             whole += context.tokens
             keys = (contents[0].key,) if len(contents) == 1 else tuple([c.key for c in contents])
-            chain.append(ChainLink(context.id, keys, context.tokens, link.output))
+            chain.append(_CHAIN_LINK(context.id, keys, context.tokens, link.output))
         task.contexts = contexts
         task.placed_tokens = whole
         return tuple(chain), parent, cached_links, new_tokens
@@ -481,20 +493,20 @@ class Scheduler:
 
     def started(self, task: Task, cached_tokens: int, now: float) -> None:
         if task.state == "dispatched":
-            task.state = TASK[task.state, "start"]
+            task.state = _START[task.state]
             task.started_s = now
             task.cached_tokens = cached_tokens
 
     def first_token(self, task: Task, now: float) -> None:
         """Its whole prompt is computed: its contexts are there for others to continue."""
         if task.state == "dispatched":
-            task.state = TASK[task.state, "start"]
+            task.state = _START[task.state]
             task.started_s = now
         if task.first_token_s is None:
             task.first_token_s = now
             engine = task.engine
             assert engine is not None
-            engine.prefill_tokens -= task.reserved - task.sampling.max_gen_length
+            engine.prefill_tokens -= task.reserved - task.max_gen_length
             self.engines.load_changed(engine)
             for context in task.contexts or ():
                 context.filled = True
@@ -509,17 +521,18 @@ class Scheduler:
             context.filled = True  # what was evicted since the first token is computed again
         engine.failures = 0
         generated = contexts[-1]
-        generated.tokens = event.output_tokens
-        engine.cached_tokens += event.output_tokens
+        output_tokens = event.output_tokens
+        generated.tokens = output_tokens
+        engine.cached_tokens += output_tokens
         generated.filled = True
-        if event.output_tokens == 0 or not self.prefixes.attach_output(
+        if output_tokens == 0 or not self.prefixes.attach_output(
             generated, path[-1] if path else None, event.content.key, task.call.session.domain
         ):
             self._free(generated)
         if self.service is not None:
-            self.service.finished(task, event.output_tokens, now)
+            self.service.finished(task, output_tokens, now)
         self._release(task, now)
-        task.state = TASK[task.state, "finish"]
+        task.state = _FINISH[task.state]
         self.changed = self.changed or self.queue.size > 0
         self._end_finished(task, event, now)
 
@@ -540,7 +553,7 @@ class Scheduler:
         task.cost = event.cost
         task.finished_s = now
         self._forget(task)
-        self._effects.append(TaskEnded(task.id, task.attempt, task.output.id, None, self.event))
+        self.effects.append(_TASK_ENDED(task.id, task.attempt, task.output.id, None, self.event))
         self._finished(task, event.content, now)
 
     def fail(self, task: Task, event: TaskFailed, now: float) -> None:
@@ -614,17 +627,17 @@ class Scheduler:
         engine.reserved -= task.reserved
         engine.prompt_tokens -= task.placed_tokens
         if task.first_token_s is None:
-            engine.prefill_tokens -= task.reserved - task.sampling.max_gen_length
+            engine.prefill_tokens -= task.reserved - task.max_gen_length
         engine.latency_tasks -= task.counted_latency
         if self.service is not None:
             self.service.left(task)
         if self.queue.size:
             self.changed = True
-        release = self.prefixes.release
+        prefixes = self.prefixes
         for context in reversed(contexts):
             if context.state == "gone":
                 continue
-            release(context, now)
+            prefixes.release(context, now)
             if context.tasks == 0 and (context.node is None or not context.filled) and engine.state != "lost":
                 self._free(context)
         self.engines.load_changed(engine, more_room)
@@ -654,7 +667,7 @@ class Scheduler:
         """One effect an engine for all that was freed in this instant."""
         for engine_id, ids in self.freed.items():
             if engine_id in self.engines.live:
-                self._effects.append(FreeContexts(engine_id, tuple(ids)))
+                self.effects.append(FreeContexts(engine_id, tuple(ids)))
         self.freed.clear()
 
     # ------------------------------------------------------------------------------------------- time
@@ -730,4 +743,4 @@ def _head_is_common(task: Task) -> bool:
     if not call.cache_prefix or call.fuse_fill:
         return False
     first = call.segments[0]
-    return type(first) is Constant and bool(task.links) and task.links[0].contents[0] is first.content  # type: ignore[index]
+    return type(first) is _CONSTANT and bool(task.links) and task.links[0].contents[0] is first.content  # type: ignore[index]

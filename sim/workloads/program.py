@@ -23,27 +23,29 @@ Tokens = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(ge=0.0)]
 
 
-class After(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class After(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True, omit_defaults=True):
     """`delay_s` after the get named `get` returned; null: after the program's arrival."""
 
     get: str | None = None
     delay_s: Seconds = 0.0
 
 
-class Text(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="text", tag_field="kind"):
+class Text(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True, tag="text", tag_field="kind"):
     """A constant piece of the prompt."""
 
     key: str
     tokens: Tokens
 
 
-class Read(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="read", tag_field="kind"):
+class Read(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True, tag="read", tag_field="kind"):
     """The content of a variable of this program."""
 
     var: str
 
 
-class Write(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="write", tag_field="kind"):
+class Write(
+    msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True, omit_defaults=True, tag="write", tag_field="kind"
+):
     """An output: the variable that it fills and the number of tokens that the model will really generate (the engine's
     knowledge alone). `key`: the identity of the text, when a later workload repeats it; left out, it is unique."""
 
@@ -56,7 +58,7 @@ class Write(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
 Segment = Text | Read | Write
 
 
-class Set(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class Set(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True, omit_defaults=True):
     """The program gives the variable `var` a content of its own."""
 
     var: str
@@ -65,7 +67,7 @@ class Set(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     after: tuple[After, ...] = ()
 
 
-class Call(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class Call(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True, omit_defaults=True):
     """A semantic call. `models` (): any. `model_type`: null: what those models have (`sim.model_types`)."""
 
     segments: tuple[Segment, ...]
@@ -76,7 +78,7 @@ class Call(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     model_type: Literal["token_id", "text"] | None = None
 
 
-class Get(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class Get(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True, omit_defaults=True):
     """A fetch, by its own name `id`. `deadline_s`: the value is worthless, and the program has failed, when it is not at the
     client so long after `after` let it be fetched."""
 
@@ -87,7 +89,7 @@ class Get(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     deadline_s: Seconds | None = None
 
 
-class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class Program(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True, omit_defaults=True):
     """One run of an application. `arrival_s`: seconds from the workload's start."""
 
     id: str
@@ -236,14 +238,14 @@ class TextLengths:
         for call in program.calls:
             for segment in call.segments:
                 if type(segment) is Text:
-                    tokens = segment.tokens
+                    key, tokens = segment.key, segment.tokens
                 elif type(segment) is Write and segment.key is not None:
-                    most = segment.max_gen_length
+                    key, most = segment.key, segment.max_gen_length
                     tokens = segment.tokens if most is None else min(segment.tokens, most)
                 else:
                     continue
-                if known.setdefault(segment.key, tokens) != tokens:
-                    raise _two_lengths(segment.key, tokens, known[segment.key])
+                if known.setdefault(key, tokens) != tokens:
+                    raise _two_lengths(key, tokens, known[key])
         for source in program.sets:
             if known.setdefault(source.key, source.tokens) != source.tokens:
                 raise _two_lengths(source.key, source.tokens, known[source.key])

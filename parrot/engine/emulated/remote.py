@@ -17,11 +17,10 @@ from typing import Final
 from parrot.engine.batches import EngineTask
 from parrot.engine.emulated.events import EmulatedEvent, Kind
 from parrot.engine.emulated.jobs import Gaps
-from parrot.engine.emulated.timed import TimedEngine
+from parrot.engine.emulated.timed import NEVER, TimedEngine
 from parrot.engine.rate_limits import RateLimits
 from parrot.remote_latency import RemoteCoverage, RemoteModel, quantile
 
-NEVER: Final = math.inf
 LEAST_TPOT_S: Final = 1e-9  #: a profile may say that tokens take no time; the clock that counts them needs some
 
 QUEUED: Final = 0  # behind others, or for the rate limits
@@ -136,11 +135,9 @@ class RemoteEngine(TimedEngine):
 
     # ------------------------------------------------------------------------------------------------------- time
 
-    def next_edge(self) -> float | None:
-        if self._events:
-            return self._events[0].at
-        edge = self._next()
-        return edge if edge < NEVER else None
+    @property
+    def edge_s(self) -> float:
+        return self._events[0].at if self._events else self._next()
 
     @property
     def quiet(self) -> bool:

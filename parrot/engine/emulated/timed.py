@@ -6,10 +6,14 @@ Neither has a clock: the shell says what time it is, and asks when to come again
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable
+from typing import Final
 
 from parrot.engine.batches import EngineTask
 from parrot.engine.emulated.events import EmulatedEvent
+
+NEVER: Final = math.inf
 
 
 class TimedEngine:
@@ -33,6 +37,12 @@ class TimedEngine:
 
     def next_edge(self) -> float | None:
         """When `advance` must be called; None while nothing is under way."""
+        edge = self.edge_s
+        return edge if edge < NEVER else None
+
+    @property
+    def edge_s(self) -> float:
+        """As `next_edge`; infinite while nothing is under way."""
         raise NotImplementedError
 
     @property

@@ -30,6 +30,7 @@ FEW_OPEN = 16  #: engines that have room, up to which they alone are looked at
 MOST_CANDIDATES = 8  #: engines whose terms a placement keeps, for policies that would look at all of them
 
 
+@mypyc_attr(acyclic=True)
 class Candidate:
     """An engine that was considered for a task. `fits`: whether it had room."""
 
@@ -41,6 +42,7 @@ class Candidate:
         self.fits = fits
 
 
+@mypyc_attr(acyclic=True)
 class Placement:
     """Run `task` on `engine`. `terms`: the score that led there; `candidates`: the engines that were weighed, best first,
     the chosen one among them (kept only while `Cluster.explaining`); `rule`: which of the policy's rules decided."""
@@ -133,17 +135,22 @@ class Cluster:
         suspect ones and those that have refused it, they are those that admit it, and some where its prompt is cached. It
         counts the shortest length that the prompt has under any tokenizer. O(log E)."""
         index = task.call.lane.ordered(by_room)
-        return index, index.up_to(-least_prompt(task) - task.sampling.max_gen_length)
+        return index, index.up_to(-least_prompt(task) - task.max_gen_length)
 
     def anywhere(self, task: Task) -> bool:
         """Whether any engine admits the task: without a look at each of them, when all are full."""
+        lane = task.call.lane
+        roomy = lane.roomy
+        if roomy is not None and admits(roomy, task):
+            return True
         index, count = self.with_room(task)
         for engine in islice(index, count):
             if admits(engine, task):
+                lane.roomy = engine
                 return True
         holders = task.path[0].contexts if task.path else None
         if holders:  # there it may need less
-            for engine in islice(index, count, index.up_to(-task.sampling.max_gen_length)):
+            for engine in islice(index, count, index.up_to(-task.max_gen_length)):
                 if engine.id in holders and admits(engine, task):
                     return True
         return False
@@ -156,7 +163,7 @@ class Cluster:
         found = [engine.id for engine in islice(index, count)]
         holders = task.path[0].contexts if task.path else None
         if holders:
-            end = index.up_to(-task.sampling.max_gen_length)
+            end = index.up_to(-task.max_gen_length)
             if end - count > 4 * FEW_OPEN:
                 return None
             found += [engine.id for engine in islice(index, count, end) if engine.id in holders]
@@ -175,7 +182,7 @@ class Cluster:
 
 def prompt_tokens(task: Task, engine: Engine) -> int:
     """Tokens of the prompt under the engine's tokenizer, BOS included; computed once a tokenizer."""
-    tokenizer = engine.description.tokenizer
+    tokenizer = engine.tokenizer
     if task.tokens is None:
         task.tokens = {}
     found = task.tokens.get(tokenizer)
@@ -185,7 +192,7 @@ def prompt_tokens(task: Task, engine: Engine) -> int:
             for content in link.contents:
                 found += length_of(content.lengths, tokenizer)
         task.tokens[tokenizer] = found
-    return found + engine.description.bos_tokens
+    return found + engine.bos_tokens
 
 
 def least_prompt(task: Task) -> int:
@@ -219,13 +226,13 @@ def cached_tokens(task: Task, engine: Engine) -> int:
 
 
 def reservation(task: Task, engine: Engine) -> int:
-    return max(0, prompt_tokens(task, engine) - cached_tokens(task, engine)) + task.sampling.max_gen_length
+    return max(0, prompt_tokens(task, engine) - cached_tokens(task, engine)) + task.max_gen_length
 
 
 def too_large(task: Task, engine: Engine) -> bool:
     """Whether that engine can never take the task: its prompt leaves no room for one token, or it has said so."""
     return (task.refusals is not None and task.refusals.get(engine.id) == -1) or (
-        prompt_tokens(task, engine) >= engine.description.max_seq_len
+        prompt_tokens(task, engine) >= engine.max_seq_len
     )
 
 
@@ -239,16 +246,15 @@ def admits(engine: Engine, task: Task, bound: int | None = None) -> bool:
         if refused is not None and (refused == -1 or refused == engine.version):
             return False
     tokens = prompt_tokens(task, engine)
-    description = engine.description
-    if tokens >= description.max_seq_len:
+    if tokens >= engine.max_seq_len:
         return False
     running = len(engine.tasks)
     if running == 0:
         return True  # one task alone always has room
-    if running >= description.tasks_capacity:
+    if running >= engine.tasks_capacity:
         return False
-    capacity = description.tokens_capacity if bound is None else min(bound, description.tokens_capacity)
-    room = capacity - engine.reserved - task.sampling.max_gen_length
+    capacity = engine.tokens_capacity if bound is None else min(bound, engine.tokens_capacity)
+    room = capacity - engine.reserved - task.max_gen_length
     # What is cached is counted only where it decides: most tasks fit with their whole prompt.
     return tokens <= room or tokens - cached_tokens(task, engine) <= room
 
