@@ -18,6 +18,16 @@ class ConfigurationError(Exception):
     """A configuration that cannot be used. The message names the file, the key, and what is expected."""
 
 
+def masked(struct: msgspec.Struct, *secrets: str) -> str:
+    """What `repr` says of a struct some of whose fields are secrets, which it does not tell."""
+    fields = (
+        f"{name}={'***' if name in secrets and value is not None else repr(value)}"
+        for name in struct.__struct_fields__
+        for value in (getattr(struct, name),)
+    )
+    return f"{type(struct).__name__}({', '.join(fields)})"
+
+
 def strip_comments(text: str) -> str:
     """`text` without its `//` comments; line numbers stay as they were."""
     return _STRING_OR_COMMENT.sub(lambda match: match[0] if match[0][0] == '"' else "", text)

@@ -88,6 +88,7 @@ class ServeCore:
             ev.DescribeSession: self._describe_session,
             ev.ListVariables: self._list_variables,
             ev.SubmitCall: self._submit_call,
+            ev.CancelCall: self._cancel_call,
             ev.CreateVariable: self._create_variable,
             ev.SetVariable: self._set_variable,
             ev.GetVariable: self._get_variable,
@@ -313,9 +314,9 @@ class ServeCore:
         account = tenants.of(tenant)
         if not self._recalling:
             self._check_sessions(account, now)
-        tenants.join(account)
+        tenants.join(account, now)
         self._sequence += 1
-        session = Session(session_id, event.auth, tenant, account, self._sequence, now)
+        session = Session(session_id, event.auth, tenant, account, self._sequence, now, event.ephemeral)
         self._sessions[session.id] = session
         self._idle.touch(session, now)
         if key is not None:
@@ -375,7 +376,7 @@ class ServeCore:
         session = self._sessions.get(event.session_id)
         idle_since = session.last_access_s if session is not None and not session.busy else now
         session = self._session(event.session_id, event.auth, now)
-        report = session_report(session, now, event.calls)
+        report = session_report(session, now, event.calls, event.numbers)
         self._effects.append(Reply(event.request, msgspec.structs.replace(report, idle_s=now - idle_since)))
 
     def _repeated(self, session: Session, event: _Repeatable) -> bool:
@@ -511,7 +512,9 @@ class ServeCore:
         outputs = check_form(event)
         if not self._recalling:  # how full it was then is not known any more
             check_room(session, outputs, self.config, self.scheduler, now)
+            session.account.check_minute(now)
         check_variables(session, event)
+        session.account.asked(now)
         call = Call(
             number=len(session.calls),
             session=session,
@@ -540,6 +543,16 @@ class ServeCore:
             self._watch_deadlines()
         if wanted is not None and not tasks[-1].ended:
             self._want(tasks[-1].output, wanted)
+
+    def _cancel_call(self, event: ev.CancelCall, now: float) -> None:
+        session = self._session(event.session_id, event.auth, now)
+        if not 0 <= event.call < len(session.calls):
+            raise ParrotError("not_found", f"session {session.id} has no call {event.call}")
+        error = ErrorInfo("cancelled", f"call {event.call} was cancelled: its client went away")
+        for task in session.calls[event.call].tasks:
+            if not task.ended:
+                self.scheduler.expire(task, error, now)
+        self._effects.append(Reply(event.request, _EMPTY))
 
     def _connect(self, task: Task, now: float) -> None:
         """Puts a new task into the graph: what it waits for, and who waits for it already."""
@@ -711,5 +724,13 @@ class ServeCore:
         until = now + self.config.session_life_span
         for key, (session_id, _) in self._opened.items():
             self._opened[key] = (session_id, until)
-        for session in self._sessions.values():
+        self.scheduler.tenants.begin_anew()
+        for session in list(self._sessions.values()):
+            if session.ephemeral:  # who waited for it was connected to the life before
+                self._end_session(session, "close", now)
+                continue
             self._idle.touch(session, now)
+            if session.account.minute is not None:
+                for call in session.calls:
+                    for task in call.tasks:
+                        task.charged = 0

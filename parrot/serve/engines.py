@@ -222,11 +222,13 @@ class EngineIndex:
         if 16 * len(ids) <= len(entries):
             of = self._of
             return map(_engine_of, sorted([of[engine_id] for engine_id in ids if engine_id in of]))
-        return (entry[2] for entry in entries if entry[1] in ids)
+        return _met(entries, ids)
 
     def without(self, ids: Collection[int]) -> Iterator[Engine]:
         """Those with other ids, from the least to the most loaded."""
-        return (entry[2] for entry in self._entries() if entry[1] not in ids)
+        for entry in self._entries():
+            if entry[1] not in ids:
+                yield entry[2]
 
     def up_to(self, load: Load) -> int:
         """How many have at most that load."""
@@ -236,10 +238,17 @@ class EngineIndex:
         """All of them, first those with more than that load; then, from the beginning, the others."""
         place = self.up_to(load)
         entries = self._sorted
-        return (entries[number][2] for number in range(place - len(entries), place))  # which counts from −len, then from 0
+        for number in range(place - len(entries), place):  # which counts from −len, then from 0
+            yield entries[number][2]
 
     def __len__(self) -> int:
         return len(self._sorted)
+
+
+def _met(entries: list[tuple[Load, int, Engine]], ids: Collection[int]) -> Iterator[Engine]:
+    for entry in entries:
+        if entry[1] in ids:
+            yield entry[2]
 
 
 @mypyc_attr(native_class=False)  # compiled classes know no weak references

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mypy_extensions import mypyc_attr
 
 from parrot.protocol.api import Criteria, SamplingConfig
-from parrot.protocol.engine import TaskId
+from parrot.protocol.engine import CONTINUED, TaskId
 from parrot.serve import states
 from parrot.serve.contexts import prefix_hash
 from parrot.serve.events import Constant, Content, Output, Segment
@@ -110,13 +110,15 @@ class Group:
 
 @mypyc_attr(acyclic=True)
 class Link:
-    """One context of a chain, engine-independent: the contents that it adds, and whether a task generated them."""
+    """One context of a chain, engine-independent: the contents that it adds, whether a task generated them, and the role of the
+    chat message that begins with it."""
 
-    __slots__ = ("contents", "output")
+    __slots__ = ("contents", "output", "role")
 
-    def __init__(self, contents: tuple[Content, ...], output: bool) -> None:
+    def __init__(self, contents: tuple[Content, ...], output: bool, role: str = "") -> None:
         self.contents = contents
         self.output = output
+        self.role = role
 
 
 class Task:
@@ -132,12 +134,12 @@ class Task:
     """
 
     __slots__ = (
-        "activated", "aim", "alone", "attempt", "begin", "cached_tokens", "call", "contexts", "cost", "counted_latency",
-        "criteria", "deadline_s", "decode_s", "depth", "dispatched_s", "end", "engine", "engine_name", "finished_s",
-        "first_token_s", "granted", "group", "held", "id", "lends", "level", "links", "max_gap_s", "max_gen_length", "missing",
-        "order", "output", "output_tokens", "path", "path_s", "pinned", "placed_tokens", "prompt_tokens", "rank", "ready_s",
-        "refusals", "reserved", "sampling", "sequence", "sources", "stage", "started_s", "state", "tokens", "touched", "tries",
-        "wanted_until_s",
+        "activated", "aim", "alone", "attempt", "begin", "cached_tokens", "call", "charged", "contexts", "cost",
+        "counted_latency", "criteria", "deadline_s", "decode_s", "depth", "dispatched_s", "end", "engine", "engine_name",
+        "finished_s", "first_token_s", "granted", "group", "held", "id", "lends", "level", "links", "max_gap_s",
+        "max_gen_length", "missing", "order", "output", "output_tokens", "path", "path_s", "pinned", "placed_tokens",
+        "prompt_tokens", "rank", "ready_s", "reason", "refusals", "reserved", "sampling", "sequence", "sources", "stage",
+        "started_s", "state", "tokens", "touched", "tries", "wanted_until_s",
     )  # fmt: skip
 
     def __init__(self, id: TaskId, call: Call, begin: int, end: int, output: Variable, sampling: SamplingConfig) -> None:
@@ -176,6 +178,7 @@ class Task:
         self.tokens: dict[str, int] | None = None  # prompt length by tokenizer
         self.refusals: dict[int, int] | None = None  # engine id -> its capacity version then; -1: never again
         self.granted = 0  # tokens that count against its tenant's max_tokens_in_flight
+        self.charged = 0  # tokens that count against its tokens_per_minute until it is known what it used
         self.held = False  # for want of those: it waits beside the queue
         # while it is in flight
         self.engine: Engine | None = None
@@ -196,6 +199,7 @@ class Task:
         self.decode_s = 0.0
         self.max_gap_s = 0.0
         self.cost = 0.0
+        self.reason = ""
         self.path_s = 0.0  # service along the longest path that led to it, its own included once it ends (`Service`)
 
     @property
@@ -290,6 +294,7 @@ def chain_of(task: Task) -> list[Link]:
     call = task.call
     links: list[Link] = []
     run: list[Content] = []
+    begins = ""  # the role of a message whose first contents were empty
     for place in range(task.end - 1):
         segment, variable = call.segments[place], call.variables[place]
         generated = False
@@ -301,10 +306,15 @@ def chain_of(task: Task) -> list[Link]:
                 break
             content = variable.content
             generated = variable.producer is not None and variable.producer.call is call
+        role = "" if type(segment) is Output else segment.role
+        if begins and role in ("", CONTINUED):
+            role = begins
         if _is_empty(content):
+            begins = role
             continue
+        begins = ""
         if not call.fuse_fill:
-            links.append(Link((content,), generated))
+            links.append(Link((content,), generated, role))
         elif generated:
             if run:
                 links.append(Link(tuple(run), False))

@@ -37,7 +37,11 @@ def call_answer(call: Call) -> CallAnswer:
     return _CALL_ANSWER(call.number, call.session.id, tuple(infos))
 
 
-def session_report(session: Session, now: float, calls: bool) -> SessionReport:
+def session_report(session: Session, now: float, calls: bool, numbers: tuple[int, ...] | None = None) -> SessionReport:
+    """`calls`: with reports of its calls, of those with these `numbers` when they are given (unknown ones are left out)."""
+    reported = session.calls
+    if numbers is not None:
+        reported = [reported[number] for number in numbers if 0 <= number < len(reported)]
     call_states: dict[str, int] = {}
     for call in session.calls:
         state = call.state
@@ -53,7 +57,7 @@ def session_report(session: Session, now: float, calls: bool) -> SessionReport:
         age_s=now - session.opened_s,
         idle_s=0.0 if session.busy else now - session.last_access_s,
         usage=_usage(session),
-        reports=tuple(call_report(call) for call in session.calls) if calls else None,
+        reports=tuple(call_report(call) for call in reported) if calls else None,
     )
 
 
@@ -90,6 +94,7 @@ def call_report(call: Call) -> CallReport:
             decode_s=task.decode_s,
             max_gap_s=task.max_gap_s,
             cost=task.cost,
+            reason=task.reason,
         )
         for task in call.tasks
     )
