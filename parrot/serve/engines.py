@@ -255,7 +255,7 @@ def _met(entries: list[tuple[Load, int, Engine]], ids: Collection[int]) -> Itera
 class Lane:
     """All that asks for one of `models` (empty: any) of a model type, and the live engines that serve it."""
 
-    __slots__ = ("__weakref__", "engines", "indexes", "model_type", "models", "opened", "roomy", "users", "version")
+    __slots__ = ("__weakref__", "engines", "indexes", "model_type", "models", "opened", "users", "version")
 
     def __init__(self, models: tuple[str, ...], model_type: str) -> None:
         self.models = models
@@ -264,7 +264,6 @@ class Lane:
         self.version = 0  # how often one of its engines has had more room than before
         self.opened: deque[Engine] = deque(maxlen=KEPT_OPENED)  # those engines, the last ones
         self.users = 0  # calls of open sessions that asked for it
-        self.roomy: Engine | None = None  # the last that was found to have room, to be asked first
         self.indexes: dict[Callable[[Engine], Load], EngineIndex] = {}
 
     def serves(self, description: EngineDescription) -> bool:
@@ -355,8 +354,6 @@ class Engines:
         lanes, engine.lanes = engine.lanes, ()
         for lane in lanes:
             del lane.engines[engine.id]
-            if lane.roomy is engine:
-                lane.roomy = None
             for index in lane.indexes.values():
                 index.remove(engine)
         return lanes

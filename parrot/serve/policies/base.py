@@ -73,6 +73,7 @@ class Cluster:
         self._service = service
         self.explaining = False  #: whether placements shall carry their candidates
         self._fitting: tuple[Task, Engine] | None = None  # the last pair that was found to fit
+        self._roomy: Engine | None = None  # the last that was found to have room, to be asked first
         self._with_room: tuple[Task, EngineIndex, int] | None = None  # what `with_room` has said since loads changed
 
     def weight_of(self, tenant: str) -> float:
@@ -144,14 +145,13 @@ class Cluster:
 
     def anywhere(self, task: Task) -> bool:
         """Whether any engine admits the task: without a look at each of them, when all are full."""
-        lane = task.call.lane
-        roomy = lane.roomy
-        if roomy is not None and admits(roomy, task):
+        roomy = self._roomy
+        if roomy is not None and roomy.id in task.call.lane.engines and admits(roomy, task):
             return True
         index, count = self.with_room(task)
         for engine in islice(index, count):
             if admits(engine, task):
-                lane.roomy = engine
+                self._roomy = engine
                 return True
         holders = task.path[0].contexts if task.path else None
         if holders:  # there it may need less
