@@ -15,16 +15,22 @@ from typing import Any, Final, NamedTuple
 from parrot.engine.core import EngineLimits, EngineTask, Link
 from parrot.engine.emulated.engine import EmulatedEngine
 from parrot.engine.emulated.events import EmulatedEvent
-from parrot.latency import Coverage, LatencyModel, LatencyProfile, OutOfRange
+from parrot.engine.emulated.remote import RemoteEngine
+from parrot.engine.emulated.timed import TimedEngine
+from parrot.engine.rate_limits import RateLimits
+from parrot.latency import Coverage, LatencyModel, LatencyProfile, OutOfRange, Outside
 from parrot.protocol.api import SessionReport
 from parrot.protocol.engine import EngineDescription, TaskId
 from parrot.protocol.errors import ERRORS, ErrorInfo, ParrotError
+from parrot.remote_latency import RemoteCoverage, RemoteModel
+from parrot.remote_profile import RemoteProfile
 from parrot.serve import effects, events
 from parrot.serve.config import ServeCoreConfig
 from parrot.serve.core import ServeCore
 from parrot.serve.fault import PolicyFault
 from parrot.serve.graph import Call
 from sim.engines import SimEngine
+from sim.model_types import ModelTypes
 from sim.recorder import Recorder
 from sim.timeline import Timeline
 
@@ -53,12 +59,18 @@ Observe = Callable[[str, Any], None]  #: engine name, what the engine shows of e
 
 
 class EngineModel(NamedTuple):
-    """An engine as the simulator needs it. `factor` multiplies every duration that its profile says."""
+    """An engine as the simulator needs it. `factor` multiplies every duration that its profile says.
+
+    With a remote profile: `rates`, the requests and the tokens a minute that it keeps to; `draw`, uniform numbers from 0 to 1
+    for what single requests deviate by (null: by nothing).
+    """
 
     description: EngineDescription
     limits: EngineLimits
-    profile: LatencyProfile
+    profile: LatencyProfile | RemoteProfile
     factor: float = 1.0
+    rates: tuple[int | None, int | None] = (None, None)
+    draw: Callable[[], float] | None = None
 
 
 class Asker:
@@ -99,7 +111,7 @@ class _Node(SimEngine):
     """An engine of the cluster. `attempts`: what runs there and was not given up, by the number of its dispatch, which is the
     engine's key of the task."""
 
-    def __init__(self, cluster: Cluster, engine_id: int, engine: EmulatedEngine) -> None:
+    def __init__(self, cluster: Cluster, engine_id: int, engine: TimedEngine) -> None:
         super().__init__(cluster.calendar, engine)
         self.id = engine_id
         self.attempts: dict[int, _Attempt] = {}
@@ -146,7 +158,9 @@ class Cluster:
             effects.FreeContexts: self._free,
             effects.SessionEnded: self._session_ended,
         }
+        self.model_types = ModelTypes(model.description for model in engines)
         self._coverages: dict[str, Coverage] = {}
+        self._remote_coverages: dict[str, RemoteCoverage] = {}
         self._latencies: dict[tuple[str, float], LatencyModel] = {}  # engines of a profile share it, as far as they are alike
         for model in engines:
             self._register(model, jump, observe, strict)
@@ -190,7 +204,8 @@ class Cluster:
 
     def outside(self) -> dict[str, dict[str, tuple[float, float, float]]]:
         """For each latency profile that was asked for more than it was fitted to: `Coverage.outside`."""
-        return {name: coverage.outside for name, coverage in self._coverages.items() if coverage.outside}
+        coverages: dict[str, Outside] = {**self._coverages, **self._remote_coverages}
+        return {name: coverage.outside for name, coverage in coverages.items() if coverage.outside}
 
     def explain(self, recorder: Recorder) -> None:
         """Hands over what the core says of its policy: its errors, and why each task went where it went, if that was kept."""
@@ -254,16 +269,8 @@ class Cluster:
     # ------------------------------------------------------------------------------------------------- the engines
 
     def _register(self, model: EngineModel, jump: bool, observe: Observe | None, strict: bool) -> None:
-        watch = functools.partial(observe, model.description.engine_name) if observe else None
-        coverage = None
-        if model.profile.seen:
-            coverage = self._coverages.get(model.profile.name)
-            if coverage is None:
-                coverage = self._coverages[model.profile.name] = Coverage(model.profile, strict)
-        latency = self._latencies.get((model.profile.name, model.factor))
-        if latency is None or latency.profile is not model.profile:
-            latency = self._latencies[model.profile.name, model.factor] = LatencyModel(model.profile, model.factor)
-        emulated = EmulatedEngine(model.limits, latency, jump=jump, observe=watch, coverage=coverage)
+        engine = self._remote(model, strict) if isinstance(model.profile, RemoteProfile) else None
+        emulated = engine or self._emulated(model, jump, observe, strict)
 
         def registered(answer: Any, error: ErrorInfo | None) -> None:
             if error is not None:
@@ -271,6 +278,38 @@ class Cluster:
             self.engines[answer.engine_id] = _Node(self, answer.engine_id, emulated)
 
         self._pending.append(events.RegisterEngine(self.expect(registered), model.description))
+
+    def _emulated(self, model: EngineModel, jump: bool, observe: Observe | None, strict: bool) -> TimedEngine:
+        """An engine over the latency of iterations."""
+        profile = model.profile
+        assert isinstance(profile, LatencyProfile)
+        watch = functools.partial(observe, model.description.engine_name) if observe else None
+        coverage = None
+        if profile.seen:
+            coverage = self._coverages.get(profile.name)
+            if coverage is None:
+                coverage = self._coverages[profile.name] = Coverage(profile, strict)
+        latency = self._latencies.get((profile.name, model.factor))
+        if latency is None or latency.profile is not profile:
+            latency = self._latencies[profile.name, model.factor] = LatencyModel(profile, model.factor)
+        return EmulatedEngine(model.limits, latency, jump=jump, observe=watch, coverage=coverage)
+
+    def _remote(self, model: EngineModel, strict: bool) -> TimedEngine:
+        """An engine behind a remote endpoint."""
+        profile = model.profile
+        assert isinstance(profile, RemoteProfile)
+        coverage = self._remote_coverages.get(profile.name)
+        if coverage is None:
+            coverage = self._remote_coverages[profile.name] = RemoteCoverage(profile, strict)
+        requests, tokens = model.rates
+        return RemoteEngine(
+            RemoteModel(profile, model.factor),
+            RateLimits(requests, tokens),
+            tasks_capacity=model.limits.tasks_capacity,
+            largest_task=model.limits.largest_task,
+            coverage=coverage,
+            draw=model.draw,
+        )
 
     def _to_engine(self, action: Callable[..., Any], *arguments: Any) -> None:
         if self._delay_s:

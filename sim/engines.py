@@ -1,5 +1,5 @@
-"""An emulated engine in virtual time: wakes it at its edges and hands on what it tells. It decides nothing, and an idle
-engine costs nothing.
+"""An engine that only passes time, in virtual time: wakes it at its edges and hands on what it tells. It decides nothing, and
+an idle engine costs nothing.
 
 Within an instant, what clients and the core do (up to the cluster's flush) comes before the engines' edges, so that what
 arrives at an edge comes before it. Engines with an edge at the same instant go in the order in which they were made;
@@ -12,8 +12,8 @@ from collections.abc import Hashable, Iterable
 from typing import Final
 
 from parrot.engine.batches import EngineTask
-from parrot.engine.emulated.engine import EmulatedEngine
 from parrot.engine.emulated.events import EmulatedEvent
+from parrot.engine.emulated.timed import TimedEngine
 from sim.calendar import ALARMS, NEVER, Alarm, Calendar
 
 EDGE: Final = ALARMS  #: priority of edges, behind the cluster's flush (2)
@@ -23,7 +23,7 @@ QUIET_EDGE: Final = 4.0
 class SimEngine(Alarm):
     """Drives one engine, whose next edge is an alarm."""
 
-    def __init__(self, clock: Calendar, engine: EmulatedEngine) -> None:
+    def __init__(self, clock: Calendar, engine: TimedEngine) -> None:
         super().__init__()
         self.engine = engine
         self._clock = clock

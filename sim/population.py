@@ -244,9 +244,8 @@ class Conversation:
             else:
                 segments.append(_CONSTANT(content(piece.key, piece.tokens)))
         # by place: a name would cost as much as its value
-        return _SUBMIT_CALL(
-            request, session_id, AUTH, tuple(segments), call.name, call.models, "token_id", call.cache_prefix
-        )
+        model_type = self._cluster.model_types.of(call)
+        return _SUBMIT_CALL(request, session_id, AUTH, tuple(segments), call.name, call.models, model_type, call.cache_prefix)
 
     def record(self, session_id: int, outputs: dict[str, Output]) -> None:
         """Takes down what the core knows of the session before it closes."""

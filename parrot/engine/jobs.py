@@ -159,12 +159,20 @@ class Job:
         self.stream.put(Finished(ids, text, reason, *counts, decode_s, max_gap_s, evicted=self._evicted()), last=True)
 
     def finish_text(
-        self, text: str, reason: str, prompt_tokens: int, output_tokens: int, cost: float, ids: tuple[int, ...] = ()
+        self,
+        text: str,
+        reason: str,
+        prompt_tokens: int,
+        output_tokens: int,
+        cost: float,
+        ids: tuple[int, ...] = (),
+        times: tuple[float, float] | None = None,
     ) -> None:
-        """It ended with the whole output `text`, whose `ids` nobody knows unless they are given; the counts are another's."""
+        """It ended with the whole output `text`, whose `ids` nobody knows unless they are given; the counts are another's.
+        `times`: from its first token to its last, and the largest gap between, where somebody else has measured them."""
         self.show((), text)
-        decode_s = max(0.0, self._last_at - self._first_at)
-        counts = (prompt_tokens, self.cached_tokens, decode_s, self._max_gap_s, output_tokens, cost)
+        decode_s, max_gap_s = times or (max(0.0, self._last_at - self._first_at), self._max_gap_s)
+        counts = (prompt_tokens, self.cached_tokens, decode_s, max_gap_s, output_tokens, cost)
         self.stream.put(Finished(ids, text, reason, *counts, self._evicted()), last=True)
 
     @property

@@ -31,6 +31,7 @@ from parrot.engine.config import (
     description_of,
     limits_of,
     profile_of,
+    rate_limits_of,
     secret_of,
 )
 from parrot.engine.context_ids import ContextIds
@@ -40,10 +41,13 @@ from parrot.engine.iteration_log import IterationLog, versions
 from parrot.engine.loop import BuiltinLoop, EngineLoop, MemoryUse
 from parrot.engine.openai_routes import OpenAIRoutes
 from parrot.engine.primitives import Primitives
+from parrot.engine.rate_limits import RateLimits
 from parrot.engine.server import EngineServer
 from parrot.engine.tasks import Tasks
 from parrot.latency import LatencyModel
 from parrot.protocol.engine import EngineDescription
+from parrot.remote_latency import RemoteModel
+from parrot.remote_profile import RemoteProfile
 from parrot.tls import client_context, server_context
 from parrot.tokenizer import ESTIMATED, Tokenizer, load_tokenizer
 
@@ -142,6 +146,7 @@ async def start_emulated(
     """
     from parrot.engine.emulated.engine import EmulatedEngine
     from parrot.engine.emulated.loop import EmulatedLoop
+    from parrot.engine.emulated.remote import RemoteEngine
 
     profile = profile_of(config)
     if profile is None:
@@ -150,9 +155,14 @@ async def start_emulated(
         log.warning("engine %r is emulated: it has no iterations of its own to log, so iteration_log is ignored", config.name)
     limits = limits_of(config)
     tokenizer = tokenizer_or_synthetic(config.tokenizer or "synthetic")
-    loop = EmulatedLoop(
-        EmulatedEngine(limits, LatencyModel(profile)), tokenizer, stream_interval_s=config.instance.stream_interval_s
-    )
+    engine: EmulatedEngine | RemoteEngine
+    if isinstance(profile, RemoteProfile):
+        rates = RateLimits(*rate_limits_of(config, profile))
+        capacity, largest = limits.tasks_capacity, limits.largest_task
+        engine = RemoteEngine(RemoteModel(profile), rates, tasks_capacity=capacity, largest_task=largest)
+    else:
+        engine = EmulatedEngine(limits, LatencyModel(profile))
+    loop = EmulatedLoop(engine, tokenizer, stream_interval_s=config.instance.stream_interval_s)
     changes = {"engine_name": engine_name or config.engine_name, "host": host or config.host}
     config = msgspec.structs.replace(config, **changes, port=config.port if port is None else port)
     description = description_of(
@@ -347,7 +357,7 @@ async def serve(
     instance = secrets.token_hex(16)
     tasks = Tasks(loop, tokenizer, context_ids, instance)
     loop.on_evicted = tasks.note_evicted
-    takes_text = isinstance(config, OpenAIEngineConfig)
+    takes_text = description.engine_type == "openai"
     openai = OpenAIRoutes(loop, tokenizer, context_ids, description)
     app = EngineServer(loop, tasks, Primitives(loop, tokenizer, context_ids, takes_text), openai).application()
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=STOP_S)

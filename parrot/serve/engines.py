@@ -222,11 +222,13 @@ class EngineIndex:
         if 16 * len(ids) <= len(entries):
             of = self._of
             return map(_engine_of, sorted([of[engine_id] for engine_id in ids if engine_id in of]))
-        return (entry[2] for entry in entries if entry[1] in ids)
+        return _met(entries, ids)
 
     def without(self, ids: Collection[int]) -> Iterator[Engine]:
         """Those with other ids, from the least to the most loaded."""
-        return (entry[2] for entry in self._entries() if entry[1] not in ids)
+        for entry in self._entries():
+            if entry[1] not in ids:
+                yield entry[2]
 
     def up_to(self, load: Load) -> int:
         """How many have at most that load."""
@@ -236,17 +238,24 @@ class EngineIndex:
         """All of them, first those with more than that load; then, from the beginning, the others."""
         place = self.up_to(load)
         entries = self._sorted
-        return (entries[number][2] for number in range(place - len(entries), place))  # which counts from −len, then from 0
+        for number in range(place - len(entries), place):  # which counts from −len, then from 0
+            yield entries[number][2]
 
     def __len__(self) -> int:
         return len(self._sorted)
+
+
+def _met(entries: list[tuple[Load, int, Engine]], ids: Collection[int]) -> Iterator[Engine]:
+    for entry in entries:
+        if entry[1] in ids:
+            yield entry[2]
 
 
 @mypyc_attr(native_class=False)  # compiled classes know no weak references
 class Lane:
     """All that asks for one of `models` (empty: any) of a model type, and the live engines that serve it."""
 
-    __slots__ = ("__weakref__", "engines", "indexes", "model_type", "models", "opened", "roomy", "users", "version")
+    __slots__ = ("__weakref__", "engines", "indexes", "model_type", "models", "opened", "users", "version")
 
     def __init__(self, models: tuple[str, ...], model_type: str) -> None:
         self.models = models
@@ -255,7 +264,6 @@ class Lane:
         self.version = 0  # how often one of its engines has had more room than before
         self.opened: deque[Engine] = deque(maxlen=KEPT_OPENED)  # those engines, the last ones
         self.users = 0  # calls of open sessions that asked for it
-        self.roomy: Engine | None = None  # the last that was found to have room, to be asked first
         self.indexes: dict[Callable[[Engine], Load], EngineIndex] = {}
 
     def serves(self, description: EngineDescription) -> bool:
@@ -346,8 +354,6 @@ class Engines:
         lanes, engine.lanes = engine.lanes, ()
         for lane in lanes:
             del lane.engines[engine.id]
-            if lane.roomy is engine:
-                lane.roomy = None
             for index in lane.indexes.values():
                 index.remove(engine)
         return lanes

@@ -94,7 +94,7 @@ def check_variables(session: Session, event: ev.SubmitCall) -> None:
         return
     for reader in dict.fromkeys(number for number, _ in inputs):
         targets = {variable for variable, writer in outputs.items() if writer >= reader}
-        if targets and depends_on((variable for number, variable in inputs if number == reader), targets):
+        if targets and depends_on([variable for number, variable in inputs if number == reader], targets):
             raise ParrotError("cyclic_dependency", f"call {event.func_name!r} would wait for its own output")
 
 

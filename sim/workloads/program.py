@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -68,13 +68,14 @@ class Set(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True, omi
 
 
 class Call(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True, omit_defaults=True):
-    """A semantic call. `models` (): any."""
+    """A semantic call. `models` (): any. `model_type`: null: what those models have (`sim.model_types`)."""
 
     segments: tuple[Segment, ...]
     name: str = ""
     models: tuple[str, ...] = ()
     cache_prefix: bool = True
     after: tuple[After, ...] = ()
+    model_type: Literal["token_id", "text"] | None = None
 
 
 class Get(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True, omit_defaults=True):

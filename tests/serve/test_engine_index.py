@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parrot.protocol.engine import EngineDescription
-from parrot.serve.engines import LEAST_NOTED, Engine, EngineIndex, Engines, by_load, by_room
+from parrot.serve.engines import LEAST_NOTED, Engine, EngineIndex, by_load, by_room
 
 CHANGES = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 4)), max_size=12)
 
@@ -52,12 +52,3 @@ def test_an_index_is_in_order_whenever_it_is_asked(rounds: list[tuple[list[tuple
             assert [e.id for e in index] == expected
             assert [e.id for e in index.among(expected[:1])] == expected[:1]
             assert [e.id for e in index.without(expected[:1])] == expected[1:]
-
-
-def test_the_engine_that_had_room_is_not_asked_after_it_is_lost() -> None:
-    engines = Engines()
-    first = engines.register(engine(1).description)
-    lane = engines.lane((), "token_id")
-    lane.roomy = first
-    engines.lose(first)
-    assert lane.roomy is None

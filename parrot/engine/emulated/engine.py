@@ -8,24 +8,22 @@ jumping (only iterations after which something can change) give the same events 
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
-from typing import Final
 
 from parrot.engine.batches import Batch, EngineLimits, EngineTask, Refused
 from parrot.engine.core import EngineCore
 from parrot.engine.emulated.events import EmulatedEvent, Iterations, Kind
 from parrot.engine.emulated.jobs import Decoding, Job
+from parrot.engine.emulated.timed import NEVER, TimedEngine
 from parrot.engine.running import Task
 from parrot.latency import Coverage, DecodeRun, LatencyModel
 
 __all__ = ["EmulatedEngine", "EmulatedEvent", "Iterations"]
 
-NEVER: Final = math.inf
 
 
-class EmulatedEngine:
+class EmulatedEngine(TimedEngine):
     """EngineCore and LatencyModel in anybody's time. Times are absolute seconds and never decrease between calls."""
 
     def __init__(
@@ -37,9 +35,9 @@ class EmulatedEngine:
         coverage: Coverage | None = None,
     ) -> None:
         """`observe` is told of the iterations, `coverage` of their shapes."""
+        super().__init__(jump)
         self.core = EngineCore(limits)
         self.latency = latency
-        self.jumps = jump  #: whether quiet iterations are passed over
         self._observe = observe
         self._coverage = coverage
         self._overhead_s = latency.profile.task_overhead_s
@@ -116,14 +114,8 @@ class EmulatedEngine:
 
     # ------------------------------------------------------------------------------------------------------- time
 
-    def next_edge(self) -> float | None:
-        """When `advance` must be called; None while nothing is under way."""
-        edge = self.edge_s
-        return edge if edge < NEVER else None
-
     @property
     def edge_s(self) -> float:
-        """As `next_edge`; infinite while nothing is under way."""
         if self._events:
             return self._events[0].at
         edge = self._wake if self._wake < self._ends_at else self._ends_at

@@ -1,6 +1,6 @@
 """Drives an emulated engine in real time: sleeps until its next edge, and tells what happened there.
 
-Hundreds of them share one event loop. A timer that fires late shifts nothing: EmulatedEngine counts from its own edges.
+Hundreds of them share one event loop. A timer that fires late shifts nothing: an engine counts from its own edges.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
-from parrot.engine.emulated.engine import EmulatedEngine, EmulatedEvent
+from parrot.engine.emulated.engine import EmulatedEngine
+from parrot.engine.emulated.events import EmulatedEvent
 from parrot.engine.emulated.output import SyntheticOutput
+from parrot.engine.emulated.remote import RemoteEngine
 from parrot.engine.jobs import Job
 from parrot.engine.loop import MemoryUse, runtime_info
 from parrot.protocol.api import SamplingConfig, refuse_chat_options
@@ -23,9 +25,11 @@ from parrot.tokenizer import Tokenizer
 class EmulatedLoop:
     """One emulated engine behind the interface `parrot.engine.loop.EngineLoop`."""
 
-    def __init__(self, engine: EmulatedEngine, tokenizer: Tokenizer, *, stream_interval_s: float | None = None) -> None:
+    def __init__(
+        self, engine: EmulatedEngine | RemoteEngine, tokenizer: Tokenizer, *, stream_interval_s: float | None = None
+    ) -> None:
         """Must be made inside a running event loop. `stream_interval_s`: how often running tasks stream what they have;
-        None: when the batch changes."""
+        None: when the batch changes. A RemoteEngine answers as an endpoint does: with text and counts, no ids."""
         self.on_evicted: Callable[[Sequence[int]], None] = lambda ids: None
         self._engine = engine
         self._output = SyntheticOutput(tokenizer)
@@ -85,12 +89,20 @@ class EmulatedLoop:
         return freed
 
     def context_ids(self) -> list[int]:
+        if isinstance(self._engine, RemoteEngine):
+            return []
         return [context.id for context in self._engine.core.contexts]
 
     def runtime_info(self) -> RuntimeInfo:
         # Iterations that change nothing end unseen: it stands still when it is late for the next edge that matters.
         edge = self._engine.next_edge() if self._jobs else None
         stalled_s = 0.0 if edge is None else max(0.0, self.now() - edge)
+        if isinstance(self._engine, RemoteEngine):
+            mean_s = sum(self._recent_s) / len(self._recent_s) if self._recent_s else 0.0
+            in_flight = self._engine.in_flight
+            return RuntimeInfo(
+                num_running_jobs=in_flight, num_total_jobs=len(self._jobs), recent_average_latency=mean_s, stalled_s=stalled_s
+            )
         return runtime_info(self._engine.core, MemoryUse(), self._recent_s, stalled_s)
 
     async def close(self, reason: str) -> None:
@@ -161,7 +173,11 @@ class EmulatedLoop:
                 if event.output_tokens > 1:
                     self._recent_s.append(event.decode_s / (event.output_tokens - 1))
                 reason = "stop_str" if event.key in self._cuts else "length"
-                job.finish_timed(ids, text, reason, event.decode_s, event.max_gap_s)
+                if isinstance(self._engine, RemoteEngine):
+                    times = (event.decode_s, event.max_gap_s)
+                    job.finish_text(text, reason, event.prompt_tokens, event.output_tokens, 0.0, times=times)
+                else:
+                    job.finish_timed(ids, text, reason, event.decode_s, event.max_gap_s)
             case "rejected" | "failed":
                 job.refuse(event.code, event.message)
         if job.ended:
@@ -171,7 +187,8 @@ class EmulatedLoop:
             self._speaking.pop(event.key, None)
 
     def _show(self, job: Job, n_tokens: int) -> None:
-        job.show(*self._said(job, n_tokens))
+        ids, text = self._said(job, n_tokens)
+        job.show(() if isinstance(self._engine, RemoteEngine) else ids, text)
 
     def _said(self, job: Job, n_tokens: int) -> tuple[tuple[int, ...], str]:
         """The first tokens of the job's output. Another attempt at the same task says the same."""

@@ -150,6 +150,9 @@ class RemoteLoop:
                 await self._exchange(job, request)
             except _Broken as broken:
                 refusal = broken.refusal
+            except asyncio.CancelledError:  # it was in flight, and slowed others down
+                self._note(job, request, sent_at, running, tries, Refusal("cancelled", "given up", False))
+                raise
             except Exception as error:
                 refusal = refusal_of(error)
             finally:
@@ -245,6 +248,8 @@ class RemoteLoop:
             ttft_s=None if first_at is None else round(first_at - sent_at, 6),
             decode_s=0.0 if first_at is None else round(now - first_at, 6),
             max_gap_s=round(job.max_gap_s, 6),
+            total_s=round(now - sent_at, 6),
+            limit_tokens=request.tokens,
             tries=tries,
             reason=request.reason if refusal is None else refusal.code,
         )

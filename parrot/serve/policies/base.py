@@ -73,6 +73,8 @@ class Cluster:
         self._service = service
         self.explaining = False  #: whether placements shall carry their candidates
         self._fitting: tuple[Task, Engine] | None = None  # the last pair that was found to fit
+        self._roomy: Engine | None = None  # the last that was found to have room, to be asked first
+        self._with_room: tuple[Task, EngineIndex, int] | None = None  # what `with_room` has said since loads changed
 
     def weight_of(self, tenant: str) -> float:
         """The tenant's configured share beside others', above 0; 1.0 unless it has one."""
@@ -129,24 +131,27 @@ class Cluster:
             return True
         return False
 
-    @staticmethod
-    def with_room(task: Task) -> tuple[EngineIndex, int]:
+    def with_room(self, task: Task) -> tuple[EngineIndex, int]:
         """An index of the task's lane of which the first so many engines have room for all of it, whatever is cached: but for
         suspect ones and those that have refused it, they are those that admit it, and some where its prompt is cached. It
         counts the shortest length that the prompt has under any tokenizer. O(log E)."""
+        known = self._with_room
+        if known is not None and known[0] is task:
+            return known[1], known[2]
         index = task.call.lane.ordered(by_room)
-        return index, index.up_to(-least_prompt(task) - task.max_gen_length)
+        count = index.up_to(-least_prompt(task) - task.max_gen_length)
+        self._with_room = (task, index, count)
+        return index, count
 
     def anywhere(self, task: Task) -> bool:
         """Whether any engine admits the task: without a look at each of them, when all are full."""
-        lane = task.call.lane
-        roomy = lane.roomy
-        if roomy is not None and admits(roomy, task):
+        roomy = self._roomy
+        if roomy is not None and roomy.id in task.call.lane.engines and admits(roomy, task):
             return True
         index, count = self.with_room(task)
         for engine in islice(index, count):
             if admits(engine, task):
-                lane.roomy = engine
+                self._roomy = engine
                 return True
         holders = task.path[0].contexts if task.path else None
         if holders:  # there it may need less
@@ -171,12 +176,11 @@ class Cluster:
 
     def forget(self) -> None:
         """For the core: loads have changed since anybody asked."""
-        self._fitting = None
+        self._fitting = self._with_room = None
 
     def still_fits(self, task: Task, engine: Engine) -> bool:
-        """For the core, which checks every placement: as `fits`, once after each change of a load. What `fits` has just said
-        is not computed again."""
-        fitting, self._fitting = self._fitting, None
+        """For the core, which checks every placement: as `fits`, but what `fits` has just said is not computed again."""
+        fitting = self._fitting
         return (fitting is not None and fitting[0] is task and fitting[1] is engine) or admits(engine, task)
 
 
@@ -325,15 +329,21 @@ class InOrder:
             stalled, version = self._stalled.pop(lane, (None, 0))
             while (task := queue.head(lane)) is not None:
                 placed = False
-                if task is not stalled or any(cluster.fits(task, engine) for engine in lane.opened_since(version)):
-                    if cluster.anywhere(task):
-                        for placement in self.choose(task, queue, cluster):
-                            placed = True
-                            yield placement
+                if self.admitted(task, cluster, version if task is stalled else None):
+                    for placement in self.choose(task, queue, cluster):
+                        placed = True
+                        yield placement
                     stalled = None  # what was placed may have brought the prefix of a task that waited
                 if not placed:
                     self._stalled[lane] = (task, lane.version)
                     break
+
+    def admitted(self, task: Task, cluster: Cluster, version: int | None) -> bool:
+        """Whether any engine admits the task. version: none did when its lane had that version (`Lane.version`), and nothing of
+        it was placed since: only engines that have had more room are asked."""
+        if version is None:
+            return cluster.anywhere(task)
+        return any(cluster.fits(task, engine) for engine in task.call.lane.opened_since(version))
 
     def conserves_work(self) -> bool:
         """Whether it claims to be work conserving with the parameters that it was built with."""
@@ -355,7 +365,7 @@ def first_fit(
 ) -> Placement | None:
     """The task on the first of `engines` on which it fits, with their loads as the reason; None when it fits on none."""
     if cluster.explaining:
-        return best_of(task, ((engine, load_terms(engine)) for engine in engines), cluster, bound, rule)
+        return best_of(task, _with_loads(engines), cluster, bound, rule)
     for engine in engines:
         if cluster.fits(task, engine, bound):
             return Placement(task, engine, None, None, rule)
@@ -388,10 +398,15 @@ def best_of(
 
 
 def open_first(
-    task: Task, cluster: Cluster, rank: Callable[[list[int] | None], Iterator[tuple[Engine, Terms]]]
+    task: Task, cluster: Cluster, rank: Callable[[list[int] | None], Iterator[tuple[Engine, Terms]]], blind: bool = False
 ) -> Iterator[tuple[Engine, Terms]]:
     """Engines in the order of `rank`, at no more cost in a full cluster than in an idle one: when the first few are full and
-    not many have room, only these follow, in that order. `rank(ids)`: engines with these ids, or all; the best first."""
+    not many have room, only these follow, in that order. `rank(ids)`: engines with these ids, or all; the best first. blind:
+    that order knows nothing of room, so that the first few are as full as any: they are asked only to be shown as candidates,
+    while the cluster explains. (`rank(ids)` must have the order of `rank(None)` exactly then.)"""
+    if blind and not cluster.explaining and (open_ones := cluster.open_to(task)) is not None:
+        yield from rank(open_ones)
+        return
     ranked = rank(None)
     asked: list[Engine] = []
     for engine, terms in islice(ranked, PROBES):
@@ -404,6 +419,11 @@ def open_first(
         for engine, terms in rank(few):
             if engine not in asked:
                 yield engine, terms
+
+
+def _with_loads(engines: Iterable[Engine]) -> Iterator[tuple[Engine, Terms]]:
+    for engine in engines:
+        yield engine, load_terms(engine)
 
 
 def load_terms(engine: Engine) -> Terms:

@@ -30,6 +30,7 @@ Key = tuple[Any, int]  #: (order, sequence): where a task stands in its lane
 ANY_ROOM = 1 << 48  #: of an idle engine, which takes any task
 MOST_HEADS = 32  #: first links that many tasks of a lane have in common, which are told apart
 FEW, PROBED = 8, 64  #: engines that are looked at where all have more room than before, of so many with the most room
+MOST_FRESH = 1024  #: tasks of a lane that have come since the last look, above which those that have ended are left out
 MOST_MISTAKEN = 32  #: tasks that are looked at in an instant though they fit nowhere (a prompt too long for an idle engine)
 
 
@@ -209,6 +210,7 @@ class Passing(InOrder):
     def __init__(self, parameters: dict[str, Any], generator: np.random.Generator) -> None:
         super().__init__(parameters, generator)
         self._fresh: dict[Lane, dict[Task, None]] = {}  # queued since the last look
+        self._most_fresh = MOST_FRESH
         self._passed: dict[Lane, _Passed] = {}
 
     def order(self, task: Task) -> Any:
@@ -217,6 +219,10 @@ class Passing(InOrder):
         if fresh is None:
             fresh = self._fresh[task.call.lane] = {}
         fresh[task] = None
+        if len(fresh) > self._most_fresh:  # nobody asks while no engine is live, and tasks end all the same
+            for ended in [other for other in fresh if other.state != "queued" and other is not task]:
+                del fresh[ended]
+            self._most_fresh = max(MOST_FRESH, 2 * len(fresh))
         return task.sequence
 
     def bound(self, engine: Engine, urgent: bool) -> int | None:

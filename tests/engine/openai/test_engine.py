@@ -253,9 +253,9 @@ async def test_a_chat_is_asked_anew_and_may_not_contradict_what_was_shown() -> N
             assert "temperature 0" in failed.message
 
 
-async def test_an_abort_closes_the_stream() -> None:
-    gate = asyncio.Event()
-    async with stand_in(answers=[Answer(gate=gate)]) as server, remote(server) as engine:
+async def test_an_abort_closes_the_stream_and_the_log_has_its_line(tmp_path: Path) -> None:
+    gate, path = asyncio.Event(), tmp_path / "requests.jsonl"
+    async with stand_in(answers=[Answer(gate=gate)]) as server, remote(server, iteration_log=str(path)) as engine:
         running = asyncio.create_task(engine.run(task()))
         while not server.open:
             await asyncio.sleep(0.005)
@@ -266,6 +266,9 @@ async def test_an_abort_closes_the_stream() -> None:
             while server.open:
                 await asyncio.sleep(0.005)
         assert (await engine.info())["num_total_jobs"] == 0
+    line = json.loads(path.read_text().splitlines()[-1])
+    assert (line["kind"], line["reason"]) == ("request", "cancelled")
+    assert line["total_s"] >= (line["ttft_s"] or 0.0)
 
 
 async def test_no_more_than_the_capacity_are_in_flight() -> None:
@@ -336,6 +339,8 @@ async def test_every_request_has_a_line_in_the_log(tmp_path: Path) -> None:
     assert (finished["reason"], finished["tries"], finished["output_tokens"], finished["counted"]) == ("eos", 2, 4, True)
     assert 0 <= finished["ttft_s"] <= finished["ttft_s"] + finished["decode_s"]
     assert finished["max_gap_s"] <= finished["decode_s"]
+    assert finished["total_s"] == pytest.approx(finished["ttft_s"] + finished["decode_s"], abs=1e-5)
+    assert finished["limit_tokens"] == 2 + 16  # the prompt as we count it, and max_gen_length
 
 
 @pytest.mark.parametrize(

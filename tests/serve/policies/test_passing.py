@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from parrot.protocol.api import Criteria
 from parrot.serve import events as ev
 from parrot.serve.effects import Dispatch
+from parrot.serve.graph import Task
 from parrot.serve.policies.passing import Needs
 from tests.serve.driver import Driver, described, out, text, value
 from tests.serve.policies.scenes import ask, begun, engines_of, heads, rules
@@ -239,3 +241,17 @@ def test_an_instant_that_was_broken_off_has_lost_nobody() -> None:
     d.close(d.open())
     ask(d, session, "t3")
     assert heads(d) == ["t0", "t1", "t2", "t3"]
+
+
+def test_tasks_that_end_while_no_engine_is_live_are_not_remembered() -> None:
+    def tasks() -> int:
+        gc.collect()
+        return sum(isinstance(known, Task) for known in gc.get_objects())
+
+    before = tasks()
+    d = Driver("parrot", {"max_queue_size": 1 << 20})
+    for i in range(3000):
+        session = d.open()
+        ask(d, session, f"t{i}")
+        d.close(session)
+    assert tasks() - before < 2000
