@@ -158,7 +158,7 @@ class Cluster:
             effects.FreeContexts: self._free,
             effects.SessionEnded: self._session_ended,
         }
-        self.model_types = ModelTypes(model.description for model in engines)
+        self.model_types = ModelTypes([model.description for model in engines])
         self._coverages: dict[str, Coverage] = {}
         self._remote_coverages: dict[str, RemoteCoverage] = {}
         self._latencies: dict[tuple[str, float], LatencyModel] = {}  # engines of a profile share it, as far as they are alike

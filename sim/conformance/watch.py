@@ -1,7 +1,7 @@
 """Stands between a core and its policy, and sees whether the policy has changed anything that it was only to read.
 
 All that a policy can reach is noted before it is asked and compared when it has answered. What it may fill in are caches: the
-prompt's lengths by tokenizer, an index of engines that it asked for.
+prompt's lengths by tokenizer, an index of engines that it asked for, the engine that was last found to have room.
 """
 
 from __future__ import annotations

@@ -224,7 +224,7 @@ class ServeCoreMachine(ServeCorePlay):
             assert (engine.prompt_tokens, engine.prefill_tokens, engine.cached_tokens) == (0, 0, 0)
         assert not self.core.scheduler.prefixes._roots, "prefixes that nobody needs are pruned"
         assert not self.core.scheduler.tenants._present
-        assert not self.core.scheduler.policy_errors
+        assert not self.core.scheduler.describe_policy_errors()
 
 
 def closure(session: Any, wanted: set[str]) -> set[Any]:

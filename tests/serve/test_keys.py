@@ -173,7 +173,10 @@ def test_a_key_may_stand_in_the_environment() -> None:
 @pytest.mark.parametrize(
     ("keys", "complaint"),
     [
-        ({"tenants": {"a": {"api_keys": ["plain"]}}}, "neither a SHA-256 in hex"),
+        ({"tenants": {"a": {"api_keys": ["my-plain-key"]}}}, "neither a SHA-256 in hex"),
+        ({"tenants": {"a": {"api_keys": "my-plain-key"}}}, "key 'tenants.a.api_keys' is '***': expected"),
+        ({"tenants": {"a": {"api_keys": [None]}}}, "tenants.a.api_keys"),
+        ({"engine_secret": ["my-plain-key"]}, "key 'engine_secret' is '***': expected"),
         ({"ssl_certfile": "nowhere.pem", "ssl_keyfile": "nowhere.key"}, "ssl_certfile 'nowhere.pem' cannot be read"),
         ({"ssl_certfile": "nowhere.pem"}, "missing key 'ssl_keyfile'"),
         ({"engine_ca_file": "nowhere.pem"}, "engine_ca_file 'nowhere.pem' cannot be read"),
@@ -192,6 +195,7 @@ def test_the_command_ends_with_one_line_that_names_the_key(
     assert told.count("\n") == 1
     assert complaint in told
     assert str(file) in told
+    assert "my-plain-key" not in told
 
 
 # ------------------------------------------------------------------------------------------------------- the command

@@ -44,7 +44,7 @@ def sync_client(c: Cluster, **options: Any) -> Any:
 
 
 def async_client(c: Cluster, **options: Any) -> Any:
-    return openai.AsyncOpenAI(base_url=f"{c.client.url}/v1", **{"api_key": KEY, "max_retries": 0, **options})
+    return openai.AsyncOpenAI(base_url=f"{c.client.url}/v1", **{"api_key": KEY, "max_retries": 0, "timeout": 60.0, **options})
 
 
 async def test_the_sync_client_chats_completes_and_lists_models() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgspec
@@ -31,8 +31,10 @@ async def post(c: Cluster, body: Any, path: str = CHAT, **headers: str) -> tuple
     return await c.client.send("POST", path, body, headers=headers)
 
 
-async def events(c: Cluster, body: dict[str, Any], path: str = CHAT, **headers: str) -> list[Any]:
-    """The data of a stream's events."""
+async def events(
+    c: Cluster, body: dict[str, Any], path: str = CHAT, then: Callable[[list[Any]], object] | None = None, **headers: str
+) -> list[Any]:
+    """The data of a stream's events; `then` is called with what has come so far after each."""
     found: list[Any] = []
     async with c.client.http.post(c.client.url + path, json={**body, "stream": True}, headers=headers) as response:
         assert response.status == 200, await response.text()
@@ -42,6 +44,8 @@ async def events(c: Cluster, body: dict[str, Any], path: str = CHAT, **headers: 
             if text:
                 data = text.removeprefix("data: ")
                 found.append(data if data == "[DONE]" else msgspec.json.decode(data))
+                if then is not None:
+                    then(found)
     return found
 
 
@@ -193,10 +197,12 @@ async def test_a_stream_says_the_role_the_text_the_reason_the_usage_and_that_it_
     engine = await c.engine()
     gate = asyncio.Event()
     engine.script(Started(1), Tokens((1,), "fine"), gate, Tokens((2,), " thanks"), Finished((1, 2), "fine thanks", "eos", 3, 1))
-    reading = asyncio.create_task(events(c, ask(stream_options={"include_usage": True})))
-    await asyncio.sleep(0.05)
-    gate.set()
-    chunks = await reading
+
+    def first_text_opens_the_gate(so_far: list[Any]) -> None:
+        if len(so_far) == 2:
+            gate.set()
+
+    chunks = await events(c, ask(stream_options={"include_usage": True}), then=first_text_opens_the_gate)
     assert chunks[-1] == "[DONE]"
     assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert [chunk["choices"][0]["delta"].get("content") for chunk in chunks[1:3]] == ["fine", " thanks"]

@@ -194,12 +194,12 @@ async def on_real_engines(near: Path, far: Path) -> tuple[Outcome, Outcome]:
         async with core() as (server, port):
             for number in (0, 1):
                 engines.append(await builtin(number, port))
-            await eventually(lambda: len(server.core.engines) == 2)
+            await eventually(lambda: len(server.core.engines) == 2, 60.0)
             on_builtin = await asyncio.to_thread(played, near, f"http://127.0.0.1:{port}")
         async with core() as (server, port):
             remotes = [await remote(number, port, engine.url) for number, engine in enumerate(engines)]
             try:
-                await eventually(lambda: len(server.core.engines) == 2)
+                await eventually(lambda: len(server.core.engines) == 2, 60.0)
                 return on_builtin, await asyncio.to_thread(played, far, f"http://127.0.0.1:{port}")
             finally:
                 for each in remotes:
