@@ -13,7 +13,7 @@ help:
 	@echo "make demo     a real cluster on this machine, three applications, and the same in simulation"
 	@echo "make chaos    200 kills of core and engines under load: nothing lost, nothing contradicted (docs/chaos.md)"
 	@echo "make test     lint, types, import contracts, tests"
-	@echo "make compiled the hot modules as C extensions: the simulator is about 1.7 times as fast; needs gcc (docs/compiled.md)"
+	@echo "make compiled the hot modules as C extensions: the simulator is more than twice as fast; needs gcc (docs/compiled.md)"
 	@echo "make install  the environment in $(VENV) (the other two do this themselves)"
 	@echo "make clean    remove what demo and test wrote, $(VENV) not included"
 
@@ -48,8 +48,9 @@ types: $(INSTALLED)
 imports: $(INSTALLED)
 	$(BIN)/lint-imports
 
+# a process a core, but no more than four: each may hold a model
 tests: $(INSTALLED)
-	PARROT_PURE=1 $(BIN)/python -m pytest
+	PARROT_PURE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 clean:
 	rm -rf results log build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -233,11 +233,11 @@ def cluster(journal: str, profile: str | None) -> Iterator[Cluster]:
         yield Cluster(core, server.pid, addresses[0])
 
 
-def wait_for_engines(core: tuple[str, int], patience_s: float = 20.0) -> None:
+def wait_for_engines(core: tuple[str, int], patience_s: float = 20.0, engines: int = ENGINES) -> None:
     until_s = time.monotonic() + patience_s
     while True:
         with urllib.request.urlopen(f"http://{core[0]}:{core[1]}/health") as answer:
-            if json.load(answer)["engines"] == ENGINES:
+            if json.load(answer)["engines"] == engines:
                 return
         if time.monotonic() > until_s:
             raise RuntimeError(f"the engines did not register within {patience_s} s")

@@ -10,15 +10,16 @@ burst    all of the queue is placed in one instant, on engines with room for all
 steady   engines are full (two tasks each): one task finishes, one is placed, and 2,048 wait all the time.
 
 A placement is what the core makes of it: the policy's `order` and `place`, the check, and the dispatch with its contexts and
-indexes. `policy` is the policy's own share of that at the most engines. `growth` is the time of a placement at the most engines
-over that at the fewest. Seconds are of the CPU, so that others on the machine count less. Figures are medians over the repeats;
-compare the columns of one run, not runs.
+indexes. `policy` is the policy's own share of that at the most engines. `growth` is the exponent g with which the time of a
+placement grows as engines^g, from the fewest to the most: 0 is not at all, 1 is in proportion. Seconds are of the CPU, so that
+others on the machine count less. Figures are medians over the repeats; compare the columns of one run, not runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import math
 import statistics
 import sys
 import time
@@ -36,6 +37,7 @@ from parrot.serve.effects import AnyEffect, Dispatch
 from parrot.serve.policies import POLICIES, parse_policy
 from parrot.serve.policies.base import Placement
 
+VARIANTS = ("parrot:all", "kv_cost:temperature=0.5")  #: measured beside every policy's defaults
 WIDTH, TENANTS, PROMPTS = 15, 8, 32
 SAMPLING = SamplingConfig(max_gen_length=64, output_length=48)
 AUTH = "0" * 64
@@ -190,9 +192,16 @@ def _settle() -> None:
 
 def _cost(core: ServeCore, timed: Timed, least: int) -> Cost:
     gc.unfreeze()
-    assert not core.scheduler.policy_errors, core.scheduler.describe_policy_errors()
+    assert not core.scheduler.describe_policy_errors(), core.scheduler.describe_policy_errors()
     assert timed.placed >= least, f"{timed.placed} of {least} tasks were placed"
     return Cost(timed.whole / timed.placed, timed.own / timed.whole)
+
+
+def growth(costs: list[Cost], sizes: list[int]) -> str:
+    """The exponent, in two digits; a dash for one size."""
+    if sizes[0] == sizes[-1]:
+        return "–"
+    return f"{math.log(costs[-1].seconds / costs[0].seconds) / math.log(sizes[-1] / sizes[0]):.2f}"
 
 
 def median(costs: list[Cost]) -> Cost:
@@ -201,7 +210,7 @@ def median(costs: list[Cost]) -> Cost:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policy", default=",".join([*POLICIES, "parrot:all"]), help="of these only, with options")
+    parser.add_argument("--policy", default=",".join([*POLICIES, *VARIANTS]), help="of these only, with options")
     parser.add_argument("--engines", default="16,256,2048", help="numbers of engines (default: %(default)s)")
     parser.add_argument("--queued", type=int, default=2048, help="tasks that wait (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="measurements a cell (default: %(default)s)")
@@ -223,7 +232,7 @@ def main() -> None:
         for measure in (burst, steady):
             costs = [median([measure(name, size, arguments.queued) for _ in range(arguments.repeats)]) for size in sizes]
             cells = "".join(f"{1 / cost.seconds:>9,.0f}" for cost in costs)
-            line += f"  {cells}{costs[-1].seconds / costs[0].seconds:>8.1f}{costs[-1].share:>8.0%}"
+            line += f"  {cells}{growth(costs, sizes):>8}{costs[-1].share:>8.0%}"
         print(line, flush=True)
 
 

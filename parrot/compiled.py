@@ -2,8 +2,8 @@
 
 The modules are compiled as they stand, by mypyc, into a folder beside the package's sources that nothing else reads. They
 are used only when all of them were built from exactly the sources that lie here, and what they import is unchanged too (they
-rely on its types); otherwise the sources are, as without a build. PARROT_PURE=1 in the environment leaves the build out.
-docs/compiled.md says more.
+rely on its types); otherwise the sources are, as without a build. PARROT_PURE=1 in the environment leaves the build out,
+PARROT_COMPILED names another folder to look for it in. docs/compiled.md says more.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent  #: the folder of the packages `parrot` and `sim`
-FOLDER = Path(__file__).resolve().parent / "_compiled" / str(sys.implementation.cache_tag)
+ELSEWHERE = "PARROT_COMPILED"
+FOLDER = Path(
+    os.environ.get(ELSEWHERE) or Path(__file__).resolve().parent / "_compiled" / str(sys.implementation.cache_tag)
+)
 MANIFEST = FOLDER / "manifest.json"
 PURE = "PARROT_PURE"
 
@@ -31,10 +34,15 @@ MODULES = (
     "parrot.engine.emulated.engine",
     "parrot.engine.emulated.events",
     "parrot.engine.emulated.jobs",
+    "parrot.engine.emulated.remote",
+    "parrot.engine.emulated.timed",
     "parrot.engine.lockstep",
+    "parrot.engine.rate_limits",
     "parrot.engine.running",
     "parrot.latency",
+    "parrot.remote_latency",
     "parrot.serve.claims",
+    "parrot.serve.containment",
     "parrot.serve.contexts",
     "parrot.serve.core",
     "parrot.serve.deadlines",
@@ -43,14 +51,36 @@ MODULES = (
     "parrot.serve.gets",
     "parrot.serve.graph",
     "parrot.serve.pauses",
+    "parrot.serve.policies.atlas",
     "parrot.serve.policies.base",
+    "parrot.serve.policies.cache_aware",
+    "parrot.serve.policies.clairvoyant",
+    "parrot.serve.policies.expected",
+    "parrot.serve.policies.kv_cost",
     "parrot.serve.policies.least_loaded",
+    "parrot.serve.policies.lmetric",
+    "parrot.serve.policies.loaded",
+    "parrot.serve.policies.lookahead",
+    "parrot.serve.policies.matching",
     "parrot.serve.policies.parrot",
+    "parrot.serve.policies.parrot_artifact",
+    "parrot.serve.policies.passing",
+    "parrot.serve.policies.plas",
+    "parrot.serve.policies.power_of_two",
+    "parrot.serve.policies.preble_e2",
+    "parrot.serve.policies.random",
+    "parrot.serve.policies.room",
+    "parrot.serve.policies.roster",
     "parrot.serve.policies.round_robin",
+    "parrot.serve.policies.session_hash",
+    "parrot.serve.policies.share",
+    "parrot.serve.policies.vtc",
+    "parrot.serve.policies.weighted",
     "parrot.serve.queue",
     "parrot.serve.rates",
     "parrot.serve.reports",
     "parrot.serve.scheduler",
+    "parrot.serve.service",
     "parrot.serve.sessions",
     "parrot.serve.states",
     "parrot.serve.submission",
@@ -61,6 +91,7 @@ MODULES = (
     "sim.clients",
     "sim.cluster",
     "sim.engines",
+    "sim.model_types",
     "sim.population",
     "sim.recorder",
 )

@@ -10,12 +10,24 @@ import msgspec
 
 T = TypeVar("T")
 
+# Keys whose values are told nobody, not even wrong ones.
+_SECRET = re.compile(r"(^|\.)(api_keys?|engine_secret)(\[.*)?$")
 # A string literal (kept whole, so that "http://..." survives) or a comment up to the end of its line.
 _STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*')
 
 
 class ConfigurationError(Exception):
     """A configuration that cannot be used. The message names the file, the key, and what is expected."""
+
+
+def masked(struct: msgspec.Struct, *secrets: str) -> str:
+    """What `repr` says of a struct some of whose fields are secrets, which it does not tell."""
+    fields = (
+        f"{name}={'***' if name in secrets and value is not None else repr(value)}"
+        for name in struct.__struct_fields__
+        for value in (getattr(struct, name),)
+    )
+    return f"{type(struct).__name__}({', '.join(fields)})"
 
 
 def strip_comments(text: str) -> str:
@@ -64,7 +76,7 @@ def _explain(message: str, data: Any, kind: Any) -> str:
     if match := re.match(r"Object missing required field `(.*)`", message):
         key = f"{where}.{match[1]}" if where else match[1]
         return f"missing key {key!r}"
-    found = _value_at(data, where)
+    found = "***" if _SECRET.search(where) else _value_at(data, where)
     choices = _choices_at(kind, where)
     expected = f"expected one of: {', '.join(choices)}" if choices else f"{message[0].lower()}{message[1:]}"
     return f"key {where or '(top level)'!r} is {found!r}: {expected}"

@@ -17,14 +17,18 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
+from mypy_extensions import mypyc_attr
+
 from parrot.latency_profile import FillGraph, FixedCost, Hinge, LatencyProfile
 
 __all__ = [
     "BatchShape", "Coverage", "DecodeRun", "FillGraph", "FixedCost", "Hinge", "LatencyModel", "LatencyProfile", "OutOfRange",
+    "Outside",
     "seen_ranges",
 ]  # fmt: skip
 
 
+@mypyc_attr(acyclic=True)
 class BatchShape:
     """What the duration of an iteration depends on; counts only, no token values.
 
@@ -173,23 +177,42 @@ class LatencyModel:
 
 
 class OutOfRange(Exception):
-    """An iteration lies outside the range that its profile was fitted in. The message says which, and how far."""
+    """Something lies outside the range that its profile was fitted in. The message says which, and how far."""
 
 
-class Coverage:
+class Outside:
+    """How far a profile was left. `outside`: input of the model -> (furthest that was asked for, least seen, most seen)."""
+
+    def __init__(self, profile: str, of: str, strict: bool) -> None:
+        """profile: its name. of: what it was fitted to. strict: the first step outside raises OutOfRange."""
+        self.outside: dict[str, tuple[float, float, float]] = {}
+        self._profile = profile
+        self._of = of
+        self._strict = strict
+
+    def beyond(self, name: str, value: float, least: float, most: float) -> None:
+        """`value` of the input `name` does not lie between what was seen. Raises OutOfRange (strict)."""
+        if self._strict:
+            raise OutOfRange(
+                f"profile {self._profile!r} was fitted to {self._of} with {name} from {least:g} to {most:g}; "
+                f"this run asks for {value:g}"
+            )
+        known = self.outside.get(name)
+        if known is None or max(value - most, least - value) > max(known[0] - most, least - known[0]):
+            self.outside[name] = (float(value), least, most)
+
+
+class Coverage(Outside):
     """How far iterations went beyond the range that a profile was fitted in. One for all engines of a profile.
 
-    `outside`: input of the model -> (furthest that was asked for, least seen, most seen). An input whose range the profile does
-    not state is not looked at.
+    An input whose range the profile does not state is not looked at.
     """
 
     INPUTS = ("rows", "tokens", "prefill_pairs", "decode_kv")
 
     def __init__(self, profile: LatencyProfile, strict: bool = False) -> None:
         """strict: the first iteration outside raises OutOfRange."""
-        self.outside: dict[str, tuple[float, float, float]] = {}
-        self._profile = profile
-        self._strict = strict
+        super().__init__(profile.name, "iterations", strict)
         self._shared_kv_once = profile.shared_kv_once
         self._kv = "decode_kv_unique" if profile.shared_kv_once else "decode_kv"
         ranges = [profile.seen.get(self._kv if name == "decode_kv" else name, (0.0, math.inf)) for name in self.INPUTS]
@@ -202,25 +225,16 @@ class Coverage:
         rows, tokens = decode_rows + shape.prefill_rows, decode_rows + shape.prefill_tokens
         kv = (shape.decode_kv_unique if self._shared_kv_once else shape.decode_kv) + later * decode_rows
         if not self._rows <= rows <= self._most_rows:
-            self._beyond("rows", rows, self._rows, self._most_rows)
+            self.beyond("rows", rows, self._rows, self._most_rows)
         if not self._tokens <= tokens <= self._most_tokens:
-            self._beyond("tokens", tokens, self._tokens, self._most_tokens)
+            self.beyond("tokens", tokens, self._tokens, self._most_tokens)
         if pairs > self._most_pairs:
-            self._beyond("prefill_pairs", pairs, 0.0, self._most_pairs)
+            self.beyond("prefill_pairs", pairs, 0.0, self._most_pairs)
         if kv > self._most_kv:
-            self._beyond(self._kv, kv, 0.0, self._most_kv)
-
-    def _beyond(self, name: str, value: float, least: float, most: float) -> None:
-        if self._strict:
-            raise OutOfRange(
-                f"profile {self._profile.name!r} was fitted to iterations with {name} from {least:g} to {most:g}; "
-                f"this run asks for {value:g}"
-            )
-        known = self.outside.get(name)
-        if known is None or max(value - most, least - value) > max(known[0] - most, least - known[0]):
-            self.outside[name] = (float(value), least, most)
+            self.beyond(self._kv, kv, 0.0, self._most_kv)
 
 
+@mypyc_attr(acyclic=True)
 class DecodeRun:
     """Iterations of an unchanged decoding batch: each reads one KV token a row more than the one before.
 

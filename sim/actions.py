@@ -5,10 +5,13 @@ Each action says in its first line what is asked for and which answer its player
 
 from __future__ import annotations
 
+from mypy_extensions import mypyc_attr
+
 from parrot.protocol.api import Criteria
 from sim.workloads.program import Call, Text
 
 
+@mypyc_attr(acyclic=True)
 class Value:
     """A text at the client: its key and tokens, and the text itself where there is one (over HTTP)."""
 
@@ -23,6 +26,7 @@ class Value:
 # --------------------------------------------------------------------------------------------------------- pieces of a prompt
 
 
+@mypyc_attr(acyclic=True)
 class Given:
     """A value that the client fills in."""
 
@@ -33,6 +37,7 @@ class Given:
         self.value = value
 
 
+@mypyc_attr(acyclic=True)
 class Reference:
     """The content of a variable that the core knows."""
 
@@ -43,6 +48,7 @@ class Reference:
         self.var_id = var_id
 
 
+@mypyc_attr(acyclic=True)
 class Into:
     """An output, into a preallocated variable or (`var_id` None) a new one. Lengths are tokens."""
 
@@ -61,6 +67,7 @@ Piece = Text | Given | Reference | Into
 # ------------------------------------------------------------------------------------------------- actions, and their answers
 
 
+@mypyc_attr(acyclic=True)
 class Open:
     """Open the session. Answer: None."""
 
@@ -70,6 +77,7 @@ class Open:
         self.tenant = tenant
 
 
+@mypyc_attr(acyclic=True)
 class Create:
     """Create a variable. Answer: its id."""
 
@@ -79,6 +87,7 @@ class Create:
         self.var = var
 
 
+@mypyc_attr(acyclic=True)
 class Assign:
     """Give the variable `var_id` a content. Answer: None."""
 
@@ -89,6 +98,7 @@ class Assign:
         self.value = value
 
 
+@mypyc_attr(acyclic=True)
 class Submit:
     """Submit call number `call` of the program. Answer: the ids of its outputs, in order."""
 
@@ -100,6 +110,7 @@ class Submit:
         self.pieces = pieces
 
 
+@mypyc_attr(acyclic=True)
 class Fetch:
     """Wait for a variable's content. `deadline_s`: seconds from now. Answer: its Value."""
 
@@ -112,7 +123,7 @@ class Fetch:
         self.deadline_s = deadline_s
 
 
-
+@mypyc_attr(acyclic=True)
 class Complete:
     """One request of the baseline: open a session, submit, get, close; one round trip in all. Answer: the Value.
 
@@ -140,12 +151,14 @@ class Complete:
         self.deadline_s = deadline_s
 
 
+@mypyc_attr(acyclic=True)
 class Close:
     """Close the session. Answer: None."""
 
     __slots__ = ()
 
 
+@mypyc_attr(acyclic=True)
 class Wait:
     """Let `delay_s` pass. Answer: None. Then `then` is tried again, or the steps `nodes` lose one of their edges."""
 

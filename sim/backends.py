@@ -18,12 +18,13 @@ import msgspec
 
 from parrot.configuration import ConfigurationError
 from parrot.engine.config import description_of
-from parrot.latency import LatencyProfile
+from parrot.engine.profiles import AnyProfile
 from parrot.serve.explanations import PlacementsAnswer
 from parrot.serve.policies import is_clairvoyant
 from sim.clients import new_player
 from sim.fit import check_programs
 from sim.http_client import MODEL, TOLD, Api, HttpClient, Refusal, Style
+from sim.model_types import ModelTypes
 from sim.network import open_network
 from sim.processes import local_cluster
 from sim.programs import play_programs
@@ -57,7 +58,7 @@ def run_on_cluster(run: Run, rows: bool, expect: Callable[[int], None], ended: C
         _run_interruptibly(_play_on_running(run, run.core_url, programs, recorder, expect, ended))
         return recorder, 0
     configs = engine_configs_of(run)
-    profiles: list[LatencyProfile | None] = [None] * len(configs)
+    profiles: list[AnyProfile | None] = [None] * len(configs)
     style = MODEL
     if run.backend == "emulated":
         profiles = [profile for _, profile in profiles_of(run, configs)]
@@ -73,13 +74,14 @@ def run_on_cluster(run: Run, rows: bool, expect: Callable[[int], None], ended: C
         )
 
     engines = list(zip(configs, profiles, strict=True))
+    types = ModelTypes(description_of(config, latency_profile=profile) for config, profile in engines)
 
     async def whole() -> None:
         async with local_cluster(core_config, engines, lengths_are_told=style is TOLD) as (url, processes):
             if run.program is not None:
                 work = play_programs(run, url, recorder, expect, ended)
             else:
-                work = _play_all(run, url, programs, recorder, style, ended)
+                work = _play_all(run, url, programs, recorder, style, ended, types)
             playing = asyncio.ensure_future(work)
             try:
                 while not playing.done():
@@ -177,6 +179,7 @@ async def _play_all(
     recorder: Recorder,
     style: Style,
     ended: Callable[[], None],
+    types: ModelTypes = ModelTypes(),
 ) -> None:
     """Starts each program when it arrives, or in a closed loop when one before it has ended, and waits for the last."""
     network = open_network(run.rtt_ms, run.seed)
@@ -192,7 +195,7 @@ async def _play_all(
             player = new_player(
                 program, run.client, serial=serial, max_gen_length=run.max_gen_length, preallocate=not network.is_local
             )
-            await HttpClient(api, player, network, recorder, style, zero_s).play()
+            await HttpClient(api, player, network, recorder, style, zero_s, types).play()
             recorder.program_ended(player)
             ended()
             if places is not None:

@@ -68,11 +68,12 @@ class Player:
         self.issued: dict[int, float] = {}
         self.returned: dict[int, float] = {}
         self._max_gen_length = max_gen_length
-        self._first_call = len(program.sets)
-        self._first_get = self._first_call + len(program.calls)
-        self._calls = program.calls
-        self._gets = program.gets
-        self._steps: tuple[Set | Call | Get, ...] = (*program.sets, *program.calls, *program.gets)
+        sets, calls, gets = program.sets, program.calls, program.gets
+        self._first_call = len(sets)
+        self._first_get = self._first_call + len(calls)
+        self._calls = calls
+        self._gets = gets
+        self._steps: tuple[Set | Call | Get, ...] = (*sets, *calls, *gets)
         self._blocked = [len(step.after) for step in self._steps]
         self._left = len(self._steps)
         self._returned_s = -1.0  # when a get last returned; below 0: none has
@@ -184,8 +185,9 @@ class Player:
 
     def _left_s(self, number: int, now: float) -> float | None:
         """Seconds to the deadline of get `number`, below 0 after it; None while it has none, or none that runs yet."""
-        get = self.program.gets[number]
-        if get.deadline_s is None:
+        get = self._gets[number]
+        deadline_s = get.deadline_s
+        if deadline_s is None:
             return None
         begun_s = self.started_s
         for edge in get.after:
@@ -193,7 +195,7 @@ class Player:
             if returned_s is None:
                 return None
             begun_s = max(begun_s, returned_s + edge.delay_s)
-        return begun_s + get.deadline_s - now
+        return begun_s + deadline_s - now
 
     def _number_of(self, get_id: str) -> int:
         return next(number for number, get in enumerate(self.program.gets) if get.id == get_id)
@@ -229,15 +231,30 @@ class SemanticPlayer(Player):
         super().__init__(program, serial, max_gen_length)
         self._ids: dict[str, str] = {}
         self._on_id: dict[str, list[int]] = {}
-        to_create = [source.var for source in program.sets]
+        self._to_create: list[str] = []
+        reads: list[tuple[int, str]] = []
+        for number, call in enumerate(self._calls):
+            for segment in call.segments:
+                if type(segment) is _READ:
+                    reads.append((number, segment.var))
+        if reads or self._first_call:
+            self._hold_all(list(dict.fromkeys(reads)), preallocate)
+        else:  # as it does
+            self._hold_gets()
+
+    def _hold_gets(self) -> None:
+        for number, get in enumerate(self._gets):
+            self._hold_until_id(self._first_get + number, get.var)
+
+    def _hold_all(self, reads: list[tuple[int, str]], preallocate: bool) -> None:
+        """What reads, gets or gives a variable waits for its id; what must be created first is found. `reads`: call and
+        variable."""
+        to_create = [source.var for source in self.program.sets]
         producers: dict[str, int] = {}
-        reads: dict[tuple[int, str], None] = {}
-        for number, call in enumerate(program.calls):
+        for number, call in enumerate(self._calls):
             for segment in call.segments:
                 if type(segment) is _WRITE:
                     producers[segment.var] = number
-                elif type(segment) is _READ:
-                    reads[number, segment.var] = None
         fed: list[str] = []
         for number, var in reads:
             self._hold_until_id(self._first_call + number, var)
@@ -245,15 +262,14 @@ class SemanticPlayer(Player):
                 fed.append(var)
                 if producers[var] == number:  # only a variable that exists can be read by the call that writes it
                     to_create.append(var)
-        for number, get in enumerate(program.gets):
-            self._hold_until_id(self._first_get + number, get.var)
+        self._hold_gets()
         if preallocate and fed:
-            to_create += [var for var in dict.fromkeys([*fed, *(get.var for get in program.gets)]) if var in producers]
-        self._to_create = list(dict.fromkeys(to_create)) if to_create else to_create
+            to_create += [var for var in dict.fromkeys([*fed, *(get.var for get in self._gets)]) if var in producers]
+        self._to_create = list(dict.fromkeys(to_create))
         for var in self._to_create:
             if var in producers:  # its call names the variable, so it needs the id
                 self._hold_until_id(self._first_call + producers[var], var)
-        for number, source in enumerate(program.sets):
+        for number, source in enumerate(self.program.sets):
             self._hold_until_id(number, source.var)
 
     def start(self, now: float) -> list[Action]:

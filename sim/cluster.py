@@ -9,22 +9,28 @@ edges' own events go together.) Nothing here waits in a process: an idle client,
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from parrot.engine.core import EngineLimits, EngineTask, Link
 from parrot.engine.emulated.engine import EmulatedEngine
 from parrot.engine.emulated.events import EmulatedEvent
-from parrot.latency import Coverage, LatencyModel, LatencyProfile, OutOfRange
+from parrot.engine.emulated.remote import RemoteEngine
+from parrot.engine.emulated.timed import TimedEngine
+from parrot.engine.rate_limits import RateLimits
+from parrot.latency import Coverage, LatencyModel, LatencyProfile, OutOfRange, Outside
 from parrot.protocol.api import SessionReport
 from parrot.protocol.engine import EngineDescription, TaskId
 from parrot.protocol.errors import ERRORS, ErrorInfo, ParrotError
+from parrot.remote_latency import RemoteCoverage, RemoteModel
+from parrot.remote_profile import RemoteProfile
 from parrot.serve import effects, events
 from parrot.serve.config import ServeCoreConfig
 from parrot.serve.core import ServeCore
 from parrot.serve.fault import PolicyFault
 from parrot.serve.graph import Call
 from sim.engines import SimEngine
+from sim.model_types import ModelTypes
 from sim.recorder import Recorder
 from sim.timeline import Timeline
 
@@ -43,7 +49,9 @@ _TASK_STARTED: Final = events.TaskStarted
 _FIRST_TOKEN: Final = events.FirstToken
 _TASK_FINISHED: Final = events.TaskFinished
 _CONTENT: Final = events.Content
+_CONTEXTS_EVICTED: Final = events.ContextsEvicted
 
+Output = tuple[int, int, str]  #: a program's call, which of its outputs, the content key of what is generated into it
 OnReply = Callable[[Any, ErrorInfo | None], None]  #: called with payload and error
 #: The tokens that an engine generates for a dispatch, and what gives the content of as many of them as it did generate.
 Generate = Callable[[effects.Dispatch], tuple[int, Callable[[int], events.Content]]]
@@ -51,12 +59,18 @@ Observe = Callable[[str, Any], None]  #: engine name, what the engine shows of e
 
 
 class EngineModel(NamedTuple):
-    """An engine as the simulator needs it. `factor` multiplies every duration that its profile says."""
+    """An engine as the simulator needs it. `factor` multiplies every duration that its profile says.
+
+    With a remote profile: `rates`, the requests and the tokens a minute that it keeps to; `draw`, uniform numbers from 0 to 1
+    for what single requests deviate by (null: by nothing).
+    """
 
     description: EngineDescription
     limits: EngineLimits
-    profile: LatencyProfile
+    profile: LatencyProfile | RemoteProfile
     factor: float = 1.0
+    rates: tuple[int | None, int | None] = (None, None)
+    draw: Callable[[], float] | None = None
 
 
 class Asker:
@@ -78,7 +92,8 @@ class _Callback(Asker):
 
 
 class _Attempt:
-    """What the shell keeps of a dispatch until its end. `content`: what gives the output that was generated, by its tokens."""
+    """What the shell keeps of a dispatch until its end. `content`: what gives the output that was generated, by its tokens
+    (None: its name says it)."""
 
     __slots__ = ("content", "epoch", "number", "output_var", "task")
 
@@ -90,6 +105,20 @@ class _Attempt:
         self.number = number
         self.output_var = output_var
         self.content = content
+
+
+class _Node(SimEngine):
+    """An engine of the cluster. `attempts`: what runs there and was not given up, by the number of its dispatch, which is the
+    engine's key of the task."""
+
+    def __init__(self, cluster: Cluster, engine_id: int, engine: TimedEngine) -> None:
+        super().__init__(cluster.calendar, engine)
+        self.id = engine_id
+        self.attempts: dict[int, _Attempt] = {}
+        self._cluster = cluster
+
+    def deliver(self, events: list[EmulatedEvent]) -> None:
+        self._cluster.hear(self, events)
 
 
 class Cluster:
@@ -109,8 +138,8 @@ class Cluster:
         self.timeline = timeline
         self.calendar = timeline.calendar
         self.core = ServeCore(config)
-        self.engines: dict[int, SimEngine] = {}
-        #: says what engines generate, where a task's length and its output's name (`name_output`) do not say it
+        self.engines: dict[int, _Node] = {}
+        #: says what engines generate, where a task's length and its output's name (`name_outputs`) do not say it
         self.generate: Generate | None = None
         self._tokenizers = tuple(dict.fromkeys(model.description.tokenizer for model in engines))
         self._delay_s = engine_delay_s
@@ -121,17 +150,18 @@ class Cluster:
         self._flush_soon: Callable[[], None] = self._flush  # made once: every instant names it
         self._timer_s = float("inf")
         self._lengths: dict[int, dict[str, int]] = {}
-        self._output_keys: dict[int, dict[str, str]] = {}
+        self._outputs: dict[int, Mapping[str, Output]] = {}  # by session
         self._dispatches = 0
-        self._attempts: dict[int, _Attempt] = {}  # by the number of the dispatch, which is the engine's key of the task
-        self._keys: dict[TaskId, int] = {}  # of each task's latest attempt
         self._carry: dict[type, Callable[[Any], None]] = {
             effects.Dispatch: self._dispatch,
             effects.Abort: self._abort,
             effects.FreeContexts: self._free,
             effects.SessionEnded: self._session_ended,
         }
+        self.model_types = ModelTypes([model.description for model in engines])
         self._coverages: dict[str, Coverage] = {}
+        self._remote_coverages: dict[str, RemoteCoverage] = {}
+        self._latencies: dict[tuple[str, float], LatencyModel] = {}  # engines of a profile share it, as far as they are alike
         for model in engines:
             self._register(model, jump, observe, strict)
         self._flush()
@@ -164,9 +194,9 @@ class Cluster:
             lengths = self._lengths[tokens] = dict.fromkeys(self._tokenizers, tokens)
         return _CONTENT(key, lengths)
 
-    def name_output(self, session_id: int, var_id: str, key: str) -> None:
-        """What engines generate into that variable has this content key."""
-        self._output_keys.setdefault(session_id, {})[var_id] = key
+    def name_outputs(self, session_id: int, outputs: Mapping[str, Output]) -> None:
+        """The session's outputs by the ids of their variables, as far as there are any: `outputs` grows with them."""
+        self._outputs[session_id] = outputs
 
     def calls(self, session_id: int) -> Sequence[Call]:
         """The session's calls as the core has them, to be read only and at once; () when it is gone."""
@@ -174,7 +204,8 @@ class Cluster:
 
     def outside(self) -> dict[str, dict[str, tuple[float, float, float]]]:
         """For each latency profile that was asked for more than it was fitted to: `Coverage.outside`."""
-        return {name: coverage.outside for name, coverage in self._coverages.items() if coverage.outside}
+        coverages: dict[str, Outside] = {**self._coverages, **self._remote_coverages}
+        return {name: coverage.outside for name, coverage in coverages.items() if coverage.outside}
 
     def explain(self, recorder: Recorder) -> None:
         """Hands over what the core says of its policy: its errors, and why each task went where it went, if that was kept."""
@@ -201,8 +232,10 @@ class Cluster:
             batch, self._pending = self._pending, []
             for effect in core.handle(batch, now):
                 if type(effect) is _REPLY:
-                    asker = waiting.pop(effect.request, None)
+                    request: int = effect.request
+                    asker = waiting.get(request)
                     if asker is not None:
+                        del waiting[request]
                         asker.replied(effect.payload, effect.error)
                 elif type(effect) is not _TASK_ENDED:
                     carry[type(effect)](effect)
@@ -229,27 +262,54 @@ class Cluster:
             self.post(events.Tick())
 
     def _session_ended(self, effect: effects.SessionEnded) -> None:
-        self._output_keys.pop(effect.session_id, None)
+        session_id: int = effect.session_id
+        if session_id in self._outputs:
+            del self._outputs[session_id]
 
     # ------------------------------------------------------------------------------------------------- the engines
 
     def _register(self, model: EngineModel, jump: bool, observe: Observe | None, strict: bool) -> None:
-        watch = functools.partial(observe, model.description.engine_name) if observe else None
-        coverage = None
-        if model.profile.seen:
-            coverage = self._coverages.get(model.profile.name)
-            if coverage is None:
-                coverage = self._coverages[model.profile.name] = Coverage(model.profile, strict)
-        latency = LatencyModel(model.profile, model.factor)
-        emulated = EmulatedEngine(model.limits, latency, jump=jump, observe=watch, coverage=coverage)
+        engine = self._remote(model, strict) if isinstance(model.profile, RemoteProfile) else None
+        emulated = engine or self._emulated(model, jump, observe, strict)
 
         def registered(answer: Any, error: ErrorInfo | None) -> None:
             if error is not None:
                 raise ParrotError.of(error)
-            deliver = functools.partial(self._from_engine if self._delay_s else self._deliver, answer.engine_id)
-            self.engines[answer.engine_id] = SimEngine(self.calendar, emulated, deliver, len(self.engines))
+            self.engines[answer.engine_id] = _Node(self, answer.engine_id, emulated)
 
         self._pending.append(events.RegisterEngine(self.expect(registered), model.description))
+
+    def _emulated(self, model: EngineModel, jump: bool, observe: Observe | None, strict: bool) -> TimedEngine:
+        """An engine over the latency of iterations."""
+        profile = model.profile
+        assert isinstance(profile, LatencyProfile)
+        watch = functools.partial(observe, model.description.engine_name) if observe else None
+        coverage = None
+        if profile.seen:
+            coverage = self._coverages.get(profile.name)
+            if coverage is None:
+                coverage = self._coverages[profile.name] = Coverage(profile, strict)
+        latency = self._latencies.get((profile.name, model.factor))
+        if latency is None or latency.profile is not profile:
+            latency = self._latencies[profile.name, model.factor] = LatencyModel(profile, model.factor)
+        return EmulatedEngine(model.limits, latency, jump=jump, observe=watch, coverage=coverage)
+
+    def _remote(self, model: EngineModel, strict: bool) -> TimedEngine:
+        """An engine behind a remote endpoint."""
+        profile = model.profile
+        assert isinstance(profile, RemoteProfile)
+        coverage = self._remote_coverages.get(profile.name)
+        if coverage is None:
+            coverage = self._remote_coverages[profile.name] = RemoteCoverage(profile, strict)
+        requests, tokens = model.rates
+        return RemoteEngine(
+            RemoteModel(profile, model.factor),
+            RateLimits(requests, tokens),
+            tasks_capacity=model.limits.tasks_capacity,
+            largest_task=model.limits.largest_task,
+            coverage=coverage,
+            draw=model.draw,
+        )
 
     def _to_engine(self, action: Callable[..., Any], *arguments: Any) -> None:
         if self._delay_s:
@@ -258,61 +318,65 @@ class Cluster:
             action(*arguments)
 
     def _dispatch(self, effect: effects.Dispatch) -> None:
-        sampling, most = effect.sampling, effect.sampling.max_gen_length
+        sampling = effect.sampling
+        most: int = sampling.max_gen_length
         output_tokens, content = sampling.output_length or most, None
         if self.generate is not None:
             output_tokens, content = self.generate(effect)
+        engine = self.engines[effect.engine_id]
         self._dispatches += 1
-        key = self._keys[effect.task] = self._dispatches
-        self._attempts[key] = _Attempt(effect.epoch, effect.task, effect.attempt, effect.output_var, content)
+        key = self._dispatches
+        engine.attempts[key] = _Attempt(effect.epoch, effect.task, effect.attempt, effect.output_var, content)
         links = tuple([Link(link.context_id, link.tokens) for link in effect.chain])
         task = EngineTask(key, links, effect.generate_context_id, most)
-        engine = self.engines[effect.engine_id]
         if self._delay_s:
             self._to_engine(engine.submit, task, output_tokens)
         else:
             engine.submit(task, output_tokens)
 
     def _abort(self, effect: effects.Abort) -> None:
-        key = self._keys.get(effect.task)  # of the latest attempt: nobody gives up another
-        if key is not None:  # else it has ended, in this very instant
-            self._over(key, self._attempts[key])
-            self._to_engine(self.engines[effect.engine_id].abort, key)
+        engine = self.engines[effect.engine_id]
+        for key, attempt in engine.attempts.items():
+            if attempt.number == effect.attempt and attempt.task == effect.task:
+                del engine.attempts[key]
+                self._to_engine(engine.abort, key)
+                return  # else it has ended, in this very instant
 
     def _free(self, effect: effects.FreeContexts) -> None:
         self._to_engine(self.engines[effect.engine_id].free_contexts, effect.context_ids)
 
-    def _from_engine(self, engine_id: int, emulated: Sequence[EmulatedEvent]) -> None:
-        arrive = functools.partial(self._deliver, engine_id, emulated)
-        self.calendar.call_at(self.calendar.now + self._delay_s, arrive)
+    def hear(self, engine: _Node, emulated: list[EmulatedEvent]) -> None:
+        """An engine tells of an edge."""
+        if self._delay_s:
+            self.calendar.call_at(self.calendar.now + self._delay_s, functools.partial(self._deliver, engine, emulated))
+        else:
+            self._deliver(engine, emulated)
 
-    def _deliver(self, engine_id: int, emulated: Sequence[EmulatedEvent]) -> None:
+    def _deliver(self, engine: _Node, emulated: list[EmulatedEvent]) -> None:
         """An engine's events in the core's terms. Those of an attempt that was given up go no further."""
+        attempts = engine.attempts
         for event in emulated:
             if event.evicted:
-                self.post(events.ContextsEvicted(engine_id, event.evicted), FLUSH_EDGES)
+                self.post(_CONTEXTS_EVICTED(engine.id, event.evicted), FLUSH_EDGES)
             key: int = event.key  # type: ignore[assignment]
-            attempt = self._attempts.get(key)
+            attempt = attempts.get(key)
             if attempt is not None:
-                self._pending.append(self._told(event, key, attempt))
+                if event.kind == "finished" or event.kind == "failed" or event.kind == "rejected":
+                    del attempts[key]  # nothing more is told of it
+                self._pending.append(self._told(event, attempt))
         if self._pending and not self._flushing:
             self._flushing = True
             self.calendar.call_now(self._flush_soon, FLUSH_EDGES)
 
-    def _over(self, key: int, attempt: _Attempt) -> None:
-        """Nothing more is told of that attempt."""
-        del self._attempts[key]
-        del self._keys[attempt.task]
-
-    def _told(self, event: EmulatedEvent, key: int, attempt: _Attempt) -> events.AnyEvent:
+    def _told(self, event: EmulatedEvent, attempt: _Attempt) -> events.AnyEvent:
         task, number = attempt.task, attempt.number
         kind, epoch = event.kind, attempt.epoch
         if kind == "finished":
-            self._over(key, attempt)
             if attempt.content is not None:
                 content = attempt.content(event.output_tokens)
             else:
-                content = self.content(self._output_keys[task.session_id][attempt.output_var], event.output_tokens)
+                _, _, content_key = self._outputs[task.session_id][attempt.output_var]
+                content = self.content(content_key, event.output_tokens)
             return _TASK_FINISHED(
                 epoch,
                 task,
@@ -328,7 +392,6 @@ class Cluster:
             return _FIRST_TOKEN(epoch, task, number)
         if kind == "started":
             return _TASK_STARTED(epoch, task, number, event.cached_tokens)
-        self._over(key, attempt)
         if kind == "rejected":
             return events.TaskRejected(epoch, task, number, event.message)
         assert kind == "failed", f"an emulated engine tells {kind!r} to nobody who asked for it"

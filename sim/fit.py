@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from parrot.configuration import ConfigurationError
 from sim.cluster import EngineModel
+from sim.model_types import ModelTypes, serves
 from sim.workloads.program import Call, Program, Read, Text, Write
 
 
@@ -20,22 +21,25 @@ def check_programs(
 
     most_tasks: unfinished tasks that a session may have; None: no program is one session (mode `request`), or it is not known.
     """
-    longest: dict[tuple[str, ...], int] = {}
+    longest: dict[tuple[tuple[str, ...], str | None], int] = {}
+    types = ModelTypes(engine.description for engine in engines)
     for program in programs:
         lengths: dict[str, int] | None = None
         for number, call in enumerate(program.calls):
-            room = longest.get(call.models)
+            room = longest.get((call.models, call.model_type))
             if room is None:
-                room = longest[call.models] = _room(engines, call.models)
+                room = longest[call.models, call.model_type] = _room(engines, call.models, types.of(call))
             if len(call.segments) == 2:  # a prompt and its answer, as in most of a large trace: nothing to add up
                 prompt, answer = call.segments
                 if type(prompt) is Text and type(answer) is Write and prompt.tokens < room:
                     continue
             where = f"{workload}: program {program.id!r}, call {number}"
             if room < 0:
+                kinds = {"token_id": "an engine of this project", "text": "an engine behind a remote endpoint"}
                 have = ", ".join(sorted({engine.description.model for engine in engines}))
-                wanted = " or ".join(call.models)
-                raise ConfigurationError(f"{where}: needs model {wanted}, which no engine has (they have: {have})")
+                wanted = " or ".join(call.models) or "any"
+                kind = "" if call.model_type is None else f" of model_type {call.model_type} ({kinds[call.model_type]})"
+                raise ConfigurationError(f"{where}: needs model {wanted}{kind}, which no engine has (they have: {have})")
             if lengths is None:
                 lengths = {source.var: source.tokens for source in program.sets}
                 lengths |= {s.var: s.tokens for c in program.calls for s in c.segments if type(s) is Write}
@@ -75,8 +79,8 @@ def _check_tasks(program: Program, most: int, where: str) -> None:
             return
 
 
-def _room(engines: Sequence[EngineModel], models: tuple[str, ...]) -> int:
-    rooms = [e.limits.largest_task for e in engines if not models or e.description.model in models]
+def _room(engines: Sequence[EngineModel], models: tuple[str, ...], model_type: str) -> int:
+    rooms = [e.limits.largest_task for e in engines if serves(e.description, models, model_type)]
     return max(rooms, default=-1)
 
 

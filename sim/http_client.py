@@ -38,6 +38,7 @@ from sim.actions import (
     Wait,
 )
 from sim.clients import Player
+from sim.model_types import ModelTypes
 from sim.network import Network
 from sim.recorder import Recorder
 from sim.workloads.program import Text
@@ -137,6 +138,7 @@ class HttpSession:
             "parameters": parameters,
             "func_name": action.spec.name,
             "models": action.spec.models,
+            "model_type": self._client.model_types.of(action.spec),
             "cache_prefix": action.spec.cache_prefix,
         }
         answer = json.loads(await self._api.call("POST", "/v1/semantic_call", body))
@@ -174,8 +176,10 @@ class HttpClient:
         recorder: Recorder,
         style: Style,
         zero_s: float,
+        model_types: ModelTypes = ModelTypes(),
     ) -> None:
         self.style = style
+        self.model_types = model_types
         self._api = api
         self._player = player
         self._network = network

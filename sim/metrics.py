@@ -23,6 +23,7 @@ import msgspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet  # pandas loads it with the first table that is written: in the middle of a run
 
 
 class ProgramRow(NamedTuple):

@@ -33,7 +33,7 @@ from sim.actions import (
     Wait,
 )
 from sim.clients import Mode, Player, new_player
-from sim.cluster import AUTH, Asker, Cluster, EngineModel, Observe, Timeline
+from sim.cluster import AUTH, Asker, Cluster, EngineModel, Observe, Output, Timeline
 from sim.network import Network
 from sim.recorder import Recorder
 from sim.workloads.program import Call, Program
@@ -44,6 +44,7 @@ KEPT_SAMPLINGS: Final = 65_536  #: outputs of the same lengths share what says s
 
 
 # By names of this module's own that never change: the compiled module need not look up what each event is.
+_next: Final = next
 _OPEN_SESSION: Final = events.OpenSession
 _CLOSE_SESSION: Final = events.CloseSession
 _SUBMIT_CALL: Final = events.SubmitCall
@@ -145,7 +146,7 @@ class Population:
         calendar = self.cluster.calendar
         if program is None:  # more clients than programs
             return
-        self._next = next(self._programs, None)
+        self._next = _next(self._programs, None)
         if self._closed:
             program = msgspec.structs.replace(program, arrival_s=calendar.now)
         serial = self._serial
@@ -172,7 +173,7 @@ class Conversation:
         self._cluster = population.cluster
         self._network = None if population.network.is_local else population.network
         self._session_id = 0
-        self._outputs: dict[int, dict[str, tuple[int, int]]] = {}
+        self._outputs: dict[str, Output] = {}  # of the session, by the variable's id
         self._over = False
 
     def perform(self, actions: Iterable[Action]) -> None:
@@ -217,9 +218,10 @@ class Conversation:
             event = self.submit_call(request, session_id, action.spec, action.pieces)
         elif isinstance(action, Open):
             self._session_id = self.population.new_session_id()
+            cluster.name_outputs(self._session_id, self._outputs)
             event = _OPEN_SESSION(request, self._session_id, AUTH, action.tenant)
         elif isinstance(action, Close):
-            self.record(session_id)
+            self.record(session_id, self._outputs)
             event = _CLOSE_SESSION(request, session_id, AUTH)
         elif isinstance(action, Create):
             event = events.CreateVariable(request, session_id, AUTH, action.var)
@@ -242,29 +244,11 @@ class Conversation:
             else:
                 segments.append(_CONSTANT(content(piece.key, piece.tokens)))
         # by place: a name would cost as much as its value
-        return _SUBMIT_CALL(
-            request, session_id, AUTH, tuple(segments), call.name, call.models, "token_id", call.cache_prefix
-        )
+        model_type = self._cluster.model_types.of(call)
+        return _SUBMIT_CALL(request, session_id, AUTH, tuple(segments), call.name, call.models, model_type, call.cache_prefix)
 
-    def submitted(
-        self, session_id: int, call: int, output: int, pieces: Iterable[Piece], answer: CallAnswer
-    ) -> tuple[str, ...]:
-        """The ids of the outputs; from now on the cluster knows what will be generated into them."""
-        var_ids = tuple([item.var_id for item in answer.param_info if item.is_output])
-        known = self._outputs.get(session_id)
-        if known is None:
-            known = self._outputs[session_id] = {}
-        place = 0
-        for piece in pieces:
-            if isinstance(piece, Into):
-                known[var_ids[place]] = (call, output + place)
-                self._cluster.name_output(session_id, var_ids[place], piece.key)
-                place += 1
-        return var_ids
-
-    def record(self, session_id: int) -> None:
+    def record(self, session_id: int, outputs: dict[str, Output]) -> None:
         """Takes down what the core knows of the session before it closes."""
-        outputs = self._outputs.pop(session_id, {})
         self.population.recorder.calls_ended(self.player.serial, self._cluster.calls(session_id), outputs)
 
     def replied(self, payload: Any, error: ErrorInfo | None, action: Action, half_s: float) -> None:
@@ -272,7 +256,7 @@ class Conversation:
         answer: Any = None
         if error is None:
             if isinstance(action, Submit):
-                answer = self.submitted(self._session_id, action.call, 0, action.pieces, payload)
+                answer = note_outputs(self._outputs, action.call, 0, action.pieces, payload)
             elif isinstance(action, Create):
                 answer = payload["var_id"]
             elif isinstance(action, Fetch):
@@ -323,10 +307,11 @@ class _Asked(Asker):
 class Exchange:
     """A request of the baseline at the core's end: open, submit, get, close, with no network in between."""
 
-    __slots__ = ("_action", "_conversation", "_half_s", "_over", "_session_id")
+    __slots__ = ("_action", "_conversation", "_half_s", "_outputs", "_over", "_session_id")
 
     def __init__(self, conversation: Conversation, action: Complete, half_s: float) -> None:
         self._conversation = conversation
+        self._outputs: dict[str, Output] = {}
         self._action = action
         self._half_s = half_s
         self._over = False
@@ -336,6 +321,7 @@ class Exchange:
         population = conversation.population
         cluster = population.cluster
         self._session_id = population.new_session_id()
+        cluster.name_outputs(self._session_id, self._outputs)
         request = cluster.expect(self._opened)
         cluster.post(_OPEN_SESSION(request, self._session_id, AUTH, action.tenant))
         request = cluster.expect(self._submitted)
@@ -354,7 +340,7 @@ class Exchange:
             return
         assert answer is not None
         action, cluster = self._action, self._conversation.population.cluster
-        (var_id,) = self._conversation.submitted(self._session_id, action.call, action.output, action.pieces, answer)
+        (var_id,) = note_outputs(self._outputs, action.call, action.output, action.pieces, answer)
         request = cluster.expect(self._fetched)
         deadline_s = action.deadline_s
         cluster.post(_GET_VARIABLE(request, self._session_id, AUTH, var_id, action.criteria, None, False, deadline_s))
@@ -374,7 +360,7 @@ class Exchange:
         """The client has gone: closes the session, whatever it still does."""
         conversation, cluster = self._conversation, self._conversation.population.cluster
         self._end()
-        conversation.record(self._session_id)
+        conversation.record(self._session_id, self._outputs)
         cluster.post(_CLOSE_SESSION(cluster.expect(_ignore), self._session_id, AUTH))
 
     def _close(self, value: Value | None, error: ErrorInfo | None) -> None:
@@ -385,6 +371,19 @@ class Exchange:
         self._over = True
         if self._conversation.exchanges is not None:
             del self._conversation.exchanges[self]
+
+
+def note_outputs(
+    known: dict[str, Output], call: int, output: int, pieces: Iterable[Piece], answer: CallAnswer
+) -> tuple[str, ...]:
+    """The ids of the outputs; `known` has from now on what they are and what will be generated into them."""
+    var_ids = tuple([item.var_id for item in answer.param_info if item.is_output])
+    place = 0
+    for piece in pieces:
+        if isinstance(piece, Into):
+            known[var_ids[place]] = (call, output + place, piece.key)
+            place += 1
+    return var_ids
 
 
 def _ignore(_: Any, __: ErrorInfo | None) -> None:

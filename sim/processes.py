@@ -23,7 +23,7 @@ import msgspec
 
 from parrot.configuration import ConfigurationError
 from parrot.engine.config import EngineConfig, ServeCoreAddress, as_emulated
-from parrot.latency import LatencyProfile
+from parrot.engine.profiles import AnyProfile
 from parrot.serve.config import ServeCoreConfig
 
 HOST = "127.0.0.1"
@@ -136,7 +136,7 @@ def lasting_ports(count: int) -> list[int]:
 @contextlib.asynccontextmanager
 async def local_cluster(
     config: ServeCoreConfig,
-    engines: Sequence[tuple[EngineConfig, LatencyProfile | None]],
+    engines: Sequence[tuple[EngineConfig, AnyProfile | None]],
     lengths_are_told: bool = False,
 ) -> AsyncIterator[tuple[str, Processes]]:
     """Starts a core and engines on free ports and yields the core's address; an engine with a profile is emulated.
@@ -166,7 +166,7 @@ async def local_cluster(
 
 
 def _placed(
-    engine: EngineConfig, profile: LatencyProfile | None, port: int, core: ServeCoreAddress, folder: Path, number: int
+    engine: EngineConfig, profile: AnyProfile | None, port: int, core: ServeCoreAddress, folder: Path, number: int
 ) -> EngineConfig:
     """The engine at `port` under `core`; with a profile, the emulated one that stands for it."""
     if profile is not None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+
+import numpy as np
 
 from parrot.protocol.api import CallReport, SessionReport, TaskReport
 from parrot.protocol.engine import TaskId
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _Row = TypeVar("_Row", ProgramRow, GetRow, CallRow, TaskRow)
+
+
+RECENT: Final = 4096  #: numbers that are kept as they came
+_UNKNOWN: Final = (-1, 0, "")  #: an output that no program asked for
 
 
 class Played(Protocol):
@@ -40,6 +46,25 @@ class Played(Protocol):
     def program(self) -> Program: ...
 
 
+class _Values:
+    """Numbers, eight bytes each but for the last `RECENT`: an array takes them one by one slowly."""
+
+    def __init__(self) -> None:
+        self._numbers = array("d")
+        self._recent: list[float] = []
+
+    def add(self, number: float) -> None:
+        self._recent.append(number)
+        if len(self._recent) >= RECENT:
+            self.all()
+
+    def all(self) -> array[float]:
+        """All that were added, in order."""
+        self._numbers.frombytes(np.array(self._recent, dtype=float).tobytes())
+        self._recent.clear()
+        return self._numbers
+
+
 class Recorder:
     """Collects the rows of a run. With `tables` off it keeps eight bytes a value and no rows. `names`: whether it notes which
     task of a program each task of the core is.
@@ -54,11 +79,11 @@ class Recorder:
         self._get_values: list[Any] = []
         self._call_values: list[Any] = []
         self._task_values: list[Any] = []
-        self._ttft_s = array("d")
-        self._tpot_s = array("d")
-        self._max_gap_s = array("d")
-        self._jct_s = array("d")
-        self._normalized_latency_s = array("d")
+        self._ttft_s = _Values()
+        self._tpot_s = _Values()
+        self._max_gap_s = _Values()
+        self._jct_s = _Values()
+        self._normalized_latency_s = _Values()
         self._programs = 0
         self._calls = 0
         self._finished = 0
@@ -117,11 +142,11 @@ class Recorder:
     def values(self) -> dict[str, array[float]]:
         """What was measured, by its name in the summary."""
         return {
-            "ttft_s": self._ttft_s,
-            "tpot_s": self._tpot_s,
-            "max_gap_s": self._max_gap_s,
-            "jct_s": self._jct_s,
-            "normalized_latency_s": self._normalized_latency_s,
+            "ttft_s": self._ttft_s.all(),
+            "tpot_s": self._tpot_s.all(),
+            "max_gap_s": self._max_gap_s.all(),
+            "jct_s": self._jct_s.all(),
+            "normalized_latency_s": self._normalized_latency_s.all(),
         }
 
     # ------------------------------------------------------------------------------------------------- what is told
@@ -138,7 +163,7 @@ class Recorder:
         if error is None:
             self._finished += 1
             jct_s = last_s - started_s
-            self._jct_s.append(jct_s)
+            self._jct_s.add(jct_s)
         else:
             self.errors[error.code] = self.errors.get(error.code, 0) + 1
         if self._tables:
@@ -174,11 +199,12 @@ class Recorder:
                     self.names[TaskId(report.session_id, call.request_id, place)] = (serial, number, output + place)
             self._call(serial, number, output, call, tasks)
 
-    def calls_ended(self, serial: int, calls: Sequence[Call], outputs: Mapping[str, tuple[int, int]]) -> None:
-        """As `session_ended`, from the core's own calls where they are at hand: nobody need make a report of them."""
+    def calls_ended(self, serial: int, calls: Sequence[Call], outputs: Mapping[str, tuple[int, int, str]]) -> None:
+        """As `session_ended`, from the core's own calls where they are at hand: nobody need make a report of them. `outputs`
+        may say more of each."""
         for call in calls:
             tasks = call.tasks
-            number, output = outputs.get(tasks[0].output.id, (-1, 0)) if tasks else (-1, 0)
+            number, output, _ = outputs.get(tasks[0].output.id, _UNKNOWN) if tasks else _UNKNOWN
             for place, task in enumerate(tasks):
                 self._task(serial, number, output + place, task, task.attempt, task.engine_name, task.criteria)
                 if self.names is not None:
@@ -215,11 +241,11 @@ class Recorder:
         normalized_s: float | None = None
         if since is not None and first_token_s is not None:
             ttft_s = first_token_s - since
-            self._ttft_s.append(ttft_s)
+            self._ttft_s.add(ttft_s)
         if finished and since is not None:
             latency_s = (finished_s or since) - since
             normalized_s = latency_s / max(output_tokens, 1)
-            self._normalized_latency_s.append(normalized_s)
+            self._normalized_latency_s.add(normalized_s)
         if self._tables:
             self._call_values += (
                 serial,
@@ -259,8 +285,8 @@ class Recorder:
             self._output_tokens += output_tokens
             if output_tokens > 1:
                 tpot_s = task.decode_s / (output_tokens - 1)
-                self._tpot_s.append(tpot_s)
-                self._max_gap_s.append(task.max_gap_s)
+                self._tpot_s.add(tpot_s)
+                self._max_gap_s.add(task.max_gap_s)
         if self._tables:
             self._task_values += (
                 serial,

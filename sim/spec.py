@@ -19,10 +19,19 @@ from typing import Any, Literal
 import msgspec
 
 from parrot.configuration import ConfigurationError, load, parse, read_json
-from parrot.engine.config import EngineConfig, description_of, limits_of, load_engine_config, profile_of
-from parrot.engine.profiles import find_profile, shipped_profiles
-from parrot.latency import LatencyProfile
+from parrot.engine.config import (
+    EmulatedEngineConfig,
+    EngineConfig,
+    OpenAIEngineConfig,
+    description_of,
+    limits_of,
+    load_engine_config,
+    profile_of,
+    rate_limits_of,
+)
+from parrot.engine.profiles import AnyProfile, find_any_profile, shipped_profiles, shipped_remote_profiles
 from parrot.protocol.errors import ParrotError
+from parrot.remote_profile import RemoteProfile
 from parrot.serve.config import ServeCoreConfig
 from parrot.serve.policies import POLICIES, parse_policy
 from sim.clients import Mode
@@ -353,11 +362,11 @@ def engine_configs_of(run: Run) -> list[EngineConfig]:
     ]
 
 
-def profiles_of(run: Run, configs: Sequence[EngineConfig]) -> list[tuple[str, LatencyProfile]]:
+def profiles_of(run: Run, configs: Sequence[EngineConfig]) -> list[tuple[str, AnyProfile]]:
     """For each engine the name or file of its latency profile, and the profile: the run's, else the file's, else the shipped
     one of its model and device. Raises ConfigurationError when there is none, or the run's are of other models."""
-    given = [(name, find_profile(name)) for name in run.profiles]
-    chosen: dict[tuple[Any, ...], tuple[str, LatencyProfile]] = {}
+    given = [(name, find_any_profile(name)) for name in run.profiles]
+    chosen: dict[tuple[Any, ...], tuple[str, AnyProfile]] = {}
     profiles = []
     for config in configs:
         key = (config.model, config.device, config.engine_type, config.latency_profile)
@@ -367,27 +376,47 @@ def profiles_of(run: Run, configs: Sequence[EngineConfig]) -> list[tuple[str, La
     return profiles
 
 
-def _profile_of(config: EngineConfig, given: Sequence[tuple[str, LatencyProfile]]) -> tuple[str, LatencyProfile]:
+def _profile_of(config: EngineConfig, given: Sequence[tuple[str, AnyProfile]]) -> tuple[str, AnyProfile]:
     if given:
         fitting = [item for item in given if _fits(item[1], config)]
         if not fitting:
-            models = ", ".join(f"{name} is of {profile.model!r}" for name, profile in given)
-            raise ConfigurationError(f"engine {config.name!r} runs {config.model!r}, but no --profile is of it: {models}")
+            have = ", ".join(f"{name} is of {_about(profile)}" for name, profile in given)
+            raise ConfigurationError(
+                f"engine {config.name!r} runs {config.model!r}, but no --profile is of {_needed(config)}: {have}"
+            )
         return fitting[0]
     profile = profile_of(config)
     if profile is None:
-        shipped = ", ".join(shipped_profiles()) or "none"
+        remote = isinstance(config, OpenAIEngineConfig)
+        shipped = ", ".join(shipped_remote_profiles() if remote else shipped_profiles()) or "none"
+        where = "behind an endpoint" if remote else f"on {config.device or config.engine_type!r}"
         raise ConfigurationError(
-            f"engine {config.name!r}: no latency profile of {config.model!r} on {config.device or config.engine_type!r}; "
+            f"engine {config.name!r}: no latency profile of {config.model!r} {where}; "
             f"give --profile FILE, or latency_profile in its file (shipped: {shipped})"
         )
     if not _fits(profile, config):
-        named = f"its latency_profile {config.latency_profile} is of {profile.model!r}"
+        named = f"its latency_profile {config.latency_profile} is of {_about(profile)}"
         raise ConfigurationError(f"engine {config.name!r} runs {config.model!r}, but {named}")
     return config.latency_profile or profile.name, profile
 
 
-def _fits(profile: LatencyProfile, config: EngineConfig) -> bool:
+def _about(profile: AnyProfile) -> str:
+    if isinstance(profile, RemoteProfile):
+        return f"{profile.model!r} (requests to {profile.endpoint})"
+    return f"{profile.model!r} (iterations)"
+
+
+def _needed(config: EngineConfig) -> str:
+    return "requests to it" if isinstance(config, OpenAIEngineConfig) else "it"
+
+
+def _fits(profile: AnyProfile, config: EngineConfig) -> bool:
+    """An engine behind an endpoint has a profile of requests, one of this project's has one of iterations; an emulated one has
+    either."""
+    if isinstance(profile, RemoteProfile):
+        return isinstance(config, OpenAIEngineConfig | EmulatedEngineConfig) and profile.model == config.model
+    if isinstance(config, OpenAIEngineConfig):
+        return False
     return profile.model == config.model or profile.device == "none"  # "none": a stand-in that is of no device
 
 
@@ -395,22 +424,34 @@ def engine_models_of(run: Run) -> list[EngineModel]:
     """The engines as the simulator needs them. Raises ConfigurationError.
 
     In a draw of `intervals` each engine's durations are multiplied by exp(N(0, spread of its profile)), drawn from a stream
-    of the seed's own, so that every policy meets the same engines.
+    of the seed's own, so that every policy meets the same engines; those of a remote engine's single requests deviate too, each
+    engine's by a stream of its own.
     """
     configs = engine_configs_of(run)
     generator = None if run.draw is None else stream(run.seed, f"engines/{run.draw}")
     models = []
-    for config, (_, profile) in zip(configs, profiles_of(run, configs), strict=True):
+    for number, (config, (_, profile)) in enumerate(zip(configs, profiles_of(run, configs), strict=True)):
         limits = limits_of(config)
         description = description_of(config, limits, accepts_output_length=True, latency_profile=profile)
         factor = 1.0 if generator is None else math.exp(profile.spread * generator.standard_normal())
-        models.append(EngineModel(description, limits, profile, factor))
+        model = EngineModel(description, limits, profile, factor)
+        if isinstance(profile, RemoteProfile):
+            draw = None if run.draw is None else stream(run.seed, f"requests/{run.draw}/{number}").random
+            model = model._replace(rates=rate_limits_of(config, profile), draw=draw)
+        models.append(model)
     return models
 
 
 def spreads_of(run: Run) -> dict[str, float]:
-    """The profiles of the run's engines by name, and the spread that each states. Raises ConfigurationError."""
-    return {profile.name: profile.spread for _, profile in profiles_of(run, engine_configs_of(run))}
+    """The profiles of the run's engines by name, and the spread that each states: of a remote one, its requests' where its runs
+    as a whole have none. Raises ConfigurationError."""
+    return {profile.name: _spread_of(profile) for _, profile in profiles_of(run, engine_configs_of(run))}
+
+
+def _spread_of(profile: AnyProfile) -> float:
+    if isinstance(profile, RemoteProfile) and not profile.spread:
+        return max(map(abs, (*profile.ttft_residuals, *profile.tpot_residuals)), default=0.0)
+    return profile.spread
 
 
 def check_files(run: Run) -> None:

@@ -37,6 +37,7 @@ from sim.workloads.program import Program
 
 KEPT_PROGRAMS = 50_000  #: a workload up to this size is read once and kept; a longer one is read again for the run
 CHECKED_PROGRAMS = 5_000  #: of each workload of a sweep, before its first run
+COLLECT_AFTER = 1_000_000  #: objects more than at the last collection, some 100 MiB, before the next one
 POLL_S = 0.2  #: how often a run in this process tells how far it is
 
 
@@ -218,18 +219,21 @@ def _write(run: Run, recorder: Recorder, summary: Summary, folder: Path) -> None
 
 
 def _simulate(run: Run, expect: Callable[[int], None], ended: Callable[[], None]) -> tuple[Recorder, int]:
-    # A simulation makes many objects and hardly any cycles: collecting often costs more than it frees.
+    # A simulation makes many objects and hardly any cycles: a collection, which looks at all that thousands of requests under
+    # way hold, costs much more than it frees.
     thresholds = gc.get_threshold()
     gc.freeze()
-    gc.set_threshold(200_000, 20, 100)
+    gc.set_threshold(COLLECT_AFTER, 20, 100)
     try:
         if run.program is not None:
             from sim.programs import simulate_programs
 
             return simulate_programs(run, keeps_rows(run), expect, ended)
         engines = engine_models_of(run)
+        programs = _programs(run, engines, expect)
+        gc.freeze()  # what was read stays to the end
         recorder = simulate(
-            _programs(run, engines, expect),
+            programs,
             core_config_of(run),
             engines,
             mode=run.client,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 
 from parrot import compiled
 from parrot.build_compiled import _read_by
+from parrot.serve.policies import POLICIES
 
 ORIGIN = "import importlib.util as u, parrot.compiled as c; print(u.find_spec('parrot.latency').origin, c.in_use())"
 
@@ -62,6 +64,13 @@ def test_without_a_build_the_sources_are_used_and_nothing_is_said(tree: Path) ->
     assert (done.stdout, done.stderr) == (source_line(tree), "")
 
 
+def test_a_build_can_lie_elsewhere(tree: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(build(tree).parent, elsewhere)
+    done = python(tree, ORIGIN, **{compiled.ELSEWHERE: str(elsewhere)})
+    assert (done.stdout, done.stderr) == (f"{elsewhere}/parrot.latency.so True\n", "")
+
+
 def test_parrot_pure_leaves_a_build_out_and_says_nothing(tree: Path) -> None:
     build(tree)
     done = python(tree, ORIGIN, **{compiled.PURE: "1"})
@@ -99,10 +108,10 @@ def test_a_build_without_a_compiler_is_refused_at_once_and_leaves_everything_as_
 
 
 @pytest.mark.skipif(not compiled.fits(), reason="nothing is compiled, or not of these sources")
-@pytest.mark.parametrize("policy", ["parrot:all", "least_loaded"])
-def test_compiled_and_pure_runs_write_the_same_bytes(tmp_path: Path, policy: str) -> None:
+@pytest.mark.parametrize("policies", ["parrot:all", ",".join(POLICIES)])
+def test_compiled_and_pure_runs_write_the_same_bytes(tmp_path: Path, policies: str) -> None:
     flags = ["--core", "sample_configs/core/localhost_serve_core.json", "--engines", "sample_configs/engine/sim-7b.json:2"]
-    flags += ["--workload", "map_reduce", "--count", "30", "--rate", "5", "--policy", policy, "--no-report"]
+    flags += ["--workload", "map_reduce", "--count", "30", "--rate", "5", "--policy", policies, "--no-report"]
     written = []
     for pure in ("", "1"):
         out = tmp_path / f"pure{pure}"
@@ -114,3 +123,28 @@ def test_compiled_and_pure_runs_write_the_same_bytes(tmp_path: Path, policy: str
         written.append({str(path.relative_to(out)): path.read_bytes() for path in files})
     assert len(written[0]) > 4
     assert written[0] == written[1]
+
+
+EXHAUSTS = {
+    "any", "all", "sum", "min", "max", "next", "tuple", "list", "set", "dict", "sorted", "deque", "join", "fromkeys", "extend",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("module", compiled.MODULES)
+def test_what_is_compiled_relies_on_nothing_that_mypyc_makes_otherwise(module: str) -> None:
+    """A generator expression is made a list, all of it at once, unless what it is given to uses it up (or is any, all or next,
+    which mypyc knows); a generator within a function that is called twice fails."""
+    nodes = list(ast.walk(ast.parse(compiled.source_of(module).read_bytes())))
+    used_up = {a for node in nodes if isinstance(node, ast.Call) and _called(node) in EXHAUSTS for a in node.args}
+    used_up |= {node.value for node in nodes if isinstance(node, ast.Starred)}
+    lazy = [node.lineno for node in nodes if isinstance(node, ast.GeneratorExp) and node not in used_up]
+    assert lazy == [], f"{module}: a list, or a function that yields, in place of the generator expressions of these lines"
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    inner = [g for f in functions for g in ast.walk(f) if isinstance(g, ast.FunctionDef) and g is not f]
+    yields = [g.lineno for g in inner if any(isinstance(node, ast.Yield | ast.YieldFrom) for node in ast.walk(g))]
+    assert yields == [], f"{module}: a method, or a function of the module, in place of the generators of these lines"
+
+
+def _called(call: ast.Call) -> str:
+    function = call.func
+    return function.id if isinstance(function, ast.Name) else function.attr if isinstance(function, ast.Attribute) else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,9 @@ def test_different_keys_give_different_texts() -> None:
 # ---------------------------------------------------------------------------------------------------------- streaming
 
 
-def stream(tokenizer: Tokenizer, ids: list[int], stop: str | None = None) -> tuple[list[str], Detokenizer, bool]:
+def stream(
+    tokenizer: Tokenizer, ids: list[int], stop: str | Sequence[str] | None = None
+) -> tuple[list[str], Detokenizer, bool]:
     found = Detokenizer(tokenizer, stop)
     deltas = []
     for token_id in ids:
@@ -117,6 +120,24 @@ def test_an_output_ends_at_the_first_stop_string_and_nothing_of_it_is_ever_shown
     assert "".join(deltas) == text.split(stop)[0] == found.text
     assert stopped == (stop in text)
     assert tokenizer.decode(tokenizer.encode(text)[: found.kept()]) == found.text
+
+
+def first_complete(text: str, stops: Sequence[str]) -> str:
+    """`text` up to the stop string that ends first when it is read character by character, the longest of those."""
+    for end in range(1, len(text) + 1):
+        begins = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
+        if begins:
+            return text[: min(begins)]
+    return text
+
+
+@settings(max_examples=300)
+@given(st.text("ab", max_size=20), st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=4))
+def test_of_several_stop_strings_the_one_that_is_complete_first_ends_the_output(text: str, stops: list[str]) -> None:
+    tokenizer = ByteTokenizer()
+    deltas, found, stopped = stream(tokenizer, tokenizer.encode(text), stops)
+    assert "".join(deltas) == first_complete(text, stops) == found.text
+    assert stopped == any(stop in text for stop in stops)
 
 
 def test_a_token_in_which_the_stop_string_begins_is_kept_and_later_ones_are_not() -> None:

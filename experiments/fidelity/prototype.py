@@ -23,13 +23,16 @@ from sim.population import simulate
 from sim.workloads.program import Program
 
 PAGE_TOKENS = 16
+UNBOUNDED = 10**9  #: a capacity, see `run`
 
 
 class Ran(NamedTuple):
-    """The tables of a run, and the iterations of its engines, one row a run of them."""
+    """The tables of a run, and the iterations of its engines, one row a run of them. `prefilled`: when a task's prompt was last
+    computed (that of one that was preempted is computed again), by the number of its dispatch, from 1."""
 
     tables: dict[str, pd.DataFrame]
     iterations: pd.DataFrame
+    prefilled: dict[Any, float]
 
 
 def limits(*, tokens: int, max_batch_size: int, tasks: int = 256, batched: int = 10**6) -> EngineLimits:
@@ -57,14 +60,20 @@ def run(
 ) -> Ran:
     """Simulates `programs` on so many engines that are alike. All must finish: raises RuntimeError.
 
-    capacity: tokens that the scheduler lets an engine have at once, one task alone excepted; left out, what the engine holds.
+    capacity: tokens that the scheduler lets an engine have at once, one task alone excepted; left out, what the engine holds;
+        UNBOUNDED: the engine takes all that comes and decides by itself what it has room for, as one behind FastChat does.
     """
     tokens = of.max_total_tokens if capacity is None else capacity
     models = [EngineModel(_description(profile, of, tokens, number), of, profile) for number in range(engines)]
     seen: list[tuple[Any, ...]] = []
+    previous: dict[str, frozenset[Any]] = {}  # engine -> who was in its last iteration
+    prefilled: dict[Any, float] = {}
 
     def observe(engine: str, edges: Iterations) -> None:
         seen.append((edges.start, edges.iterations, *edges.shape.fields().values()))
+        now = frozenset(edges.keys)
+        prefilled.update(dict.fromkeys(now - previous.get(engine, frozenset()), edges.end))  # no fill is cut
+        previous[engine] = now
 
     config = ServeCoreConfig(global_scheduler=msgspec.structs.replace(scheduler, max_queue_size=100_000))
     recorder = simulate(programs, config, models, mode=mode, network=network, observe=observe)
@@ -72,7 +81,7 @@ def run(
     failed = tables["programs"][tables["programs"]["state"] != "finished"]
     if len(failed):
         raise RuntimeError(f"{len(failed)} programs failed in simulation: {failed['error'].iloc[0]}")
-    return Ran(tables, pd.DataFrame.from_records(seen, columns=["start", "iterations", *BatchShape.FIELDS]))
+    return Ran(tables, pd.DataFrame.from_records(seen, columns=["start", "iterations", *BatchShape.FIELDS]), prefilled)
 
 
 def _description(profile: LatencyProfile, of: EngineLimits, tokens: int, number: int) -> EngineDescription:

@@ -3,11 +3,14 @@ output of an earlier attempt."""
 
 from __future__ import annotations
 
+from mypy_extensions import mypyc_attr
+
 from parrot.engine.batches import EngineLimits, EngineTask, Link, Refused
 from parrot.engine.contexts import Context, ContextTree
 from parrot.engine.running import Task
 
 
+@mypyc_attr(acyclic=True)
 class Need:
     """What a waiting task needs to run: the contexts that it finds, and room beyond them."""
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, NamedTuple
 
+from mypy_extensions import mypyc_attr
+
 from parrot.engine.limits import EngineLimits
 from parrot.latency import BatchShape
 
@@ -25,6 +27,7 @@ class Refused(Exception):
         self.message = message
 
 
+@mypyc_attr(acyclic=True)
 class Link:
     """A context of a chain and the tokens that it adds to its parent."""
 
@@ -35,6 +38,7 @@ class Link:
         self.tokens = tokens
 
 
+@mypyc_attr(acyclic=True)
 class EngineTask:
     """One task: fill a chain and generate behind it.
 
@@ -80,6 +84,7 @@ class EngineTask:
         return self.with_most(room)
 
 
+@mypyc_attr(acyclic=True)
 class Row:
     """A task's part of an iteration: it computes the chain's positions [start, stop). `context_id` is the deepest context
     among them. `samples`: the last position's output is sampled. `decode`: it is one token, sampled before."""
@@ -95,6 +100,7 @@ class Row:
         self.decode = decode
 
 
+@mypyc_attr(acyclic=True)
 class Batch:
     """An iteration to compute: decode rows first, then chunks of fills.
 
@@ -153,6 +159,7 @@ class Batch:
         self._shifted += k
 
 
+@mypyc_attr(acyclic=True)
 class Progress:
     """What a complete iteration changed: tasks whose first token came, tasks that ended (fill-only ones too), and those
     preempted since the last complete iteration."""

@@ -14,11 +14,12 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from parrot.configuration import ConfigurationError, parse, read_json
+from parrot.configuration import ConfigurationError, masked, parse, read_json
 from parrot.engine.batches import EngineLimits
-from parrot.engine.profiles import find_profile, profile_for
+from parrot.engine.profiles import AnyProfile, find_any_profile, find_profile, find_remote_profile, profile_for
 from parrot.latency import LatencyProfile
 from parrot.protocol.engine import EngineDescription
+from parrot.remote_profile import RemoteProfile
 
 Positive = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[int, Meta(ge=0)]
@@ -72,16 +73,22 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ServeCoreAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Section `serve_core`. `engine_secret`: the cluster's shared secret, or `env:NAME`; null: the core asks for none."""
+    """Section `serve_core`. `engine_secret`: the cluster's shared secret, or `env:NAME`; null: the core asks for none.
+    `tls`: it shows a certificate; `ca_file`: of those whose certificates are believed (null: the system's authorities)."""
 
     host: str = "localhost"
     port: Annotated[int, Meta(ge=1, le=65535)] = 9000
     engine_secret: str | None = None
+    tls: bool = False
+    ca_file: str | None = None
 
     @property
     def url(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}"
+        return f"{'https' if self.tls else 'http'}://{host}:{self.port}"
+
+    def __repr__(self) -> str:
+        return masked(self, "engine_secret")
 
 
 class BuiltinInstance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -108,6 +115,7 @@ class EmulatedInstance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Section `instance` of an emulated engine, as a builtin one has it.
 
     `stream_interval_s`: how often text is streamed while nothing else happens; null: only when the batch changes.
+    `requests_per_minute`, `tokens_per_minute`: with a remote profile, as an engine behind an endpoint has them.
     """
 
     num_kv_cache_blocks: Positive | None = None
@@ -115,6 +123,8 @@ class EmulatedInstance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_seq_len: Positive | None = None
     attn_func: str | None = None
     stream_interval_s: Seconds | None = None
+    requests_per_minute: Positive | None = None
+    tokens_per_minute: Positive | None = None
 
 
 class OpenAIInstance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -126,8 +136,9 @@ class OpenAIInstance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     and `max_gen_length`, as Azure counts them. `stream_usage`: ask for the token counts with the stream (null: yes, but not of
     Azure, whose older versions refuse it). `max_tokens_field`: newer models of OpenAI's take max_completion_tokens.
     `extended_sampling`: the server knows top_k, repetition_penalty, stop_token_ids and ignore_eos. `send_token_ids`: send the
-    prompt as ids of `tokenizer` (api_endpoint "completion" alone). `max_seq_len`: the model's context window in tokens.
-    `prompt_price`, `output_price`: of a million tokens, in any currency.
+    prompt as ids of `tokenizer` (api_endpoint "completion" alone); `return_token_ids`: the server, vLLM or an engine of this
+    project, gives back those of the output, so that other calls read what was generated to the token. `max_seq_len`: the
+    model's context window in tokens. `prompt_price`, `output_price`: of a million tokens, in any currency.
     """
 
     api_key: str | None = None
@@ -144,16 +155,22 @@ class OpenAIInstance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     extended_sampling: bool = False
     send_token_ids: bool = False
+    return_token_ids: bool = False
     max_seq_len: Positive | None = None
     prompt_price: Annotated[float, Meta(ge=0)] = 0.0
     output_price: Annotated[float, Meta(ge=0)] = 0.0
+
+    def __repr__(self) -> str:
+        return masked(self, "api_key")
 
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What every engine's file has; the three kinds below narrow `engine_type` and `instance`.
 
     Null: `engine_name` and `tokenizer` are the model's name, `tokens_capacity` is min(KV capacity, max_total_tokens).
-    `latency_profile`: a file, or a shipped profile's name. `iteration_log`: see docs/iteration-log.md.
+    `latency_profile`: a file, or a shipped profile's name; of an engine behind a remote endpoint, of a remote one, which only a
+    simulation reads. `iteration_log`: see docs/iteration-log.md. `ssl_certfile`, `ssl_keyfile`: the certificate that the engine
+    shows, see docs/security.md.
     """
 
     model: str
@@ -169,6 +186,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     tokens_capacity: Positive | None = None
     latency_profile: str | None = None
     iteration_log: str | None = None
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
     scheduler: SchedulerConfig = SchedulerConfig()
     serve_core: ServeCoreAddress = ServeCoreAddress()
     instance: BuiltinInstance | EmulatedInstance | OpenAIInstance
@@ -242,12 +261,22 @@ def parse_engine_config(data: Mapping[str, Any], path: str | Path) -> EngineConf
     if config.latency_profile is not None:
         beside = Path(path).parent / config.latency_profile
         try:
-            find_profile(config.latency_profile, Path(path).parent)
+            _check_kind(config, config.latency_profile, Path(path).parent)
         except ConfigurationError as error:
             raise ConfigurationError(f"{path}: {error}") from error
         if beside.is_file():
             config = msgspec.structs.replace(config, latency_profile=str(beside.resolve()))
     return config
+
+
+def _check_kind(config: EngineConfig, name: str, folder: Path) -> None:
+    """Raises ConfigurationError for a profile that is not there, or of a kind that the engine cannot have."""
+    if isinstance(config, OpenAIEngineConfig):
+        find_remote_profile(name, folder)
+    elif isinstance(config, EmulatedEngineConfig):
+        find_any_profile(name, folder)
+    else:
+        find_profile(name, folder)
 
 
 def _override(data: dict[str, Any], dotted: str, value: Any, path: str | Path) -> None:
@@ -274,14 +303,25 @@ def secret_of(config: EngineConfig) -> str | None:
 # ------------------------------------------------------------------------------------------------- what follows from it
 
 
-def profile_of(config: EngineConfig) -> LatencyProfile | None:
+def profile_of(config: EngineConfig) -> AnyProfile | None:
     """The file's latency profile; else, for a builtin engine, the shipped one of its model and device; else None."""
     if config.latency_profile is not None:
-        return find_profile(config.latency_profile)
+        return find_any_profile(config.latency_profile)
     if not isinstance(config.instance, BuiltinInstance):
         return None
     function = ATTENTION[config.instance.attn_func or default_attention(config.device)]
     return profile_for(config.model, config.device, function)
+
+
+def rate_limits_of(config: EngineConfig, profile: RemoteProfile) -> tuple[int | None, int | None]:
+    """Requests and tokens a minute that a remote engine keeps to: the file's, else what its profile was measured under."""
+    instance = config.instance
+    if isinstance(instance, BuiltinInstance):
+        return profile.requests_per_minute, profile.tokens_per_minute
+    return (
+        instance.requests_per_minute or profile.requests_per_minute,
+        instance.tokens_per_minute or profile.tokens_per_minute,
+    )
 
 
 def as_emulated(config: EngineConfig, latency_profile: str, tokenizer: str = "synthetic") -> EmulatedEngineConfig:
@@ -290,8 +330,13 @@ def as_emulated(config: EngineConfig, latency_profile: str, tokenizer: str = "sy
     `msgspec.json.encode` of any configuration is a file that loads to the same configuration.
     """
     old = config.instance
-    instance = EmulatedInstance()
-    if not isinstance(old, OpenAIInstance):
+    if isinstance(old, OpenAIInstance):
+        instance = EmulatedInstance(
+            max_seq_len=old.max_seq_len,
+            requests_per_minute=old.requests_per_minute,
+            tokens_per_minute=old.tokens_per_minute,
+        )
+    else:
         longest = limits_of(config).max_seq_len
         instance = EmulatedInstance(old.num_kv_cache_blocks, old.block_size, longest, old.attn_func)
     fields = {name: getattr(config, name) for name in config.__struct_fields__}
@@ -301,6 +346,8 @@ def as_emulated(config: EngineConfig, latency_profile: str, tokenizer: str = "sy
         "latency_profile": latency_profile,
         "tokenizer": tokenizer,
         "iteration_log": None,
+        "ssl_certfile": None,
+        "ssl_keyfile": None,
         "scheduler": msgspec.structs.replace(config.scheduler, pipeline_depth=pipeline_depth_of(config)),
     }
     return EmulatedEngineConfig(**fields)
@@ -312,7 +359,8 @@ def pipeline_depth_of(config: EngineConfig) -> int:
         return config.scheduler.pipeline_depth
     device = config.device
     if not device and config.latency_profile is not None:
-        device = find_profile(config.latency_profile).device
+        profile = find_any_profile(config.latency_profile)
+        device = profile.device if isinstance(profile, LatencyProfile) else ""
     return 1 if device.startswith("cuda") else 0
 
 
@@ -370,13 +418,16 @@ def description_of(
     port: int | None = None,
     accepts_output_length: bool | None = None,
     attn_func: str | None = None,
-    latency_profile: LatencyProfile | None = None,
+    latency_profile: AnyProfile | None = None,
 ) -> EngineDescription:
     """What an engine with this file registers as; what is given stands above what the file says.
 
-    `tokenizer` and `bos_tokens` are of the tokenizer in use; `latency_profile` defaults to `profile_of(config)`.
+    `tokenizer` and `bos_tokens` are of the tokenizer in use; `latency_profile` defaults to `profile_of(config)`. The core is
+    told of a profile of iterations alone, and the emulation of a remote engine registers as one.
     """
     limits = limits or limits_of(config)
+    profile = latency_profile or profile_of(config)
+    remote = isinstance(profile, RemoteProfile)
     if accepts_output_length is None:
         dummy = isinstance(config.instance, BuiltinInstance) and config.instance.use_dummy_weights
         accepts_output_length = dummy or config.engine_type == "emulated"
@@ -388,7 +439,7 @@ def description_of(
         tokenizer=tokenizer or config.tokenizer or TOKENIZERS.get(config.engine_type, config.model),
         host=host or config.host,
         port=config.port if port is None else port,
-        engine_type=config.engine_type,
+        engine_type="openai" if remote else config.engine_type,
         tasks_capacity=config.tasks_capacity,
         tokens_capacity=config.tokens_capacity or min(limits.num_blocks * limits.block_size, limits.max_total_tokens),
         max_seq_len=limits.max_seq_len,
@@ -396,5 +447,7 @@ def description_of(
         accepts_output_length=accepts_output_length,
         random_seed=config.random_seed,
         attn_func=attn_func,
-        latency_profile=latency_profile or profile_of(config),
+        latency_profile=profile if isinstance(profile, LatencyProfile) else None,
+        tls=config.ssl_certfile is not None,
+        takes_token_ids=isinstance(config.instance, OpenAIInstance) and config.instance.send_token_ids,
     )

@@ -12,13 +12,22 @@ computed ≤ size, computed ≤ tokens. A context in use is *held*, any other is
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator
 from heapq import heapify, heappop, heappush
 from typing import Any, Final
 
 from parrot.engine.blocks import BlockPool
 
+# By names of this module's own that never change: the compiled module need not look them up.
+_push: Final = heappush
+_pop: Final = heappop
+
 NO_BLOCKS: Final[array[int]] = array("i")  #: shared by all that have none: it is replaced, never added to
+
+#: Entries of a heap that no longer hold, beside as many as hold: each engine has its heaps, and what they keep alive is not
+#: made anew from memory that is at hand.
+STALE_ENTRIES: Final = 8
 
 
 class Context:
@@ -93,8 +102,11 @@ class ContextTree:
         self.retained_blocks = 0  # what evicting every context that is not in use would free
         self._index: dict[int, Context] = {}
         self._nameless: dict[Context, None] = {}  # their id may name another by now
-        self._evicted: list[int] = []
-        self._oldest: list[tuple[int, int, Context]] = []  # heap of retained leaves; stale entries are passed over
+        self._evicted: list[int] | None = None
+        # Retained leaves by their last use; stale entries are passed over. Most come in that order; a heap has the others.
+        self._leaves: deque[tuple[int, int, Context]] = deque()
+        self._last_stamp = 0  # of the last of these
+        self._older: list[tuple[int, int, Context]] = []
         self._clock = 0
         self._pushed = 0
 
@@ -222,7 +234,7 @@ class ContextTree:
                 context.freed = False
             context.users += 1
 
-    def release(self, chain: Sequence[Context]) -> None:
+    def release(self, chain: list[Context]) -> None:
         """A running task no longer uses these contexts, head first. What was not computed is given up; the rest stays."""
         self._clock += 1
         for context in reversed(chain):
@@ -257,8 +269,12 @@ class ContextTree:
 
     def evict_one(self) -> bool:
         """Gives up the least recently used of the contexts that nobody uses and that have no children. False: there is none."""
-        while self._oldest:
-            stamp, _, context = heappop(self._oldest)
+        leaves, older = self._leaves, self._older
+        while leaves or older:
+            if not older or (leaves and leaves[0] < older[0]):
+                stamp, _, context = leaves.popleft()
+            else:
+                stamp, _, context = _pop(older)
             if self._is_entry(stamp, context):
                 self.retained_blocks -= context.owned
                 self._report(context)
@@ -269,12 +285,12 @@ class ContextTree:
     @property
     def has_evicted(self) -> bool:
         """Whether `take_evicted` has something to say."""
-        return bool(self._evicted)
+        return self._evicted is not None
 
     def take_evicted(self) -> tuple[int, ...]:
         """Ids of the contexts given up since the last call that nobody had freed."""
-        evicted = tuple(self._evicted)
-        self._evicted.clear()
+        evicted = () if self._evicted is None else tuple(self._evicted)
+        self._evicted = None
         return evicted
 
     def _remove(self, context: Context) -> None:
@@ -299,14 +315,22 @@ class ContextTree:
 
     def _report(self, context: Context) -> None:
         if not context.freed and not context.generating:
+            if self._evicted is None:
+                self._evicted = []
             self._evicted.append(context.id)
 
     def _push(self, context: Context) -> None:
-        if len(self._oldest) > 2 * len(self._index) + 64:
-            self._oldest = [e for e in self._oldest if self._is_entry(e[0], e[2])]
-            heapify(self._oldest)
+        if len(self._leaves) + len(self._older) > 2 * len(self._index) + STALE_ENTRIES:
+            self._leaves = deque([e for e in self._leaves if self._is_entry(e[0], e[2])])
+            self._older = [e for e in self._older if self._is_entry(e[0], e[2])]
+            heapify(self._older)
         self._pushed += 1
-        heappush(self._oldest, (context.stamp, self._pushed, context))
+        stamp = context.stamp
+        if stamp >= self._last_stamp:
+            self._last_stamp = stamp
+            self._leaves.append((stamp, self._pushed, context))
+        else:
+            _push(self._older, (stamp, self._pushed, context))
 
     @staticmethod
     def _is_entry(stamp: int, context: Context) -> bool:

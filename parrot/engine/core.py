@@ -41,9 +41,11 @@ class EngineCore:
         self._outputs: set[int] = set()
         self._waiting: deque[Task] = deque()
         self._filling: dict[Task, None] = {}
-        self._maxed: deque[tuple[int, Task]] = deque()  # tasks at max_gen_length, with the decode iteration that ends each
-        self._joining: list[Task] = []  # decode from the batch after the one that is being made on
-        self._lingering: list[Task] = []  # ended, while a batch in flight touches what they used
+        # What is empty most of the time is the empty tuple then, which all engines share: an edge looks at each of these, and
+        # of a thousand engines none would find its own at hand.
+        self._maxed: tuple[tuple[int, Task], ...] = ()  # tasks at max_gen_length, with the decode iteration that ends each
+        self._joining: tuple[Task, ...] = ()  # decode from the batch after the one that is being made on
+        self._lingering: tuple[Task, ...] = ()  # ended, while a batch in flight touches what they used
         self.in_flight: list[Batch] = []  #: issued and not complete, oldest first; to be read only
         self._running_most = min(limits.max_batch_size, limits.max_num_batched_tokens)
         self._depth = limits.pipeline_depth
@@ -55,10 +57,10 @@ class EngineCore:
         self._arrivals = 0
         self._number = 0
         self._stuck = False  # the head of the queue has no room, and nothing was let go since that was found
-        self._admitted: list[tuple[Hashable, int]] = []
-        self._preempted: list[Hashable] = []
-        self._preempted_untold: list[Hashable] = []
-        self.failed: list[tuple[Hashable, Refused]] = []  #: for `take_failed`
+        self._admitted: tuple[tuple[Hashable, int], ...] = ()
+        self._preempted: tuple[Hashable, ...] = ()
+        self._preempted_untold: tuple[Hashable, ...] = ()
+        self.failed: tuple[tuple[Hashable, Refused], ...] = ()  #: for `take_failed`
 
     # ------------------------------------------------------------------------------------------------ what is told
 
@@ -112,8 +114,7 @@ class EngineCore:
 
     def take_failed(self) -> tuple[tuple[Hashable, Refused], ...]:
         """Tasks that were accepted and then found impossible while they waited (their parent context was evicted)."""
-        failed = tuple(self.failed)
-        self.failed.clear()
+        failed, self.failed = self.failed, ()
         return failed
 
     # ---------------------------------------------------------------------------------------------- what is asked
@@ -212,7 +213,7 @@ class EngineCore:
         if self._joining:
             for task in self._joining:
                 lockstep.join(task)
-            self._joining.clear()
+            self._joining = ()
         prefill = pairs = 0
         for task, row in fills:
             count = row.stop - row.start
@@ -224,12 +225,10 @@ class EngineCore:
         batch = Batch(number, step, decoders, fills, tuple(copies) if copies else (), shape)
         self._number = number
         if self._admitted:
-            batch.admitted = tuple(self._admitted)
-            self._admitted.clear()
+            batch.admitted, self._admitted = self._admitted, ()
         if self._preempted:
-            batch.preempted = tuple(self._preempted)
-            self._preempted_untold += self._preempted
-            self._preempted.clear()
+            batch.preempted, self._preempted = self._preempted, ()
+            self._preempted_untold += batch.preempted
         self.in_flight.append(batch)
         return batch
 
@@ -255,7 +254,7 @@ class EngineCore:
                 self._end(named, kept)
                 finished.append(key)
         while self._maxed and self._maxed[0][0] <= self._lockstep.done:
-            _, task = self._maxed.popleft()
+            (_, task), self._maxed = self._maxed[0], self._maxed[1:]
             if task.state == DRAINING:
                 self._end(task, task.max_gen)
                 finished.append(task.key)
@@ -270,10 +269,7 @@ class EngineCore:
                 self._end(task, 0)
                 finished.append(task.key)
         self._sweep()
-        preempted: tuple[Hashable, ...] = ()
-        if self._preempted_untold:
-            preempted = tuple(self._preempted_untold)
-            self._preempted_untold.clear()
+        preempted, self._preempted_untold = self._preempted_untold, ()
         return Progress(tuple(first_tokens), tuple(finished), preempted)
 
     def fail(self, batch: Batch) -> tuple[Hashable, ...]:
@@ -348,7 +344,7 @@ class EngineCore:
     def _drain(self, task: Task) -> None:
         """The row that brings the task to max_gen_length is issued."""
         self._leave(task)
-        self._maxed.append((task.last_step, task))
+        self._maxed = (*self._maxed, (task.last_step, task))
 
     def _preempt(self, task: Task) -> None:
         """Takes a task's room away; no batch in flight has a row of it. What it has generated becomes forced."""
@@ -365,7 +361,7 @@ class EngineCore:
         task.state = WAITING
         task.joined = task.last_step = 0
         self._waiting.appendleft(task)
-        self._preempted.append(task.key)
+        self._preempted = (*self._preempted, task.key)
         self._stuck = False
 
     # ------------------------------------------------------------------------------------------- fills, admission
@@ -407,7 +403,7 @@ class EngineCore:
                 need = need_of(task, self._contexts)
             except Refused as refusal:
                 self._drop(task)
-                self.failed.append((task.key, refusal))
+                self.failed = (*self.failed, (task.key, refusal))
                 continue
             if fills and self._chunk(task.target - need.start, left, False) == 0:
                 return None
@@ -448,7 +444,7 @@ class EngineCore:
         assert gen is not None
         gen.tokens += 1
         if gen.tokens < task.max_gen:
-            self._joining.append(task)
+            self._joining = (*self._joining, task)
 
     def _has_room(self, need: Need) -> bool:
         """Room for a task beside others, and for one more token of each: nothing is admitted to be preempted at once."""
@@ -481,7 +477,7 @@ class EngineCore:
         self._filling[task] = None
         if not task.admitted:
             task.admitted = True
-            self._admitted.append((task.key, min(need.start, task.prompt - 1)))
+            self._admitted = (*self._admitted, (task.key, min(need.start, task.prompt - 1)))
 
     # ------------------------------------------------------------------------------------------------------- ends
 
@@ -537,12 +533,12 @@ class EngineCore:
         if task.output_id is not None:
             self._outputs.discard(task.output_id)
         if not self._let_go(task):
-            self._lingering.append(task)
+            self._lingering = (*self._lingering, task)
 
     def _sweep(self) -> None:
         """A batch is complete: perhaps the last that touches what ended tasks used."""
         if self._lingering:
-            self._lingering = [task for task in self._lingering if not self._let_go(task)]
+            self._lingering = tuple([task for task in self._lingering if not self._let_go(task)])
 
     def _let_go(self, task: Task) -> bool:
         """Lets go of what an ended task used. False: a batch in flight touches it."""

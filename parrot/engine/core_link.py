@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from collections.abc import Callable
 
 import aiohttp
@@ -46,7 +47,9 @@ class CoreLink:
         *,
         heartbeat_interval_s: float,
         secret: str | None = None,
+        trust: ssl.SSLContext | None = None,
     ) -> None:
+        """`trust`: whose certificates of the core it believes (None: the system's authorities')."""
         self._url = url
         self._description = description
         self._instance = instance
@@ -55,12 +58,15 @@ class CoreLink:
         self._runtime_info = runtime_info
         self._interval_s = heartbeat_interval_s
         self._secret = secret
+        self._trust = trust
         self._state = ""
         self.registered = asyncio.Event()  #: set while the core knows this engine
 
     async def run(self) -> None:
         """Until it is cancelled."""
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)) as session:
+        connector = aiohttp.TCPConnector(ssl=self._trust if self._trust is not None else True)
+        timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
             while True:
                 engine_id = await self._register(session)
                 self.registered.set()

@@ -30,6 +30,7 @@ from parrot.engine.config import (
     secret_of,
 )
 from parrot.protocol.errors import ParrotError
+from parrot.tls import client_context, server_context
 
 if TYPE_CHECKING:
     from parrot.engine.launch import RunningEngine
@@ -103,6 +104,11 @@ def _check(config: EngineConfig, args: argparse.Namespace) -> None:
 
             check(config)
             api_key_of(config)
+        server_context(config.ssl_certfile, config.ssl_keyfile)
+        if config.serve_core.ca_file is not None:
+            if not config.serve_core.tls:
+                raise ConfigurationError("key 'serve_core.ca_file' is given, but serve_core.tls is false")
+            client_context(config.serve_core.ca_file, "serve_core.ca_file")
         if not args.without_core:
             secret_of(config)
     except ConfigurationError as error:

@@ -13,15 +13,17 @@ from typing import NamedTuple
 from parrot.engine.batches import EngineTask
 from parrot.engine.context_ids import ContextIds
 from parrot.protocol.api import SamplingConfig
-from parrot.protocol.engine import Failed, Finished, Rejected, Started, TaskEvent, Tokens
+from parrot.protocol.engine import Failed, Finished, Rejected, Started, TaskEvent, TokenLogprob, Tokens
 from parrot.protocol.errors import ERRORS
 
 
 class Turn(NamedTuple):
-    """A part of a prompt as text. `role`: in a chat: system, user, assistant."""
+    """A part of a prompt as text. `role`: in a chat: system, user, assistant …, or as `protocol.engine.FillSpec` has them.
+    `begins`: a message begins with it, whatever role the one before had."""
 
     role: str
     text: str
+    begins: bool = False
 
 
 class TaskStream:
@@ -125,15 +127,15 @@ class Job:
             self.cached_tokens = cached_tokens
             self.stream.put(Started(cached_tokens, self._evicted()))
 
-    def tokens(self, ids: tuple[int, ...], text: str, now: float) -> None:
+    def tokens(self, ids: tuple[int, ...], text: str, now: float, logprobs: tuple[TokenLogprob, ...] = ()) -> None:
         """New tokens, sampled at `now`."""
         self._note_time(now)
-        self._put_tokens(ids, text)
+        self._put_tokens(ids, text, logprobs)
 
-    def _put_tokens(self, ids: tuple[int, ...], text: str) -> None:
+    def _put_tokens(self, ids: tuple[int, ...], text: str, logprobs: tuple[TokenLogprob, ...] = ()) -> None:
         self._ids += len(ids)
         self._chars += len(text)
-        self.stream.put(Tokens(ids, text, self._evicted()))
+        self.stream.put(Tokens(ids, text, self._evicted(), logprobs))
 
     def _note_time(self, now: float) -> None:
         if self._first_at < 0.0:
@@ -142,10 +144,12 @@ class Job:
             self._max_gap_s = max(self._max_gap_s, now - self._last_at)
         self._last_at = now
 
-    def finish(self, ids: tuple[int, ...], text: str, reason: str, now: float) -> None:
-        """It ended with the whole output `ids`, `text` (forced part included); its last token came at `now`."""
+    def finish(self, ids: tuple[int, ...], text: str, reason: str, now: float, logprobs: tuple[TokenLogprob, ...] = ()) -> None:
+        """It ended with the whole output `ids`, `text` (forced part included); its last token came at `now`. `logprobs`: those
+        of the tokens that were not told yet, if the output keeps them."""
         if len(ids) > len(self.forced_ids) + self._ids:
             self._note_time(now)
+            self.show(ids, text, logprobs)
         self.finish_timed(ids, text, reason, max(0.0, self._last_at - self._first_at), self._max_gap_s)
 
     def finish_timed(self, ids: tuple[int, ...], text: str, reason: str, decode_s: float, max_gap_s: float) -> None:
@@ -154,12 +158,22 @@ class Job:
         counts = (self.prompt_tokens, self.cached_tokens)
         self.stream.put(Finished(ids, text, reason, *counts, decode_s, max_gap_s, evicted=self._evicted()), last=True)
 
-    def finish_text(self, text: str, reason: str, prompt_tokens: int, output_tokens: int, cost: float) -> None:
-        """It ended with the whole output `text`, whose ids nobody knows; the counts are another's."""
+    def finish_text(
+        self,
+        text: str,
+        reason: str,
+        prompt_tokens: int,
+        output_tokens: int,
+        cost: float,
+        ids: tuple[int, ...] = (),
+        times: tuple[float, float] | None = None,
+    ) -> None:
+        """It ended with the whole output `text`, whose `ids` nobody knows unless they are given; the counts are another's.
+        `times`: from its first token to its last, and the largest gap between, where somebody else has measured them."""
         self.show((), text)
-        decode_s = max(0.0, self._last_at - self._first_at)
-        counts = (prompt_tokens, self.cached_tokens, decode_s, self._max_gap_s, output_tokens, cost)
-        self.stream.put(Finished((), text, reason, *counts, self._evicted()), last=True)
+        decode_s, max_gap_s = times or (max(0.0, self._last_at - self._first_at), self._max_gap_s)
+        counts = (prompt_tokens, self.cached_tokens, decode_s, max_gap_s, output_tokens, cost)
+        self.stream.put(Finished(ids, text, reason, *counts, self._evicted()), last=True)
 
     @property
     def max_gap_s(self) -> float:
@@ -171,12 +185,12 @@ class Job:
         """When its first token came, of what this attempt generated; None before."""
         return None if self._first_at < 0.0 else self._first_at
 
-    def show(self, ids: tuple[int, ...], text: str) -> None:
+    def show(self, ids: tuple[int, ...], text: str, logprobs: tuple[TokenLogprob, ...] = ()) -> None:
         """The output so far, forced part included: what of it was not streamed yet goes out."""
         rest_ids = ids[len(self.forced_ids) + self._ids :]
         rest_text = text[len(self.forced_text) + self._chars :]
         if rest_ids or rest_text:
-            self._put_tokens(rest_ids, rest_text)
+            self._put_tokens(rest_ids, rest_text, logprobs)
 
     def reject(self, code: str, message: str) -> None:
         """The engine has no room for it now."""

@@ -32,6 +32,7 @@ from parrot.engine.config import (
     description_of,
     limits_of,
     profile_of,
+    rate_limits_of,
     secret_of,
 )
 from parrot.engine.context_ids import ContextIds
@@ -39,11 +40,16 @@ from parrot.engine.core import EngineCore
 from parrot.engine.core_link import CoreLink
 from parrot.engine.iteration_log import IterationLog, versions
 from parrot.engine.loop import BuiltinLoop, EngineLoop, MemoryUse
+from parrot.engine.openai_routes import OpenAIRoutes
 from parrot.engine.primitives import Primitives
+from parrot.engine.rate_limits import RateLimits
 from parrot.engine.server import EngineServer
 from parrot.engine.tasks import Tasks
 from parrot.latency import LatencyModel
 from parrot.protocol.engine import EngineDescription
+from parrot.remote_latency import RemoteModel
+from parrot.remote_profile import RemoteProfile
+from parrot.tls import client_context, server_context
 from parrot.tokenizer import ESTIMATED, Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -70,8 +76,8 @@ class RunningEngine:
 
     @property
     def url(self) -> str:
-        host = self.description.host
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        host, scheme = self.description.host, "https" if self.description.tls else "http"
+        return f"{scheme}://[{host}]:{self.port}" if ":" in host else f"{scheme}://{host}:{self.port}"
 
     async def close(self) -> None:
         if self._link_task is not None:
@@ -141,6 +147,7 @@ async def start_emulated(
     """
     from parrot.engine.emulated.engine import EmulatedEngine
     from parrot.engine.emulated.loop import EmulatedLoop
+    from parrot.engine.emulated.remote import RemoteEngine
 
     profile = profile_of(config)
     if profile is None:
@@ -149,9 +156,14 @@ async def start_emulated(
         log.warning("engine %r is emulated: it has no iterations of its own to log, so iteration_log is ignored", config.name)
     limits = limits_of(config)
     tokenizer = tokenizer_or_synthetic(config.tokenizer or "synthetic")
-    loop = EmulatedLoop(
-        EmulatedEngine(limits, LatencyModel(profile)), tokenizer, stream_interval_s=config.instance.stream_interval_s
-    )
+    engine: EmulatedEngine | RemoteEngine
+    if isinstance(profile, RemoteProfile):
+        rates = RateLimits(*rate_limits_of(config, profile))
+        capacity, largest = limits.tasks_capacity, limits.largest_task
+        engine = RemoteEngine(RemoteModel(profile), rates, tasks_capacity=capacity, largest_task=largest)
+    else:
+        engine = EmulatedEngine(limits, LatencyModel(profile))
+    loop = EmulatedLoop(engine, tokenizer, stream_interval_s=config.instance.stream_interval_s)
     changes = {"engine_name": engine_name or config.engine_name, "host": host or config.host}
     config = msgspec.structs.replace(config, **changes, port=config.port if port is None else port)
     description = description_of(
@@ -188,7 +200,8 @@ async def start_openai(
     if tokenizer.name == ESTIMATED:
         log.warning("tokens are estimated, since the file names no 'tokenizer': four bytes of text count as one")
     limits = limits_of(config)
-    description = description_of(config, limits, tokenizer=tokenizer.name)
+    bos = bos_tokens(tokenizer) if config.instance.send_token_ids else 0
+    description = description_of(config, limits, tokenizer=tokenizer.name, bos_tokens=bos)
     request_log = None
     if config.iteration_log is not None:
         request_log = IterationLog(config.iteration_log, _remote_header(config, description))
@@ -345,24 +358,28 @@ async def serve(
     with_core: bool,
 ) -> RunningEngine:
     """The server of an engine whose `loop` runs, on `sockets` (None: those that the configuration says), and its link."""
+    tls = server_context(config.ssl_certfile, config.ssl_keyfile)
+    core = config.serve_core
+    trust = client_context(core.ca_file, "serve_core.ca_file") if with_core and core.tls else None
     if sockets is None:
         sockets = bind(config.host, config.port)
     port = int(sockets[0].getsockname()[1])
-    description = msgspec.structs.replace(description, host=_reachable(config.host, config.serve_core.host), port=port)
+    description = msgspec.structs.replace(description, host=_reachable(config.host, core.host), port=port)
     context_ids = ContextIds()
     instance = secrets.token_hex(16)
     tasks = Tasks(loop, tokenizer, context_ids, instance)
     loop.on_evicted = tasks.note_evicted
-    takes_text = isinstance(config, OpenAIEngineConfig)
-    app = EngineServer(loop, tasks, Primitives(loop, tokenizer, context_ids, takes_text)).application()
+    takes_text = description.engine_type == "openai"
+    openai = OpenAIRoutes(loop, tokenizer, context_ids, description)
+    app = EngineServer(loop, tasks, Primitives(loop, tokenizer, context_ids, takes_text), openai).application()
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=STOP_S)
     await runner.setup()
     for listening in sockets:
-        await web.SockSite(runner, listening).start()
+        await web.SockSite(runner, listening, ssl_context=tls).start()
     link = link_task = None
     if with_core:
         link = CoreLink(
-            config.serve_core.url,
+            core.url,
             description,
             instance,
             tasks,
@@ -370,6 +387,7 @@ async def serve(
             loop.runtime_info,
             heartbeat_interval_s=config.heartbeat_interval,
             secret=secret_of(config),
+            trust=trust,
         )
         link_task = asyncio.create_task(link.run(), name=f"link of {description.engine_name}")
     return RunningEngine(description, loop, link, link_task, runner)

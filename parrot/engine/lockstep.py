@@ -9,9 +9,14 @@ Decides nothing about who decodes.
 from __future__ import annotations
 
 from heapq import heapify, heappop, heappush
+from typing import Final
 
-from parrot.engine.contexts import Context, ContextTree
+from parrot.engine.contexts import STALE_ENTRIES, Context, ContextTree
 from parrot.engine.running import DECODING, Task
+
+# By names of this module's own that never change: the compiled module need not look them up.
+_push: Final = heappush
+_pop: Final = heappop
 
 
 class Lockstep:
@@ -31,7 +36,7 @@ class Lockstep:
         self._block_size = contexts.pool.block_size
         self._room = 0  # iterations for which there is room: `steps`, or one more (a fill that runs alone came between)
         self._fresh: dict[Task, None] = {}  # joined since room was last made: the first token's room is made by itself
-        self._copying: list[Context] = []  # outputs whose first block begins as a copy, not issued yet
+        self._copying: tuple[Context, ...] = ()  # outputs whose first block begins as a copy, not issued yet
         # phase[p] tasks take a block with the room of iteration r + 1 when r + p is a multiple of the block size
         self._phase = [0] * self._block_size
         self._ends: list[tuple[int, int, Task]] = []  # heap: the iteration after which max_gen_length is reached
@@ -61,10 +66,10 @@ class Lockstep:
         self.tasks[task] = None
         self._fresh[task] = None
         self._snapshot = None
-        if len(self._ends) > 2 * len(self.tasks) + 64:
+        if len(self._ends) > 2 * len(self.tasks) + STALE_ENTRIES:
             self._ends = [entry for entry in self._ends if entry[2].ticket == entry[1] and entry[2] in self.tasks]
             heapify(self._ends)
-        heappush(self._ends, (steps + task.max_gen - gen.tokens, task.ticket, task))
+        _push(self._ends, (steps + task.max_gen - gen.tokens, task.ticket, task))
         self.kv += gen.start + gen.computed
         for context in task.chain:
             if not context.decoders:
@@ -78,6 +83,8 @@ class Lockstep:
         assert gen is not None
         del self.tasks[task]
         self._snapshot = None
+        if not self.tasks:
+            self._ends.clear()  # who ended before max_gen_length is in it still
         if task in self._fresh:
             del self._fresh[task]
         else:
@@ -152,7 +159,7 @@ class Lockstep:
                 assert gen is not None
                 contexts.grow(gen, gen.computed + 1)
                 if gen.copy_from is not None:
-                    self._copying.append(gen)
+                    self._copying = (*self._copying, gen)
                 task.roomed = self._room
                 task.phase = (gen.start + gen.size - self._room) % self._block_size
                 self._phase[task.phase] += 1
@@ -167,7 +174,7 @@ class Lockstep:
                 if gen.copy_from is not None:
                     copies.append((gen.copy_from, gen.blocks[0]))
                     gen.copy_from = None
-            self._copying.clear()
+            self._copying = ()
         return self._step(1)
 
     def advance(self, count: int) -> list[Task]:
@@ -187,7 +194,7 @@ class Lockstep:
         last: list[Task] = []
         ends = self._ends
         while ends and ends[0][0] <= self.steps:
-            _, ticket, task = heappop(ends)
+            _, ticket, task = _pop(ends)
             if task.ticket == ticket and task in self.tasks:
                 last.append(task)
         return last
@@ -196,7 +203,7 @@ class Lockstep:
         """Of the next `most` iterations, how many can be issued before a task gets its last row or room runs out."""
         ends, tasks = self._ends, self.tasks
         while ends and (ends[0][2].ticket != ends[0][1] or ends[0][2] not in tasks):
-            heappop(ends)
+            _pop(ends)
         if ends:
             most = min(most, ends[0][0] - self.steps)
         if most <= 0:
@@ -219,7 +226,8 @@ class Lockstep:
         whole, rest = count // size, count % size
         blocks = whole * len(self.tasks)
         if rest:
-            first = -self._room % size  # the phases that take a block lie at first, first − 1, …, around the corner
-            last = first - rest + 1
-            blocks += sum(phase[last : first + 1]) if last >= 0 else sum(phase[: first + 1]) + sum(phase[last:])
+            place = -self._room % size  # the phases that take a block lie there and before, around the corner
+            for _ in range(rest):
+                blocks += phase[place]
+                place = place - 1 if place else size - 1
         return blocks

@@ -260,11 +260,12 @@ class BuiltinLoop:
         job = self._jobs.get(result.key)
         if job is None:
             return
+        logprobs = () if result.logprob is None else (result.logprob,)
         if result.reason is None:
-            job.tokens((result.token_id,), result.text, now)
+            job.tokens((result.token_id,), result.text, now, logprobs)
             return
         del self._jobs[result.key]
-        job.finish(result.ids, result.output, result.reason, now)
+        job.finish(result.ids, result.output, result.reason, now, logprobs)
         self._leave(tasks=(result.key,))
 
     def _note_iteration(self, issued: _Issued, run_s: float, failed: bool = False) -> None:

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple, Protocol
 
 from parrot.engine.core import Batch, EngineCore, EngineTask
 from parrot.protocol.api import SamplingConfig
+from parrot.protocol.engine import TokenLogprob
 
 
 class TokenResult(NamedTuple):
     """What one task's sampling row gave. `text`: what may be shown now (a possible beginning of a stop string and an
-    incomplete character are held back). When the task ended: `reason` (eos, stop_token, stop_str, length), the number
-    of its tokens that are kept (cut at the stop), and the whole output's ids and text."""
+    incomplete character are held back). `logprob`: where its sampling asks for it. When the task ended: `reason` (eos,
+    stop_token, stop_str, length), the number of its tokens that are kept (cut at the stop), and the whole output's ids and
+    text."""
 
     key: Hashable
     token_id: int
@@ -27,6 +29,7 @@ class TokenResult(NamedTuple):
     kept: int = 0
     ids: tuple[int, ...] = ()
     output: str = ""
+    logprob: TokenLogprob | None = None
 
 
 class Runner(Protocol):

@@ -1,8 +1,8 @@
 """The engine's HTTP API on aiohttp: bodies in, events out. Every refusal is an ErrorBody; nothing here schedules.
 
 POST /task streams a task's events as NDJSON, a flush for all that have come; when the client goes away the task is
-aborted. /fill, /generate, /generate_stream and /free_context are the primitives of an engine used alone; the core
-itself uses /task, /abort, /free_context (with its epoch) and /ping.
+aborted. /fill, /generate, /generate_stream and /free_context are the primitives of an engine used alone, and so are OpenAI's
+routes (`openai_routes.py`); the core itself uses /task, /abort, /free_context (with its epoch) and /ping.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from aiohttp import web
 
 from parrot.engine.jobs import Job
 from parrot.engine.loop import EngineLoop
+from parrot.engine.openai_routes import PREFIX, OpenAIRoutes, refused
 from parrot.engine.primitives import Primitives
 from parrot.engine.tasks import Tasks, decode
 from parrot.protocol.engine import (
@@ -47,10 +48,11 @@ _JSON = {"Content-Type": "application/json"}
 class EngineServer:
     """The routes of one engine."""
 
-    def __init__(self, loop: EngineLoop, tasks: Tasks, primitives: Primitives) -> None:
+    def __init__(self, loop: EngineLoop, tasks: Tasks, primitives: Primitives, openai: OpenAIRoutes | None = None) -> None:
         self._loop = loop
         self._tasks = tasks
         self._primitives = primitives
+        self._openai = openai
 
     def application(self) -> web.Application:
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_refuse])
@@ -61,6 +63,8 @@ class EngineServer:
         app.router.add_post("/generate", self._generate)
         app.router.add_post("/generate_stream", self._generate_stream)
         app.router.add_post("/ping", self._ping)
+        if self._openai is not None:
+            self._openai.add_to(app)
         return app
 
     # ---------------------------------------------------------------------------------------------------- for the core
@@ -160,4 +164,6 @@ async def _refuse(request: web.Request, handler: Callable[[web.Request], Awaitab
     except Exception:
         log.exception("%s %s failed", request.method, request.path)
         info = ErrorInfo("internal", f"{request.method} {request.path} failed; the engine's log says how")
+    if request.path.startswith(PREFIX):
+        return refused(info)
     return web.Response(status=info.status, body=_encode(ErrorBody(info)), headers=_JSON)

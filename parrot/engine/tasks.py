@@ -15,7 +15,7 @@ from parrot.engine.batches import EngineTask, Link
 from parrot.engine.context_ids import ContextIds
 from parrot.engine.jobs import Job, Turn
 from parrot.engine.loop import EngineLoop
-from parrot.protocol.engine import AbortRequest, FillSpec, TaskRequest
+from parrot.protocol.engine import CONTINUED, AbortRequest, FillSpec, TaskRequest
 from parrot.protocol.errors import ParrotError
 from parrot.tokenizer import Tokenizer
 
@@ -157,7 +157,8 @@ class Tasks:
 
 def turn_of(fill: FillSpec) -> Turn:
     """The fill as a part of a chat: what was generated is the assistant's, what says nothing else is the user's."""
-    return Turn(fill.role or ("assistant" if fill.output else "user"), fill.text or "")
+    role = fill.role or ("assistant" if fill.output else "user")
+    return Turn(role, fill.text or "", begins=fill.role not in ("", CONTINUED))
 
 
 def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import aiohttp
 
-from parrot.frontend.wire import CONNECT_TIMEOUT_S, Answer, LostConnection, Request
+from parrot.frontend.wire import CONNECT_TIMEOUT_S, Answer, LostConnection, Request, not_believed
 
 
 class Reply:
@@ -42,7 +43,9 @@ class Reply:
 class AsyncTransport:
     """The connections of one event loop to one address."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, trust: ssl.SSLContext | None = None) -> None:
+        """`trust`: whose certificates are believed (None: the system's authorities')."""
+        self._trust = trust
         self._address = address.rstrip("/")
         self._client: aiohttp.ClientSession | None = None
 
@@ -50,7 +53,7 @@ class AsyncTransport:
     async def open(self, request: Request) -> AsyncIterator[Reply]:
         """Sends `request` and waits for the head of its answer. Raises LostConnection."""
         if self._client is None:
-            self._client = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+            self._client = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, ssl=self._trust or True))
         timeout = aiohttp.ClientTimeout(total=request.timeout_s, sock_connect=CONNECT_TIMEOUT_S)
         try:
             response = await self._client.request(
@@ -60,6 +63,8 @@ class AsyncTransport:
                 headers=request.headers,
                 timeout=timeout,
             )
+        except aiohttp.ClientConnectorCertificateError as error:  # it will be no other the next time
+            raise not_believed(self._address, error.certificate_error) from None
         except (OSError, aiohttp.ClientError, TimeoutError) as error:
             unheard = isinstance(error, aiohttp.ClientConnectorError | TimeoutError)
             raise LostConnection(_reason(error), unheard=unheard) from error

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import http.client
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from types import TracebackType
 from typing import cast
 from urllib.parse import urlsplit
 
-from parrot.frontend.wire import CONNECT_TIMEOUT_S, Answer, LostConnection, Request
+from parrot.frontend.wire import CONNECT_TIMEOUT_S, Answer, LostConnection, Request, not_believed
 
 DRAIN_S = 0.2
 
@@ -68,7 +69,10 @@ class Reply:
 class BlockingTransport:
     """Connections to one address, made when needed and kept for the next exchange."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, trust: ssl.SSLContext | None = None) -> None:
+        """`trust`: whose certificates are believed (None: the system's authorities')."""
+        self._trust = trust
+        self._address = address
         parts = urlsplit(address)
         self._prefix = parts.path.rstrip("/")
         self._secure = parts.scheme == "https"
@@ -84,6 +88,9 @@ class BlockingTransport:
             _ready(connection).settimeout(request.timeout_s)
             connection.request(request.method, self._prefix + request.path, request.body or None, request.headers)
             return Reply(self, connection, connection.getresponse())
+        except ssl.SSLCertVerificationError as error:  # it will be no other the next time
+            connection.close()
+            raise not_believed(self._address, error) from None
         except (OSError, http.client.HTTPException) as error:
             connection.close()
             self.close()  # the server went away: the other idle connections are as dead
@@ -111,8 +118,9 @@ class BlockingTransport:
         with self._lock:
             if self._idle:
                 return self._idle.pop()
-        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        return kind(self._host, self._port, timeout=CONNECT_TIMEOUT_S)
+        if self._secure:
+            return http.client.HTTPSConnection(self._host, self._port, timeout=CONNECT_TIMEOUT_S, context=self._trust)
+        return http.client.HTTPConnection(self._host, self._port, timeout=CONNECT_TIMEOUT_S)
 
 
 def _ready(connection: http.client.HTTPConnection) -> socket.socket:

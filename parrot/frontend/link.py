@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from parrot.frontend.blocking import BlockingTransport
 from parrot.frontend.wire import Answer, Attempts, LostConnection, Request, RetryPolicy, Stat, checked, read_line
 from parrot.protocol.errors import ParrotError
+from parrot.tls import client_context
 
 if TYPE_CHECKING:
     from parrot.frontend.aio import AsyncTransport
@@ -39,13 +40,17 @@ CARRIERS: ContextVar[Carriers | None] = ContextVar("parrot_carriers", default=No
 class Link:
     """Requests to the core at `address`. Blocking calls serve any thread, async ones the loop they run in."""
 
-    def __init__(self, address: str, retry: RetryPolicy | None = None) -> None:
+    def __init__(self, address: str, retry: RetryPolicy | None = None, ca_file: str | None = None) -> None:
+        """`ca_file`: whose certificates are believed (None: the system's authorities'). Raises ConfigurationError for a wrong
+        one."""
         self.address = _checked_address(address)
         self.stat = Stat()
         self._retry = retry or RetryPolicy()
         self._carriers = CARRIERS.get()
-        make = self._carriers.blocking if self._carriers is not None else BlockingTransport
-        self._blocking: BlockingTransport = make(self.address)
+        self._trust = None if ca_file is None else client_context(ca_file)
+        self._blocking: BlockingTransport = (
+            BlockingTransport(self.address, self._trust) if self._carriers is None else self._carriers.blocking(self.address)
+        )
         self._by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncTransport] = weakref.WeakKeyDictionary()
         self._closing: set[asyncio.Task[None]] = set()
         weakref.finalize(self, self._blocking.close)
@@ -151,15 +156,16 @@ class Link:
         loop = asyncio.get_running_loop()
         transport = self._by_loop.get(loop)
         if transport is None:
-            transport = self._by_loop[loop] = self._looped()(self.address)
+            transport = self._by_loop[loop] = self._looped()
         return transport
 
-    def _looped(self) -> Callable[[str], AsyncTransport]:
+    def _looped(self) -> AsyncTransport:
         if self._carriers is not None:
-            return self._carriers.looped
+            transport: AsyncTransport = self._carriers.looped(self.address)
+            return transport
         from parrot.frontend.aio import AsyncTransport  # aiohttp is slow to import, and a blocking program needs none
 
-        return AsyncTransport
+        return AsyncTransport(self.address, self._trust)
 
 
 def _wait_or_raise(attempts: Attempts, answer: Answer) -> float:

@@ -65,6 +65,14 @@ class LostConnection(Exception):
         self.unheard = unheard
 
 
+def not_believed(address: str, error: Exception) -> ParrotError:
+    """Whoever answers at `address` shows a certificate that cannot be verified: an error that waiting does not heal."""
+    reason = getattr(error, "verify_message", "") or str(error)
+    return ParrotError(
+        "unavailable", f"the certificate of {address} is not believed: {reason}; is ca_file the file of its authority?"
+    )
+
+
 @dataclass(frozen=True)
 class RetryPolicy:
     """For how long, and after how many seconds, a request is sent again.

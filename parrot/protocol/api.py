@@ -15,6 +15,7 @@ from msgspec import Meta
 from parrot.protocol.errors import ParrotError
 
 PLACEHOLDER_NAME = r"[a-zA-Z_][a-zA-Z0-9_]*"
+MOST_STOPS = 4  #: stop strings of an output
 #: A get that may take longer leaves its timeout out; "inf" in a query is no number of seconds.
 MAX_TIMEOUT_S = 1e9
 Wait = Annotated[float, Meta(ge=0.0, le=MAX_TIMEOUT_S)]  #: seconds
@@ -43,18 +44,21 @@ def parse_criteria(value: str | None) -> Criteria | None:
 class SamplingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """How an output is sampled. Lengths are tokens; a null seed is drawn by the core's shell.
 
-    `output_length` forces the exact number of generated tokens; only emulated and dummy-weight engines accept it.
+    `output_length` forces the exact number of generated tokens; only emulated and dummy-weight engines accept it. `stop_str`:
+    one stop string, or up to `MOST_STOPS`. `logprobs`: report each token's log-probability, and those of so many most
+    probable tokens beside it. `chat_options`: fields of a chat request that the endpoint behind a text engine is to honour, as
+    OpenAI names them (`tools`, `response_format` …); every other engine refuses them.
     """
 
     temperature: Annotated[float, Meta(ge=0.0)] = 1.0
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] = -1
-    seed: int | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     max_gen_length: Annotated[int, Meta(ge=1)] = 512
     output_length: Annotated[int, Meta(ge=1)] | None = None
     ignore_tokenizer_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
-    stop_str: str | None = None
+    stop_str: str | tuple[str, ...] | None = None
     presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
     repetition_penalty: Annotated[float, Meta(gt=0.0)] | None = None
@@ -62,6 +66,14 @@ class SamplingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     n: int = 1
     best_of: int = 1
     length_penalty: float = 1.0
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    chat_options: dict[str, Any] | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Its stop strings, () for none."""
+        stop = self.stop_str
+        return () if stop is None else (stop,) if isinstance(stop, str) else stop
 
     def check(self) -> None:
         """Raises `bad_sampling` for what is well formed but has no meaning for a variable with one content."""
@@ -75,14 +87,25 @@ class SamplingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
                 )
         if self.top_k == 0:
             raise ParrotError("bad_sampling", "sampling_config.top_k is 0; use -1 for no limit, or 1 and above", field="top_k")
-        if self.stop_str == "":
+        if "" in self.stops:
             raise ParrotError("bad_sampling", "sampling_config.stop_str is empty; leave it null for none", field="stop_str")
+        if len(self.stops) > MOST_STOPS:
+            message = f"sampling_config.stop_str has {len(self.stops)} strings; at most {MOST_STOPS} are accepted"
+            raise ParrotError("bad_sampling", message, field="stop_str")
         if self.output_length is not None and self.output_length > self.max_gen_length:
             raise ParrotError(
                 "bad_sampling",
                 f"sampling_config.output_length {self.output_length} is above max_gen_length {self.max_gen_length}",
                 field="output_length",
             )
+
+
+def refuse_chat_options(sampling: SamplingConfig) -> None:
+    """For engines that are no chat endpoint. Raises `bad_sampling`, which names what is asked for."""
+    if sampling.chat_options:
+        names = ", ".join(sampling.chat_options)
+        message = f"{names}: only an engine behind a remote chat endpoint (engine_type openai) can honour this"
+        raise ParrotError("bad_sampling", message, field=next(iter(sampling.chat_options)))
 
 
 class OpenSessionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -194,7 +217,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
 
 
 class TaskReport(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The life of a completion task. Times are the core's clock in seconds, null while they have not come."""
+    """The life of a completion task. Times are the core's clock in seconds, null while they have not come. `reason`: why the
+    output ended, in the engine's word (`protocol.engine.Finished`)."""
 
     var_id: str
     state: str
@@ -214,6 +238,7 @@ class TaskReport(msgspec.Struct, frozen=True, omit_defaults=True):
     decode_s: float = 0.0
     max_gap_s: float = 0.0
     cost: float = 0.0
+    reason: str = ""
 
 
 class CallReport(msgspec.Struct, frozen=True):

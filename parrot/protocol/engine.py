@@ -44,6 +44,8 @@ class EngineDescription(msgspec.Struct, frozen=True, omit_defaults=True):
     random_seed: int = 0
     attn_func: str = ""
     latency_profile: LatencyProfile | None = None
+    tls: bool = False  #: it shows a certificate
+    takes_token_ids: bool = False  #: of an engine that takes text: it passes the ids of its prompt's tokens on
 
 
 class RegisterRequest(msgspec.Struct, frozen=True):
@@ -95,11 +97,15 @@ class HeartbeatRequest(msgspec.Struct, frozen=True):
 # ---------------------------------------------------------------------------------------------------- one task
 
 
+CONTINUED, WHOLE_MESSAGE = "continued", "message"  #: roles of fills that are no role's
+
+
 class FillSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     """One link of a chain: a context and the tokens (or, for text engines, the text) that it adds to its parent.
 
-    `output` says that this text was generated (its role in a chat is the assistant's). `role`: the role that a client gave
-    it in a chat; "" for none, which is the user's.
+    `output` says that this text was generated (its role in a chat is the assistant's). `role`: of a chat, the role of the
+    message that begins with it; "" for none, which is the user's; CONTINUED: it goes on with the message before;
+    WHOLE_MESSAGE: its text is a whole message as JSON, of more than a role and a text.
     """
 
     context_id: int
@@ -143,12 +149,23 @@ class Started(msgspec.Struct, frozen=True, tag="started", tag_field="event", omi
     evicted: tuple[int, ...] = ()
 
 
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """A generated token's text and natural log-probability, before temperature and penalties; `top`: those of the most probable
+    tokens at its place, the first the most probable."""
+
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
 class Tokens(msgspec.Struct, frozen=True, tag="tokens", tag_field="event", omit_defaults=True):
-    """New tokens, in order. `text` is what they add to the decoded output (empty while a character is incomplete)."""
+    """New tokens, in order. `text` is what they add to the decoded output (empty while a character is incomplete).
+    `logprobs`: one a token, where the task asked for them."""
 
     ids: tuple[int, ...]
     text: str = ""
     evicted: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Finished(msgspec.Struct, frozen=True, tag="finished", tag_field="event", omit_defaults=True):
@@ -161,7 +178,7 @@ class Finished(msgspec.Struct, frozen=True, tag="finished", tag_field="event", o
 
     ids: tuple[int, ...]
     text: str
-    reason: str  #: eos | stop_token | stop_str | length
+    reason: str  #: eos | stop_token | stop_str | length | tool_calls
     prompt_tokens: int = 0
     cached_tokens: int = 0
     decode_s: float = 0.0

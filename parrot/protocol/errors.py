@@ -26,11 +26,13 @@ ERRORS: dict[str, ErrorKind] = {
     "bad_sampling": ErrorKind(400, False),  # a sampling value out of range, or one that no engine honours
     "bad_criteria": ErrorKind(400, False),  # not one of latency, throughput, TTFT, TPOT
     "cyclic_dependency": ErrorKind(400, False),  # a call would wait for its own output
-    "unauthorized": ErrorKind(401, False),  # no session_auth or no shared secret
+    "unauthorized": ErrorKind(401, False),  # no session_auth, no shared secret, no API key
+    "invalid_api_key": ErrorKind(401, False),  # an API key that is nobody's
     "forbidden": ErrorKind(403, False),  # a wrong one
     "not_found": ErrorKind(404, False),  # path, session, variable, engine or context unknown
     "method_not_allowed": ErrorKind(405, False),
     "timeout": ErrorKind(408, True),  # a get's timeout; it cancels nothing
+    "request_timeout": ErrorKind(408, True),  # a request that took too long to arrive, or to be answered
     "conflict": ErrorKind(409, False),  # a second set, a second producer, a context id in use
     "session_expired": ErrorKind(410, False),
     "session_closed": ErrorKind(410, False),
@@ -39,6 +41,7 @@ ERRORS: dict[str, ErrorKind] = {
     "too_many_sessions": ErrorKind(429, True),
     "too_many_engines": ErrorKind(429, True),
     "too_many_tasks": ErrorKind(429, True),  # above max_tasks_per_session
+    "rate_limited": ErrorKind(429, True),  # above its tenant's requests_per_minute or tokens_per_minute
     # work that failed: what a get of a failed variable answers
     "task_too_large": ErrorKind(400, False),  # for every live engine of its model
     "no_engine": ErrorKind(503, True),  # none of its model was live for engine_wait_timeout

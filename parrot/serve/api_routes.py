@@ -7,7 +7,6 @@ what it does is the core's to say.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -48,15 +47,19 @@ from parrot.serve.events import (
     SetVariable,
     SubmitCall,
 )
-from parrot.serve.routing import Paths
+from parrot.serve.following import Follower, text_of
+from parrot.serve.keys import Keys
+from parrot.serve.routing import Handler, Paths
 from parrot.serve.shell import Shell
-from parrot.serve.streams import OutputStream, OutputStreams
+from parrot.serve.streams import OutputStreams
 from parrot.serve.texts import Piece, Texts
 from parrot.serve.tokenization import Tokenization
 from parrot.serve.wire import NDJSON, answer, arguments, body_of, decoded, idempotency_key, line
+from parrot.sse import StreamWriter
 
 _MODEL_TYPES = ("token_id", "text")
 _EMPTY: dict[str, Any] = {}
+_NDJSON = {"Content-Type": NDJSON}
 
 
 class _SessionQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -79,18 +82,23 @@ class ApiRoutes:
         streams: OutputStreams,
         credentials: Credentials,
         stream_response: Callable[..., web.StreamResponse] | None = None,
+        keys: Keys | None = None,
+        reader_timeout_s: float | None = None,
     ) -> None:
+        """`reader_timeout_s`: how long a client may take nothing of what is streamed to it; None: as long as it likes."""
         self._shell = shell
         self._models = models
         self._texts = texts
         self._tokenization = tokenization
         self._streams = streams
         self._credentials = credentials
+        self._keys = keys or Keys({})
+        self._reader_timeout_s = reader_timeout_s
         self._stream_response = stream_response or web.StreamResponse
 
     def paths(self) -> Paths:
         """Which of them has which path."""
-        return {
+        paths: Paths = {
             "/v1/session": {"POST": self.open_session},
             "/v1/session/": {"GET": self.describe_session, "DELETE": self.close_session},
             "/v1/semantic_call": {"POST": self.semantic_call},
@@ -99,14 +107,26 @@ class ApiRoutes:
             "/v1/semantic_var/": {"GET": self.get_variable, "POST": self.set_variable},
             "/v1/models": {"GET": self.models},
         }
+        if not self._keys.required:
+            return paths
+        return {path: {method: self._checked(each) for method, each in methods.items()} for path, methods in paths.items()}
+
+    def _checked(self, handler: Handler) -> Handler:
+        """A session's own token lets in; a key that is shown beside it must be a right one."""
+
+        async def checked(request: web.BaseRequest, tail: str, query: str) -> web.StreamResponse:
+            self._keys.check(request.headers.get("Authorization"))
+            return await handler(request, tail, query)
+
+        return checked
 
     # ----------------------------------------------------------------------------------------------------- sessions
 
     async def open_session(self, request: web.BaseRequest, _: str, query: str) -> web.StreamResponse:
         """POST /v1/session"""
         body = decoded(await body_of(request), OpenSessionRequest)
+        tenant = self._keys.tenant(request.headers.get("Authorization"), body.api_key)
         session_id = self._credentials.new_session_id()
-        tenant = hashlib.sha256(body.api_key.encode()).hexdigest() if body.api_key else ""
         auth = hashed(self._credentials.auth(session_id))
         assert auth is not None
         key = idempotency_key(request)
@@ -228,6 +248,7 @@ class ApiRoutes:
 
     async def models(self, request: web.BaseRequest, _: str, query: str) -> web.StreamResponse:
         """GET /v1/models"""
+        self._keys.tenant(request.headers.get("Authorization"))
         return answer({"models": self._models()})
 
     # ---------------------------------------------------------------------------------------------------- streaming
@@ -236,53 +257,25 @@ class ApiRoutes:
         self, request: web.BaseRequest, future: asyncio.Future[str], session_id: int, var_id: str, sent: int
     ) -> web.StreamResponse:
         """Sends the text as it comes, from character `sent` on. Errors before the first line are ordinary refusals."""
-        response = self._stream_response(headers={"Content-Type": NDJSON})
-        try:
-            await self._send_pieces(request, response, future, session_id, var_id, sent)
-            await _write(request, response, {"done": True})
-        except ParrotError as error:
-            if not response.prepared:
-                raise
-            await _write(request, response, ErrorBody(error.info))  # a status cannot be sent any more
-        await response.write_eof()
-        return response
-
-    async def _send_pieces(
-        self,
-        request: web.BaseRequest,
-        response: web.StreamResponse,
-        future: asyncio.Future[str],
-        session_id: int,
-        var_id: str,
-        sent: int,
-    ) -> None:
-        """All of the text. Raises ParrotError, at any point."""
+        writer = StreamWriter(request, _NDJSON, self._reader_timeout_s, self._stream_response)
         stream = self._streams.watch(session_id, var_id)
-        future.add_done_callback(lambda _: stream.wake())
+        reader = Follower(self._shell, self._texts, session_id, var_id, stream, future, sent)
         try:
-            while not future.done():
-                if len(stream.text) > sent:
-                    delta = stream.text[sent:]
-                    await self._shell.show(session_id, var_id, stream)
-                    sent += len(delta)
-                    await _write(request, response, {"delta": delta})
-                else:
-                    await _changed(stream)
+            while (delta := await reader.piece()) is not None:
+                await writer.write(line({"delta": delta}))
+            await writer.write(line({"done": True}))
+        except ParrotError as error:
+            if not writer.begun:
+                raise
+            await writer.write(line(ErrorBody(error.info)))  # a status cannot be sent any more
         finally:
             self._streams.leave(session_id, var_id, stream)
-        content = self._text(future.result())
-        if not content.startswith(stream.text):
-            raise ParrotError("internal", "the output differs from what was streamed; get it again")
-        if len(content) > sent:
-            await _write(request, response, {"delta": content[sent:]})
+        return await writer.end()
 
     # ------------------------------------------------------------------------------------------------------- shared
 
     def _text(self, key: str) -> str:
-        try:
-            return self._texts.text(key)
-        except KeyError:
-            raise ParrotError("session_closed", "the session ended while its variable was read") from None
+        return text_of(self._texts, key)
 
     async def _ask_with_texts(self, event: SubmitCall | SetVariable, pieces: Sequence[Piece]) -> Any:
         """Stores the texts that `event` names for as long as the core accepts it."""
@@ -294,19 +287,6 @@ class ApiRoutes:
                 self._texts.release(session_id, keys)
 
         return await self._shell.ask(event, on_reply)
-
-
-async def _changed(stream: OutputStream) -> None:
-    """Waits for more text, or for the end of it."""
-    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    stream.on_change(lambda: None if future.done() else future.set_result(None))
-    await future
-
-
-async def _write(request: web.BaseRequest, response: web.StreamResponse, message: Any) -> None:
-    if not response.prepared:
-        await response.prepare(request)
-    await response.write(line(message))
 
 
 def _text_of(part: TemplatePiece, specs: dict[str, ParameterSpec]) -> str | None:

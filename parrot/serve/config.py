@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from parrot.configuration import masked
+
 Positive = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0)]
 
@@ -32,17 +34,21 @@ class GlobalSchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=T
 
 class TenantConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One entry of `tenants` (docs/fairness.md). `weight`: its share beside others', for policies that ask. Limits are null for
-    none; `max_tokens_in_flight` counts whole prompts and `max_gen_length`, cached or not."""
+    none; `max_tokens_in_flight` and `tokens_per_minute` count whole prompts, cached or not. `api_keys`: whoever shows one of
+    them is this tenant (docs/security.md): SHA-256 in hex, or `env:NAME`."""
 
     weight: Annotated[float, Meta(gt=0, le=1e6)] = 1.0
     max_queued_tasks: Positive | None = None
     max_sessions: Positive | None = None
     max_tokens_in_flight: Positive | None = None
+    requests_per_minute: Positive | None = None
+    tokens_per_minute: Positive | None = None
+    api_keys: tuple[str, ...] = ()
 
 
 class ServeCoreConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file. `journal_path`: the journal (docs/journal.md); null: none; left out: the launch command chooses.
-    `tenants`: by name; "*" stands for each of the others."""
+    `tenants`: by name; "*" stands for each of the others. What follows `max_body_bytes` is in docs/security.md."""
 
     host: str = "localhost"
     port: Annotated[int, Meta(ge=0, le=65535)] = 9000
@@ -60,3 +66,14 @@ class ServeCoreConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     journal_mode: Literal["recover", "record"] = "recover"
     journal_sync: Literal["normal", "full"] = "normal"
     max_body_bytes: Positive = 16 * 1024 * 1024
+    header_timeout: Seconds = 30.0
+    body_timeout: Seconds = 120.0
+    request_timeout: Seconds | None = None
+    reader_timeout: Seconds = 60.0
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    engine_ca_file: str | None = None
+    cors_origins: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return masked(self, "engine_secret")

@@ -8,10 +8,9 @@ shared with everybody hangs below the common root, and what follows it is again 
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from parrot.serve.states import CONTEXT
 
@@ -23,6 +22,10 @@ if TYPE_CHECKING:
 COMMON = ""  #: the domain of leading constants that all sessions may share
 
 NodeKey = str | tuple[str, ...]
+
+_USE: Final = CONTEXT.of("use")
+_RELEASE: Final = CONTEXT.of("release")
+_DROP: Final = CONTEXT.of("drop")
 
 
 def prefix_hash(parent: str, keys: Iterable[str]) -> str:
@@ -79,9 +82,10 @@ class PrefixNode:
 
 class Context:
     """A prefix on an engine. `tasks` counts tasks in flight that use it or a child of it; `filled`: a task has said
-    that the engine holds it complete. `owner`: the session whose end frees it (None: shared, with a lifetime)."""
+    that the engine holds it complete. `owner`: the session whose end frees it (None: shared, with a lifetime). `older` and
+    `newer`: its neighbours among the shared ones that are retained, by their last use."""
 
-    __slots__ = ("engine", "filled", "id", "last_use_s", "node", "owner", "state", "tasks", "tokens")
+    __slots__ = ("engine", "filled", "id", "last_use_s", "newer", "node", "older", "owner", "state", "tasks", "tokens")
 
     def __init__(self, id: int, engine: Engine, node: PrefixNode | None, tokens: int, owner: Session | None) -> None:
         self.id = id
@@ -93,6 +97,8 @@ class Context:
         self.tasks = 1  # the one that it is made for
         self.filled = False
         self.last_use_s = 0.0
+        self.older: Context | None = None
+        self.newer: Context | None = None
 
 
 class PrefixStore:
@@ -101,7 +107,8 @@ class PrefixStore:
     def __init__(self, lifetime_s: float) -> None:
         self._lifetime_s = lifetime_s
         self._roots: dict[str, PrefixNode] = {}
-        self._shared: OrderedDict[Context, None] = OrderedDict()  # retained, no owner; longest unused first
+        self._oldest: Context | None = None  # of the retained ones without an owner: unused for the longest time
+        self._newest: Context | None = None
 
     # ------------------------------------------------------------------------------------------------ prefixes
 
@@ -184,19 +191,41 @@ class PrefixStore:
     def use(self, context: Context) -> None:
         """One more task in flight needs it."""
         if context.state == "retained":
-            context.state = CONTEXT[context.state, "use"]
+            context.state = _USE[context.state]
             if context.owner is None:
-                del self._shared[context]
+                self._unlink(context)
         context.tasks += 1
 
     def release(self, context: Context, now: float) -> None:
         """One task fewer needs it; after the last one it is retained."""
         context.tasks -= 1
         if context.tasks == 0 and context.state == "live":
-            context.state = CONTEXT[context.state, "release"]
+            context.state = _RELEASE[context.state]
             context.last_use_s = now
             if context.owner is None:
-                self._shared[context] = None
+                self._link(context)
+
+    def _link(self, context: Context) -> None:
+        """It is the last used of the retained ones without an owner."""
+        context.older = self._newest
+        if self._newest is None:
+            self._oldest = context
+        else:
+            self._newest.newer = context
+        self._newest = context
+
+    def _unlink(self, context: Context) -> None:
+        """It is none of them any more."""
+        older, newer = context.older, context.newer
+        if older is None:
+            self._oldest = newer
+        else:
+            older.newer = newer
+        if newer is None:
+            self._newest = older
+        else:
+            newer.older = older
+        context.older = context.newer = None
 
     def drop(self, context: Context) -> list[Context]:
         """The context is gone, and with it all that continues it on that engine and is not in use. Returns them all."""
@@ -207,11 +236,12 @@ class PrefixStore:
             engine.cached_tokens -= gone.tokens
             if owner is None:
                 if gone.state == "retained":
-                    del self._shared[gone]
-            elif owner.contexts is not None:
-                owner.contexts.pop(gone, None)
-            engine.contexts.pop(gone.id, None)
-            gone.state = CONTEXT[gone.state, "drop"]
+                    self._unlink(gone)
+            elif owner.contexts is not None and gone in owner.contexts:
+                del owner.contexts[gone]
+            if gone.id in engine.contexts:
+                del engine.contexts[gone.id]
+            gone.state = _DROP[gone.state]
             if node is not None and node.contexts is not None and node.contexts.get(engine.id) is gone:
                 del node.contexts[engine.id]
                 self._prune(node)
@@ -236,17 +266,16 @@ class PrefixStore:
 
     def next_deadline(self) -> float | None:
         """When the lifetime of the longest unused shared context is over."""
-        if not self._shared:
-            return None
-        return next(iter(self._shared)).last_use_s + self._lifetime_s
+        oldest = self._oldest
+        return None if oldest is None else oldest.last_use_s + self._lifetime_s
 
     def expired(self, now: float) -> list[Context]:
         """Shared contexts whose lifetime is over. They stay until they are dropped."""
         found: list[Context] = []
-        for context in self._shared:
-            if context.last_use_s + self._lifetime_s > now:
-                break
+        context = self._oldest
+        while context is not None and context.last_use_s + self._lifetime_s <= now:
             found.append(context)
+            context = context.newer
         return found
 
     # ------------------------------------------------------------------------------------------------ queries

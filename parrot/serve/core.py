@@ -8,9 +8,9 @@ What runs where is the scheduler's affair (`scheduler.py`); this file is the fro
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -43,7 +43,15 @@ REMEMBERED_SESSIONS = 65536
 #: After a failure in what time brings, or in placing, this long passes before the next try (seconds): its cause may stay.
 FAULT_PAUSE_S = 1.0
 
-_EMPTY: dict[str, Any] = {}
+_EMPTY: Final[dict[str, Any]] = {}
+
+# By names of this module's own that never change: the compiled module need not look them up.
+_REPLY: Final = Reply
+_SESSION_ENDED: Final = SessionEnded
+_THROUGHPUT: Final = Criteria.THROUGHPUT
+_PRODUCE: Final = VARIABLE.of("produce")
+_FINISH: Final = VARIABLE.of("finish")
+
 _Repeatable = ev.SubmitCall | ev.CreateVariable | ev.SetVariable
 _TaskEvent = TypeVar("_TaskEvent", ev.TaskStarted, ev.FirstToken, ev.TaskFinished, ev.TaskFailed, ev.TaskRejected)
 
@@ -55,7 +63,8 @@ class ServeCore:
         self.config = config
         self._effects: list[AnyEffect] = []
         self._sessions: dict[int, Session] = {}
-        self._ended: OrderedDict[int, str] = OrderedDict()
+        self._ended: dict[int, str] = {}
+        self._ended_order: deque[int] = deque()  # those sessions, in the order of their end
         self._idle = IdleSessions(config.session_life_span)
         self._gets = PendingGets()
         self._opened: OrderedDict[str, tuple[int, float]] = OrderedDict()  # Idempotency-Key -> (session id, until)
@@ -79,6 +88,7 @@ class ServeCore:
             ev.DescribeSession: self._describe_session,
             ev.ListVariables: self._list_variables,
             ev.SubmitCall: self._submit_call,
+            ev.CancelCall: self._cancel_call,
             ev.CreateVariable: self._create_variable,
             ev.SetVariable: self._set_variable,
             ev.GetVariable: self._get_variable,
@@ -136,8 +146,8 @@ class ServeCore:
         due_at = now + self._least_span_s
         if due_at < self.due_at:
             self.due_at = due_at
-        effects = self._effects[:]
-        self._effects.clear()
+        effects = self._effects
+        self._effects = scheduler.effects = []
         return effects
 
     def recall(self, event: AnyEvent, t: float) -> None:
@@ -297,20 +307,21 @@ class ServeCore:
             if known is not None:
                 self._effects.append(Reply(event.request, known[0]))
                 return
-        if event.session_id in self._sessions:
-            raise ParrotError("conflict", f"session id {event.session_id} is in use")
+        session_id, tenant = event.session_id, event.tenant
+        if session_id in self._sessions:
+            raise ParrotError("conflict", f"session id {session_id} is in use")
         tenants = self.scheduler.tenants
-        account = tenants.of(event.tenant)
+        account = tenants.of(tenant)
         if not self._recalling:
             self._check_sessions(account, now)
-        tenants.join(account)
+        tenants.join(account, now)
         self._sequence += 1
-        session = Session(event.session_id, event.auth, event.tenant, account, self._sequence, now)
+        session = Session(session_id, event.auth, tenant, account, self._sequence, now, event.ephemeral)
         self._sessions[session.id] = session
         self._idle.touch(session, now)
         if key is not None:
             self._opened[key] = (session.id, now + self.config.session_life_span)
-        self._effects.append(Reply(event.request, session.id))
+        self._effects.append(_REPLY(event.request, session.id))
 
     def _check_sessions(self, account: Tenant, now: float) -> None:
         """Raises too_many_sessions when one more would be."""
@@ -329,7 +340,7 @@ class ServeCore:
     def _close_session(self, event: ev.CloseSession, now: float) -> None:
         session = self._session(event.session_id, event.auth, now)
         self._end_session(session, "close", now)
-        self._effects.append(Reply(event.request, _EMPTY))
+        self._effects.append(_REPLY(event.request, _EMPTY))
 
     def _end_session(self, session: Session, by: str, now: float) -> None:
         """Cancels its work, answers its gets, frees its contexts, forgets its variables."""
@@ -352,18 +363,20 @@ class ServeCore:
         for call in session.calls:
             self.scheduler.engines.leave(call.lane)
         session.forget()
-        self._effects.append(SessionEnded(session.id, session.state))
+        self._effects.append(_SESSION_ENDED(session.id, session.state))
 
     def _remember_ended(self, session_id: int, state: str) -> None:
+        if session_id not in self._ended:
+            self._ended_order.append(session_id)
         self._ended[session_id] = state
-        if len(self._ended) > REMEMBERED_SESSIONS:
-            self._ended.popitem(last=False)
+        if len(self._ended_order) > REMEMBERED_SESSIONS:
+            del self._ended[self._ended_order.popleft()]
 
     def _describe_session(self, event: ev.DescribeSession, now: float) -> None:
         session = self._sessions.get(event.session_id)
         idle_since = session.last_access_s if session is not None and not session.busy else now
         session = self._session(event.session_id, event.auth, now)
-        report = session_report(session, now, event.calls)
+        report = session_report(session, now, event.calls, event.numbers)
         self._effects.append(Reply(event.request, msgspec.structs.replace(report, idle_s=now - idle_since)))
 
     def _repeated(self, session: Session, event: _Repeatable) -> bool:
@@ -375,11 +388,12 @@ class ServeCore:
         return True
 
     def _answer(self, session: Session, event: _Repeatable, payload: Any) -> None:
-        if event.idempotency_key is not None:
+        key = event.idempotency_key
+        if key is not None:
             if session.answers is None:
                 session.answers = {}
-            session.answers[type(event), event.idempotency_key] = payload
-        self._effects.append(Reply(event.request, payload))
+            session.answers[type(event), key] = payload
+        self._effects.append(_REPLY(event.request, payload))
 
     # =============================================================================================== variables
 
@@ -422,7 +436,7 @@ class ServeCore:
         assert content is not None
         if variable.getters:
             for request in self._gets.settle(session, variable):
-                self._effects.append(Reply(request, content.key))
+                self._effects.append(_REPLY(request, content.key))
         if variable.consumers:
             for task in variable.consumers:
                 task.missing -= 1
@@ -449,23 +463,23 @@ class ServeCore:
         variable = session.variable(event.var_id)
         if variable.state == "ready":
             assert variable.content is not None
-            self._effects.append(Reply(event.request, variable.content.key))
+            self._effects.append(_REPLY(event.request, variable.content.key))
             return
         if variable.state == "failed":
-            self._effects.append(Reply(event.request, None, variable.error))
+            self._effects.append(_REPLY(event.request, None, variable.error))
             return
-        deadline, late = event.timeout, False
-        if event.deadline is not None and (deadline is None or event.deadline <= deadline):
-            deadline, late = event.deadline, True
+        deadline, late, useless = event.timeout, False, event.deadline
+        if useless is not None and (deadline is None or useless <= deadline):
+            deadline, late = useless, True
         if deadline is not None:
             deadline += now
             self.due_at = min(self.due_at, deadline)
         self._gets.add(event.request, session, variable, deadline, late)
         self._idle.touch(session, now)
-        if event.deadline is not None or session.deadlines is not None:
-            self._deadlines.fetched(session, variable, math.inf if event.deadline is None else now + event.deadline)
+        if useless is not None or session.deadlines is not None:
+            self._deadlines.fetched(session, variable, math.inf if useless is None else now + useless)
             self._watch_deadlines()
-        self._want(variable, event.criteria or Criteria.THROUGHPUT)
+        self._want(variable, event.criteria or _THROUGHPUT)
 
     def _want(self, variable: Variable, criteria: Criteria) -> None:
         """Somebody wants the variable. What is wanted once stays so, whatever becomes of the get."""
@@ -494,10 +508,13 @@ class ServeCore:
         session = self._session(event.session_id, event.auth, now)
         if event.idempotency_key is not None and self._repeated(session, event):
             return
+        deadline, wanted = event.deadline, event.output_criteria
         outputs = check_form(event)
         if not self._recalling:  # how full it was then is not known any more
             check_room(session, outputs, self.config, self.scheduler, now)
+            session.account.check_minute(now)
         check_variables(session, event)
+        session.account.asked(now)
         call = Call(
             number=len(session.calls),
             session=session,
@@ -508,9 +525,9 @@ class ServeCore:
             cache_prefix=event.cache_prefix,
             fuse_fill=event.fuse_fill,
             submitted_s=now,
-            until_s=math.inf if event.deadline is None else now + event.deadline,
+            until_s=math.inf if deadline is None else now + deadline,
         )
-        if event.deadline is not None and session.deadlines is None:
+        if deadline is not None and session.deadlines is None:
             session.deadlines = {}
         call.variables = bind(session, event)
         session.calls.append(call)
@@ -521,17 +538,27 @@ class ServeCore:
         for task in tasks:
             self._connect(task, now)
         if session.deadlines is not None:
-            if event.output_criteria is not None:
+            if wanted is not None:
                 self._deadlines.want(tasks[-1], math.inf, math.inf)
             self._watch_deadlines()
-        if event.output_criteria is not None and not tasks[-1].ended:
-            self._want(tasks[-1].output, event.output_criteria)
+        if wanted is not None and not tasks[-1].ended:
+            self._want(tasks[-1].output, wanted)
+
+    def _cancel_call(self, event: ev.CancelCall, now: float) -> None:
+        session = self._session(event.session_id, event.auth, now)
+        if not 0 <= event.call < len(session.calls):
+            raise ParrotError("not_found", f"session {session.id} has no call {event.call}")
+        error = ErrorInfo("cancelled", f"call {event.call} was cancelled: its client went away")
+        for task in session.calls[event.call].tasks:
+            if not task.ended:
+                self.scheduler.expire(task, error, now)
+        self._effects.append(Reply(event.request, _EMPTY))
 
     def _connect(self, task: Task, now: float) -> None:
         """Puts a new task into the graph: what it waits for, and who waits for it already."""
         output = task.output
         output.producer = task
-        output.state = VARIABLE[output.state, "produce"]
+        output.state = _PRODUCE[output.state]
         failed: Variable | None = None
         for variable in task.inputs():
             if variable.consumers is None:
@@ -577,7 +604,7 @@ class ServeCore:
         session = task.call.session
         session.active -= 1
         session.unfinished -= 1
-        task.output.state = VARIABLE[task.output.state, "finish"]
+        task.output.state = _FINISH[task.output.state]
         task.output.content = content
         self._became_ready(session, task.output, now)
 
@@ -616,8 +643,9 @@ class ServeCore:
         """The task that the event speaks of, if that attempt is the present one; stale events are dropped."""
         if event.epoch != self.scheduler.epoch:
             return None
-        session = self._sessions.get(event.task.session_id)
-        if session is None or (task := session.task(event.task)) is None:
+        task_id = event.task
+        session = self._sessions.get(task_id.session_id)
+        if session is None or (task := session.task(task_id)) is None:
             return None
         return task if task.attempt == event.attempt and task.state in IN_FLIGHT else None
 
@@ -696,5 +724,13 @@ class ServeCore:
         until = now + self.config.session_life_span
         for key, (session_id, _) in self._opened.items():
             self._opened[key] = (session_id, until)
-        for session in self._sessions.values():
+        self.scheduler.tenants.begin_anew()
+        for session in list(self._sessions.values()):
+            if session.ephemeral:  # who waited for it was connected to the life before
+                self._end_session(session, "close", now)
+                continue
             self._idle.touch(session, now)
+            if session.account.minute is not None:
+                for call in session.calls:
+                    for task in call.tasks:
+                        task.charged = 0

@@ -66,6 +66,12 @@ class Deduction:
     def add(self, task: Task) -> None:
         """`task` was just submitted; its inputs' producers that have not ended are its `sources`. Who reads its output may
         wait for it already, and a get too."""
+        try:
+            self._add(task)
+        finally:
+            self._settle()
+
+    def _add(self, task: Task) -> None:
         output = task.output
         if output.consumers is None:
             session = task.call.session
@@ -87,7 +93,6 @@ class Deduction:
                 self._lend(consumer)
         if output.criteria is not None:
             self._learn(task, output.criteria, 0, None, 0)
-        self._settle()
 
     def fetch(self, task: Task) -> None:
         """Somebody wants `task`'s output, with what its `criteria` has become by that."""
@@ -100,16 +105,21 @@ class Deduction:
             self._changed(task)
         elif not task.ended:
             self._before = {task: task.latency_sensitive}
-            self._learn(task, criteria, 0, None, 0)
-            self._touch(task, _ALONE)
-            self._settle()
+            try:
+                self._learn(task, criteria, 0, None, 0)
+                self._touch(task, _ALONE)
+            finally:
+                self._settle()
 
     # ------------------------------------------------------------------------------------------- passing on
 
     def _settle(self) -> None:
-        """Visits all that was touched, consumers before what they need."""
-        if not self._heap:
+        """Visits all that was touched, consumers before what they need, and tells of it. What fails, a bug of ours, costs the
+        one task that it failed at: the others are visited and told of all the same, and nothing is left for the next run;
+        then the first error is raised."""
+        if not self._heap and self._before is None:
             return
+        error: Exception | None = None
         settled = self._settled
         while self._heap:
             task = heappop(self._heap)[2]
@@ -117,20 +127,31 @@ class Deduction:
             if task.ended:
                 continue
             settled.append(task)
-            self._lend(task)
-            if learnt == _STAGE:
-                self._enter_stage(task)
-                for source in task.sources or ():
-                    if not source.ended:
-                        self._teach(task, source)
+            try:
+                self._visit(task, learnt)
+            except Exception as failure:
+                error = error or failure
         self._settled = []
-        if self._before is not None:
-            for task, sensitive in self._before.items():
+        before, self._before = self._before, None
+        if before is not None:
+            for task, sensitive in before.items():
                 if sensitive and not task.latency_sensitive:
                     task.pinned = True
-            self._before = None
         for task in settled:
-            self._changed(task)
+            try:
+                self._changed(task)
+            except Exception as failure:
+                error = error or failure
+        if error is not None:
+            raise error
+
+    def _visit(self, task: Task, learnt: int) -> None:
+        self._lend(task)
+        if learnt == _STAGE:
+            self._enter_stage(task)
+            for source in task.sources or ():
+                if not source.ended:
+                    self._teach(task, source)
 
     def _touch(self, task: Task, learnt: int) -> None:
         if not task.touched:

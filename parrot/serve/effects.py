@@ -20,7 +20,7 @@ class Reply(Effect, frozen=True, gc=False):
 
     OpenSession the session id (int); CloseSession {}; DescribeSession SessionReport; ListVariables [VariableInfo], whose
     `content` is the content key;
-    SubmitCall CallAnswer; CreateVariable {var_id}; SetVariable {}; GetVariable the content key (str);
+    SubmitCall CallAnswer; CancelCall {}; CreateVariable {var_id}; SetVariable {}; GetVariable the content key (str);
     RegisterEngine RegisterAnswer.
     """
 
@@ -44,7 +44,8 @@ class ChainLink(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 class Dispatch(Effect, frozen=True, gc=False):
     """Run a task on an engine. The chain is whole; `parent` is the deepest of its contexts that the core believes the
-    engine to hold complete (-1: none), the first `cached_links` of the chain."""
+    engine to hold complete (-1: none), the first `cached_links` of the chain. `roles`: of a chat, the role of each link with
+    which a message begins, "" for the others; (): none has one."""
 
     engine_id: int
     epoch: int
@@ -56,6 +57,7 @@ class Dispatch(Effect, frozen=True, gc=False):
     generate_context_id: int
     sampling: SamplingConfig
     output_var: str
+    roles: tuple[str, ...] = ()
 
 
 class Abort(Effect, frozen=True, gc=False):

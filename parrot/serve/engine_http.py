@@ -4,6 +4,7 @@ core does not need of it; every failure of the connection is an OSError."""
 from __future__ import annotations
 
 import asyncio
+import ssl
 
 import aiohttp
 
@@ -47,11 +48,12 @@ class Exchange:
 class EngineHttp:
     """The connections to one engine. To be made in a running event loop."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, *, secure: bool = False, trust: ssl.SSLContext | None = None) -> None:
+        """`secure`: the engine shows a certificate; `trust`: whose it believes (None: the system's authorities')."""
         shown = f"[{host}]" if ":" in host else host
-        self.url = f"http://{shown}:{port}"
+        self.url = f"{'https' if secure else 'http'}://{shown}:{port}"
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60.0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60.0, ssl=trust if trust is not None else True),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
             headers={"Content-Type": "application/json"},

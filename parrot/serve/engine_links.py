@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import ssl
 from collections.abc import Coroutine
 from typing import Any
 
@@ -42,13 +43,21 @@ class EngineLink:
 
     __slots__ = ("description", "engine_id", "epoch", "freed", "http", "instance", "last_heard_s", "ping", "running")
 
-    def __init__(self, engine_id: int, epoch: int, description: EngineDescription, instance: str, now: float) -> None:
+    def __init__(
+        self,
+        engine_id: int,
+        epoch: int,
+        description: EngineDescription,
+        instance: str,
+        now: float,
+        trust: ssl.SSLContext | None = None,
+    ) -> None:
         self.engine_id = engine_id
         self.epoch = epoch
         self.description = description
         self.instance = instance
         self.last_heard_s = now
-        self.http = EngineHttp(description.host, description.port)
+        self.http = EngineHttp(description.host, description.port, secure=description.tls, trust=trust)
         self.running: dict[tuple[TaskId, int], asyncio.Task[None]] = {}
         self.freed: list[int] = []  #: contexts to free in the next request
         self.ping: asyncio.Task[None] | None = None
@@ -58,13 +67,21 @@ class EngineLinks:
     """All live engines. `attach` gives it the shell before the first use."""
 
     def __init__(
-        self, texts: Texts, tokenization: Tokenization, streams: OutputStreams, heartbeat_s: float, stall_s: float = 120.0
+        self,
+        texts: Texts,
+        tokenization: Tokenization,
+        streams: OutputStreams,
+        heartbeat_s: float,
+        stall_s: float = 120.0,
+        trust: ssl.SSLContext | None = None,
     ) -> None:
+        """`trust`: whose certificates of engines it believes (None: the system's authorities')."""
         self._texts = texts
         self._tokenization = tokenization
         self._streams = streams
         self._heartbeat_s = heartbeat_s
         self._stall_s = stall_s
+        self._trust = trust
         self._shell: Shell
         self._loop = asyncio.get_running_loop()
         self._links: dict[int, EngineLink] = {}
@@ -143,7 +160,7 @@ class EngineLinks:
 
     def _add(self, answer: RegisterAnswer, description: EngineDescription, instance: str) -> None:
         self._displace(description, instance)  # again: others may have registered at the same moment
-        link = EngineLink(answer.engine_id, answer.epoch, description, instance, self._shell.now())
+        link = EngineLink(answer.engine_id, answer.epoch, description, instance, self._shell.now(), self._trust)
         self._links[answer.engine_id] = link
         _log.info(
             "engine %d %r registered: %s, model %s", link.engine_id, description.engine_name, link.http.url, description.model

@@ -11,7 +11,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator
 from itertools import islice
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from mypy_extensions import mypyc_attr
 
@@ -26,10 +26,17 @@ Load = Any  #: whatever sorts engines; those of this file are one number, of whi
 
 KEPT_LANES = 16
 KEPT_OPENED = 32
+LEAST_NOTED = 64  #: changes of loads that an index takes note of before it is sorted anew, or as many as it has engines
+
+# By names of this module's own that never change: the compiled module need not look them up.
+_bisect_left: Final = bisect_left
+_insort: Final = insort
+_map: Final = map
 
 _load_of: Callable[[tuple[Load, int, Engine]], Load] = itemgetter(0)
 _engine_of: Callable[[tuple[Load, int, Engine]], Engine] = itemgetter(2)
-_TASK_BITS, _TOKEN_BITS = 24, 48  #: of a number of tasks on an engine, and of tokens reserved there
+_TASK_BITS: Final = 24  #: of a number of tasks on an engine
+_TOKEN_BITS: Final = 48  #: of tokens reserved there
 HARM_BITS = (_TASK_BITS, _TOKEN_BITS)  #: below the latency-bound tasks in `by_harm`
 
 
@@ -49,16 +56,25 @@ class Engine:
     `reports_evictions`: whether it tells which contexts it gave up. If it does, the core's belief of what it holds is exact
     (but for what is on the way); if not, an estimate: that it keeps all it was given until the core lets go of it.
     `claimed`: the task that it is kept free for (`parrot.serve.claims`).
+
+    `tokenizer`, `bos_tokens`, `max_seq_len`, `tasks_capacity` and `tokens_capacity` are its description's: every placement
+    asks for them.
     """
 
     __slots__ = (
-        "cached_tokens", "claimed", "contexts", "description", "failures", "id", "lanes", "latency_tasks", "next_context_id",
-        "prefill_tokens", "prompt_tokens", "reports_evictions", "reserved", "state", "suspected_s", "tasks", "version",
+        "bos_tokens", "cached_tokens", "claimed", "contexts", "description", "failures", "id", "lanes", "latency_tasks",
+        "max_seq_len", "next_context_id", "prefill_tokens", "prompt_tokens", "reports_evictions", "reserved", "state",
+        "suspected_s", "tasks", "tasks_capacity", "tokenizer", "tokens_capacity", "version",
     )  # fmt: skip
 
     def __init__(self, id: int, description: EngineDescription) -> None:
         self.id = id
         self.description = description
+        self.tokenizer = description.tokenizer
+        self.bos_tokens = description.bos_tokens
+        self.max_seq_len = description.max_seq_len
+        self.tasks_capacity = description.tasks_capacity
+        self.tokens_capacity = description.tokens_capacity
         self.state = "live"
         self.tasks: dict[Task, None] = {}
         self.contexts: dict[int, Context] = {}
@@ -115,82 +131,124 @@ def by_room(engine: Engine) -> Load:
     running = len(engine.tasks)
     if not running:
         return -1 << _TOKEN_BITS  # one task alone always has room
-    if running >= engine.description.tasks_capacity:
+    if running >= engine.tasks_capacity:
         return 1 << _TOKEN_BITS
-    return engine.reserved - engine.description.tokens_capacity
+    return engine.reserved - engine.tokens_capacity
 
 
 class EngineIndex:
-    """Engines sorted by a key of their load, kept sorted as loads change: O(log n) to find a place."""
+    """Engines sorted by a key of their load: O(log n) to find a place.
+
+    A change of a load is taken note of, and takes effect when somebody asks: so an engine moves once, however often its load
+    has changed, and an index that nobody asks costs nothing but a note. After more notes than it has engines, it is sorted
+    anew.
+    """
 
     def __init__(self, key: Callable[[Engine], Load]) -> None:
         self._key = key
-        self._entries: list[tuple[Load, int, Engine]] = []
+        self._sorted: list[tuple[Load, int, Engine]] = []
         self._of: dict[int, tuple[Load, int, Engine]] = {}
+        self._noted: list[Engine] = []  # whose load may be another one since anybody asked
+        self._outdated = False  # too many to take note of
 
     def add(self, engine: Engine) -> None:
         entry = self._of[engine.id] = (self._key(engine), engine.id, engine)
-        insort(self._entries, entry)
+        insort(self._sorted, entry)
 
     def remove(self, engine: Engine) -> None:
         entry = self._of.pop(engine.id, None)
         if entry is not None:
-            del self._entries[bisect_left(self._entries, entry)]
+            del self._sorted[bisect_left(self._sorted, entry)]
 
     def update(self, engine: Engine) -> None:
+        """Its load may be another one now."""
+        if not self._outdated:
+            noted = self._noted
+            noted.append(engine)
+            if len(noted) > LEAST_NOTED and len(noted) > len(self._sorted):
+                noted.clear()
+                self._outdated = True
+
+    def _entries(self) -> list[tuple[Load, int, Engine]]:
+        """What there is, sorted by the loads of now."""
+        if self._noted:
+            for engine in self._noted:
+                self._move(engine)
+            self._noted.clear()
+        elif self._outdated:
+            key, of = self._key, self._of
+            for _, engine_id, engine in self._sorted:
+                of[engine_id] = (key(engine), engine_id, engine)
+            self._sorted[:] = sorted(of.values())
+            self._outdated = False
+        return self._sorted
+
+    def _move(self, engine: Engine) -> None:
         old = self._of.get(engine.id)
         if old is None:
             return
         load = self._key(engine)
         if load != old[0]:
-            entries = self._entries
+            entries = self._sorted
             new = self._of[engine.id] = (load, engine.id, engine)
-            place = bisect_left(entries, old)
+            place = _bisect_left(entries, old)
             del entries[place]
             if load > old[0]:
-                insort(entries, new, place)
+                _insort(entries, new, place)
             else:
-                insort(entries, new, 0, place)
+                _insort(entries, new, 0, place)
 
     def __iter__(self) -> Iterator[Engine]:
         """From the least to the most loaded. Do not change a load while iterating; place, then ask again."""
-        return map(_engine_of, self._entries)  # a generator left after its first engine costs more than what is asked of it
+        return _map(_engine_of, self._entries())  # a generator left after its first engine costs more than what is asked of it
 
     def first(self) -> Engine | None:
         """The least loaded one."""
-        return self._entries[0][2] if self._entries else None
+        entries = self._entries()
+        return entries[0][2] if entries else None
 
     def last(self) -> Engine | None:
         """The most loaded one."""
-        return self._entries[-1][2] if self._entries else None
+        entries = self._entries()
+        return entries[-1][2] if entries else None
 
     def at(self, place: int) -> Engine:
         """The one at that place, from 0, the least loaded."""
-        return self._entries[place][2]
+        return self._entries()[place][2]
 
     def among(self, ids: Collection[int]) -> Iterator[Engine]:
         """Those with these ids, from the least to the most loaded. Few are looked up, many are met on the way: O(ids), O(n)."""
-        if 16 * len(ids) <= len(self._entries):
+        entries = self._entries()
+        if 16 * len(ids) <= len(entries):
             of = self._of
             return map(_engine_of, sorted([of[engine_id] for engine_id in ids if engine_id in of]))
-        return (entry[2] for entry in self._entries if entry[1] in ids)
+        return _met(entries, ids)
 
     def without(self, ids: Collection[int]) -> Iterator[Engine]:
         """Those with other ids, from the least to the most loaded."""
-        return (entry[2] for entry in self._entries if entry[1] not in ids)
+        for entry in self._entries():
+            if entry[1] not in ids:
+                yield entry[2]
 
     def up_to(self, load: Load) -> int:
         """How many have at most that load."""
-        return bisect_right(self._entries, load, key=_load_of)
+        return bisect_right(self._entries(), load, key=_load_of)
 
     def after(self, load: Load) -> Iterator[Engine]:
         """All of them, first those with more than that load; then, from the beginning, the others."""
         place = self.up_to(load)
-        entries = self._entries
-        return (entries[number][2] for number in range(place - len(entries), place))  # which counts from −len, then from 0
+        entries = self._sorted
+        for number in range(place - len(entries), place):  # which counts from −len, then from 0
+            yield entries[number][2]
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._sorted)
+
+
+def _met(entries: list[tuple[Load, int, Engine]], ids: Collection[int]) -> Iterator[Engine]:
+    for entry in entries:
+        if entry[1] in ids:
+            yield entry[2]
 
 
 @mypyc_attr(native_class=False)  # compiled classes know no weak references

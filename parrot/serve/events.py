@@ -32,13 +32,15 @@ class Content(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 
 class OpenSession(Event, frozen=True, gc=False):
     """`session_id` and the auth were drawn by the shell; only the auth's hash comes here. `tenant`: whose API key it
-    is ("": none, the session shares contexts with no other)."""
+    is ("": none, the session shares contexts with no other). `ephemeral`: it lives no longer than its client's connection, and
+    so ends with the core's life."""
 
     request: int
     session_id: int
     auth: str
     tenant: str = ""
     idempotency_key: str | None = None
+    ephemeral: bool = False
 
 
 class CloseSession(Event, frozen=True, gc=False):
@@ -48,12 +50,14 @@ class CloseSession(Event, frozen=True, gc=False):
 
 
 class DescribeSession(Event, frozen=True, gc=False):
-    """Answered with the session's state and its calls; counts as an access."""
+    """Answered with the session's state and, with `calls`, a report of each of its calls (of those with these `numbers`, when
+    they are given); counts as an access."""
 
     request: int
     session_id: int
     auth: str | None
     calls: bool = False
+    numbers: tuple[int, ...] | None = None
 
 
 class ListVariables(Event, frozen=True, gc=False):
@@ -64,18 +68,21 @@ class ListVariables(Event, frozen=True, gc=False):
 
 @final
 class Constant(msgspec.Struct, frozen=True, tag="constant", omit_defaults=True, gc=False):
-    """A piece of the template's text."""
+    """A piece of the template's text. `role`: a message of a chat begins with it, and whose message that is; "": none does."""
 
     content: Content
+    role: str = ""
 
 
 @final
 class Input(msgspec.Struct, frozen=True, tag="input", omit_defaults=True, gc=False):
-    """A placeholder that reads: an existing variable, or a value given with the call (then the core makes a variable)."""
+    """A placeholder that reads: an existing variable, or a value given with the call (then the core makes a variable).
+    `role`: as a constant's."""
 
     name: str
     var_id: str | None = None
     value: Content | None = None
+    role: str = ""
 
 
 @final
@@ -109,6 +116,16 @@ class SubmitCall(Event, frozen=True, gc=False):
     fuse_fill: bool = False
     idempotency_key: str | None = None
     deadline: float | None = None
+
+
+class CancelCall(Event, frozen=True, gc=False):
+    """Whoever wanted this call's outputs is gone, and nobody else can: its tasks that have not ended fail (`cancelled`).
+    `call`: its number, the request_id that it was answered with."""
+
+    request: int
+    session_id: int
+    auth: str | None
+    call: int
 
 
 class CreateVariable(Event, frozen=True, gc=False):
@@ -182,7 +199,7 @@ class FirstToken(Event, frozen=True, gc=False):
 
 class TaskFinished(Event, frozen=True, gc=False):
     """`content`: the output. `prompt_tokens`, `cached_tokens`: as the engine counted. Times are seconds, the engine's. `cost`:
-    what a remote endpoint charged."""
+    what a remote endpoint charged. `reason`: why it ended, in the engine's word (`protocol.engine.Finished`)."""
 
     epoch: int
     task: TaskId
@@ -194,6 +211,7 @@ class TaskFinished(Event, frozen=True, gc=False):
     decode_s: float = 0.0
     max_gap_s: float = 0.0
     cost: float = 0.0
+    reason: str = ""
 
 
 class TaskFailed(Event, frozen=True, gc=False):
@@ -245,6 +263,7 @@ AnyEvent = (
     | DescribeSession
     | ListVariables
     | SubmitCall
+    | CancelCall
     | CreateVariable
     | SetVariable
     | GetVariable

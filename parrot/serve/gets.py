@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import heapq
 
+from mypy_extensions import mypyc_attr
+
 from parrot.serve.sessions import Session
 from parrot.serve.variables import Variable
 
 
+@mypyc_attr(acyclic=True)
 class PendingGet:
     """A get that waits: for which variable of which session, and whether it is then too late for it (else it times out)."""
 

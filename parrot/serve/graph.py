@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+
+from mypy_extensions import mypyc_attr
 
 from parrot.protocol.api import Criteria, SamplingConfig
-from parrot.protocol.engine import TaskId
+from parrot.protocol.engine import CONTINUED, TaskId
 from parrot.serve import states
 from parrot.serve.contexts import prefix_hash
 from parrot.serve.events import Constant, Content, Output, Segment
@@ -23,10 +25,18 @@ if TYPE_CHECKING:
     from parrot.serve.engines import Engine, Lane
     from parrot.serve.sessions import Session
 
+# By names of this module's own that never change: the compiled module need not look them up.
+_LATENCY: Final = Criteria.LATENCY
+_THROUGHPUT: Final = Criteria.THROUGHPUT
+_TTFT: Final = Criteria.TTFT
+_CONSTANT: Final = Constant
+_OUTPUT: Final = Output
+_TASK_ID: Final = TaskId
+
 
 def latency_bound(criteria: Criteria | None) -> bool:
     """Whether all that leads to an output which is wanted so delays what is wanted: its latency, or its first token."""
-    return criteria is Criteria.LATENCY or criteria is Criteria.TTFT
+    return criteria is _LATENCY or criteria is _TTFT
 
 
 class Call:
@@ -98,21 +108,25 @@ class Group:
         return [member for member in self.members if not member.ended]
 
 
+@mypyc_attr(acyclic=True)
 class Link:
-    """One context of a chain, engine-independent: the contents that it adds, and whether a task generated them."""
+    """One context of a chain, engine-independent: the contents that it adds, whether a task generated them, and the role of the
+    chat message that begins with it."""
 
-    __slots__ = ("contents", "output")
+    __slots__ = ("contents", "output", "role")
 
-    def __init__(self, contents: tuple[Content, ...], output: bool) -> None:
+    def __init__(self, contents: tuple[Content, ...], output: bool, role: str = "") -> None:
         self.contents = contents
         self.output = output
+        self.role = role
 
 
 class Task:
     """A completion task: fills, then one generate. It is also the view of itself that policies read.
 
     `begin`, `end`: its own segments are call.segments[begin:end], the last of them its output; its chain starts at 0.
-    `criteria`: its performance objective. `depth`: the longest way to a fetched output, in tasks: how many come after it, one
+    `max_gen_length`: tokens that it may generate: all that a policy knows of its output's length. `criteria`: its performance
+    objective. `depth`: the longest way to a fetched output, in tasks: how many come after it, one
     behind the other, until somebody has what they asked for. `group`: its task group, None when nothing runs in parallel with
     it. `deadline_s`: the tightest deadline of what it serves, None without; `wanted_until_s`: nobody wants its output after
     that, None when nobody has set an end (`deadlines.py`). Times are seconds of the core's clock, None while they have not
@@ -120,12 +134,12 @@ class Task:
     """
 
     __slots__ = (
-        "activated", "aim", "alone", "attempt", "begin", "cached_tokens", "call", "contexts", "cost", "counted_latency",
-        "criteria", "deadline_s", "decode_s", "depth", "dispatched_s", "end", "engine", "engine_name", "finished_s",
-        "first_token_s", "granted", "group", "held", "id", "lends", "level", "links", "max_gap_s", "missing", "order",
-        "output", "output_tokens", "path", "path_s", "pinned", "placed_tokens", "prompt_tokens", "rank", "ready_s", "refusals",
-        "reserved", "sampling", "sequence", "sources", "stage", "started_s", "state", "tokens", "touched", "tries",
-        "wanted_until_s",
+        "activated", "aim", "alone", "attempt", "begin", "cached_tokens", "call", "charged", "contexts", "cost",
+        "counted_latency", "criteria", "deadline_s", "decode_s", "depth", "dispatched_s", "end", "engine", "engine_name",
+        "finished_s", "first_token_s", "granted", "group", "held", "id", "lends", "level", "links", "max_gap_s",
+        "max_gen_length", "missing", "order", "output", "output_tokens", "path", "path_s", "pinned", "placed_tokens",
+        "prompt_tokens", "rank", "ready_s", "reason", "refusals", "reserved", "sampling", "sequence", "sources", "stage",
+        "started_s", "state", "tokens", "touched", "tries", "wanted_until_s",
     )  # fmt: skip
 
     def __init__(self, id: TaskId, call: Call, begin: int, end: int, output: Variable, sampling: SamplingConfig) -> None:
@@ -135,6 +149,7 @@ class Task:
         self.end = end
         self.output = output
         self.sampling = sampling
+        self.max_gen_length: int = sampling.max_gen_length
         self.missing = 0  # inputs that are not ready
         self.state = "waiting"
         self.attempt = 0
@@ -163,6 +178,7 @@ class Task:
         self.tokens: dict[str, int] | None = None  # prompt length by tokenizer
         self.refusals: dict[int, int] | None = None  # engine id -> its capacity version then; -1: never again
         self.granted = 0  # tokens that count against its tenant's max_tokens_in_flight
+        self.charged = 0  # tokens that count against its tokens_per_minute until it is known what it used
         self.held = False  # for want of those: it waits beside the queue
         # while it is in flight
         self.engine: Engine | None = None
@@ -183,6 +199,7 @@ class Task:
         self.decode_s = 0.0
         self.max_gap_s = 0.0
         self.cost = 0.0
+        self.reason = ""
         self.path_s = 0.0  # service along the longest path that led to it, its own included once it ends (`Service`)
 
     @property
@@ -194,11 +211,6 @@ class Task:
         """Whether a policy may place it: it is ready, unplaced, and no limit of its tenant holds it beside the queue. (A
         policy's `order` is asked for held tasks too.)"""
         return self.state == "queued" and not self.held
-
-    @property
-    def max_gen_length(self) -> int:
-        """Tokens that it may generate: all that a policy knows of its output's length."""
-        return self.sampling.max_gen_length
 
     @property
     def session_id(self) -> int:
@@ -218,12 +230,12 @@ class Task:
         """Whether its own latency matters. A member of a group may batch, since only the whole group's end counts, unless it
         is wanted for its own, or is all that waits between somebody and an output."""
         criteria = self.criteria
-        if criteria is None or criteria is Criteria.THROUGHPUT:
+        if criteria is None or criteria is _THROUGHPUT:
             return False
         if self.group is None or self.alone > 0 or self.pinned:
             return True
         own = self.output.criteria
-        return own is not None and own is not Criteria.THROUGHPUT
+        return own is not None and own is not _THROUGHPUT
 
     def inputs(self) -> dict[Variable, None]:
         """The variables that must be ready before it can run, each once, in template order; the output that it continues
@@ -264,10 +276,10 @@ def tasks_of(call: Call) -> list[Task]:
     tasks: list[Task] = []
     begin = 0
     for index, segment in enumerate(call.segments):
-        if type(segment) is Output:
+        if type(segment) is _OUTPUT:
             output = call.variables[index]
             assert output is not None
-            task_id = TaskId(call.session.id, call.number, len(tasks))
+            task_id = _TASK_ID(call.session.id, call.number, len(tasks))
             tasks.append(Task(task_id, call, begin, index + 1, output, segment.sampling))
             begin = index + 1
     return tasks
@@ -282,10 +294,11 @@ def chain_of(task: Task) -> list[Link]:
     call = task.call
     links: list[Link] = []
     run: list[Content] = []
+    begins = ""  # the role of a message whose first contents were empty
     for place in range(task.end - 1):
         segment, variable = call.segments[place], call.variables[place]
         generated = False
-        if type(segment) is Constant:
+        if type(segment) is _CONSTANT:
             content = segment.content
         else:
             assert variable is not None
@@ -293,10 +306,15 @@ def chain_of(task: Task) -> list[Link]:
                 break
             content = variable.content
             generated = variable.producer is not None and variable.producer.call is call
+        role = "" if type(segment) is Output else segment.role
+        if begins and role in ("", CONTINUED):
+            role = begins
         if _is_empty(content):
+            begins = role
             continue
+        begins = ""
         if not call.fuse_fill:
-            links.append(Link((content,), generated))
+            links.append(Link((content,), generated, role))
         elif generated:
             if run:
                 links.append(Link(tuple(run), False))

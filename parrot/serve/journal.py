@@ -104,7 +104,9 @@ class Journal:
 
     def begin(self, epoch: int, now: float, config: ServeCoreConfig) -> None:
         """A new life, before anything is appended; it is on the disk when this returns. Raises ConfigurationError."""
-        shown = msgspec.json.encode(msgspec.structs.replace(config, engine_secret=None)).decode()
+        # Neither the cluster's secret nor what keys can be checked against: a journal is passed on.
+        tenants = {name: msgspec.structs.replace(tenant, api_keys=()) for name, tenant in config.tenants.items()}
+        shown = msgspec.json.encode(msgspec.structs.replace(config, engine_secret=None, tenants=tenants)).decode()
         life = sealed(epoch, self._first_instant, float(now) + 0.0, shown, _versions())
         db = self._db
         (sync,) = db.execute("PRAGMA synchronous").fetchone()

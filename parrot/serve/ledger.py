@@ -4,8 +4,9 @@ The ledger decides, with no I/O, which events and effects are kept, which texts 
 something. A store (SQLite in `journal.py`; a simulated disk in `sim.faults`) takes its entries, one transaction each, in
 their order. What a store gives back when it is opened again is a `Past`, from which `recovery.py` builds a core.
 
-Two modes. `recover` keeps what a restarted core needs and drops a session's rows and texts when it ends. `record` keeps
-every event and effect, so that a fresh core can be shown to do the same (`sim.replay`).
+Two modes. `recover` keeps what a restarted core needs and drops a session's rows and texts when it ends; of an ephemeral
+session, which ends with this life, it keeps nothing, and no reply to it waits. `record` keeps every event and effect, so that a
+fresh core can be shown to do the same (`sim.replay`).
 """
 
 from __future__ import annotations
@@ -138,6 +139,8 @@ class Ledger:
         self.mode = mode
         self._texts = texts
         self._instant = past.next_instant if past is not None else 0
+        self._unkept: set[int] = set()  # ephemeral sessions of which nothing is kept
+        self._unkept_gets: set[int] = set()  # requests of theirs that are not answered yet
         self._shown: dict[int, set[str]] = {}  # session -> outputs of which something shown is stored
         for session_id, var_id in past.shown if past is not None else ():
             self._shown.setdefault(session_id, set()).add(var_id)
@@ -166,6 +169,9 @@ class Ledger:
             elif kind is SessionEnded:
                 ended[effect.session_id] = effect  # type: ignore[union-attr,assignment]
         promised = set(answered)
+        if self._unkept_gets:
+            promised -= self._unkept_gets
+            self._unkept_gets.difference_update(answered)
         failures: dict[int, list[TaskEnded]] = {}  # by the place of the event that brought them about
         results: set[int] = set()  # places of the events that brought one
         for outcome in outcomes:
@@ -174,10 +180,13 @@ class Ledger:
             else:
                 failures.setdefault(outcome.event, []).append(outcome)
         for place, event in enumerate(events):
+            session_id = session_of(event)
+            if not record and self._passes_by(event, session_id, answered):
+                promised.discard(getattr(event, "request", None))
+                continue
             if not _promises(event, answered):
                 promised.discard(event.request)  # type: ignore[union-attr]
             kept = _is_kept(event, answered, place in results)
-            session_id = session_of(event)
             if kept and session_id not in ended:
                 self._keep_texts(event, entry)
             if record or (kept and session_id not in ended):
@@ -191,6 +200,10 @@ class Ledger:
                 self._add(entry, now, session_of(effect), EFFECT, effect)
         for session_id, end in ended.items():
             self._shown.pop(session_id, None)
+            if session_id in self._unkept:
+                self._unkept.discard(session_id)
+                if not dropped.get(session_id):
+                    continue
             entry.ended.append(Ended(session_id, end.state, now, tuple(dropped.get(session_id, ()))))
         if entry.rows:
             self._instant += 1
@@ -201,10 +214,28 @@ class Ledger:
         self._shown.setdefault(session_id, set()).add(var_id)
         return Entry(shown=[Shown(session_id, var_id, tuple(ids), text)])
 
+    def _passes_by(self, event: AnyEvent, session_id: int | None, answered: Mapping[int, Reply]) -> bool:
+        """Whether the event is of an ephemeral session, of which nothing is kept."""
+        if type(event) is ev.OpenSession and event.ephemeral:
+            reply = answered.get(event.request)
+            if reply is not None and reply.error is None:
+                self._unkept.add(event.session_id)
+            return True
+        if type(event) is ev.CancelGet:
+            self._unkept_gets.discard(event.request)
+            return False
+        if session_id not in self._unkept:
+            return False
+        if type(event) is ev.GetVariable and event.request not in answered:
+            self._unkept_gets.add(event.request)
+        return True
+
     def _give_up(self, entry: Entry, now: float, failures: Iterable[TaskEnded], ended: Mapping[int, SessionEnded]) -> None:
         """Behind the event that brought them about, for the next one may build on them."""
         for outcome in failures:
             session_id = outcome.task.session_id
+            if session_id in self._unkept:
+                continue
             if outcome.error is not None and (self.mode == "record" or session_id not in ended):
                 self._add(entry, now, session_id, KEPT, ev.TaskGivenUp(outcome.task, outcome.error))
 

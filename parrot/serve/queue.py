@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable, Collection, Iterator
 from heapq import heappop, heappush
-from typing import Any
+from typing import Any, Final
 
 from parrot.serve.contexts import PrefixNode
 from parrot.serve.engines import Lane
@@ -13,6 +13,10 @@ from parrot.serve.graph import Task
 
 Entry = tuple[Any, int, Task]
 Owner = str | int  #: a tenant's name, or the sequence number of a program's session
+
+# By names of this module's own that never change: the compiled module need not look them up.
+_insort: Final = insort
+_bisect_left: Final = bisect_left
 
 
 class _Last:
@@ -53,7 +57,7 @@ class TaskQueue:
         if line is None:
             line = self._lines[task.call.lane] = []
         entry = (task.order, task.sequence, task)
-        insort(line, entry)
+        _insort(line, entry)
         self.size += 1
         if self._ages and (ages := self._ages.get(task.call.lane)) is not None:
             heappush(ages, (task.sequence, task))
@@ -75,7 +79,7 @@ class TaskQueue:
         if line[0][2] is task:
             del line[0]
         else:
-            del line[bisect_left(line, (task.order, task.sequence))]
+            del line[_bisect_left(line, (task.order, task.sequence))]
         if not line:
             del self._lines[lane]
             if self._ages:

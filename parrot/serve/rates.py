@@ -1,4 +1,5 @@
-"""How long to wait for room: an estimate from how fast room came lately. What a refusal's Retry-After says.
+"""How long to wait for room: an estimate from how fast room came lately, and what may be taken in a minute. What a refusal's
+Retry-After says.
 
 It knows no clock: whoever keeps the count of what has left says when, so that the same events give the same estimate.
 """
@@ -44,3 +45,28 @@ class DrainRate:
         watched_s, gone = now - since, left - before
         seconds = wanted * watched_s / gone if gone > 0 else watched_s
         return min(max(math.ceil(seconds), LEAST_S), MOST_S)
+
+
+class Allowance:
+    """What may be taken in a minute: it comes back evenly, and a minute's worth lies ready at most (a token bucket). More may
+    be taken than is there; then there is nothing until that has come back."""
+
+    __slots__ = ("_at", "_level", "most")
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._level = float(most)
+        self._at = 0.0
+
+    def left(self, now: float) -> float:
+        """How much there is; below zero after more was taken."""
+        return min(self._level + (now - self._at) * self.most / 60.0, self.most)
+
+    def take(self, now: float, amount: float) -> None:
+        """Less than nothing gives back."""
+        self._level, self._at = self.left(now) - amount, now
+
+    def wait_s(self, now: float, wanted: float) -> int:
+        """After how many seconds there will be `wanted`: a whole number, 0 for none."""
+        missing = min(wanted, self.most) - self.left(now)
+        return max(0, math.ceil(missing * 60.0 / self.most))

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from parrot.protocol.api import CallAnswer, CallReport, ParamInfo, SessionReport, TaskReport, Usage
 from parrot.protocol.errors import ErrorInfo
 from parrot.serve import events as ev
 from parrot.serve.graph import Call
 from parrot.serve.sessions import Session
 from parrot.serve.variables import Variable
+
+# By names of this module's own that never change: the compiled module need not look them up.
+_INPUT: Final = ev.Input
+_OUTPUT: Final = ev.Output
+_CALL_ANSWER: Final = CallAnswer
+_PARAM_INFO: Final = ParamInfo
 
 
 def input_failed(variable: Variable, error: ErrorInfo) -> ErrorInfo:
@@ -22,14 +30,18 @@ def call_answer(call: Call) -> CallAnswer:
     infos: list[ParamInfo] = []
     for place, variable in enumerate(call.variables):
         segment = call.segments[place]
-        if variable is not None and type(segment) is not ev.Constant:
+        if variable is not None and (type(segment) is _INPUT or type(segment) is _OUTPUT):
             name = segment.name
-            is_output = type(segment) is ev.Output
-            infos.append(ParamInfo(name, name, is_output, variable.name, variable.id, "", call.func_name))
-    return CallAnswer(call.number, call.session.id, tuple(infos))
+            is_output = type(segment) is _OUTPUT
+            infos.append(_PARAM_INFO(name, name, is_output, variable.name, variable.id, "", call.func_name))
+    return _CALL_ANSWER(call.number, call.session.id, tuple(infos))
 
 
-def session_report(session: Session, now: float, calls: bool) -> SessionReport:
+def session_report(session: Session, now: float, calls: bool, numbers: tuple[int, ...] | None = None) -> SessionReport:
+    """`calls`: with reports of its calls, of those with these `numbers` when they are given (unknown ones are left out)."""
+    reported = session.calls
+    if numbers is not None:
+        reported = [reported[number] for number in numbers if 0 <= number < len(reported)]
     call_states: dict[str, int] = {}
     for call in session.calls:
         state = call.state
@@ -45,7 +57,7 @@ def session_report(session: Session, now: float, calls: bool) -> SessionReport:
         age_s=now - session.opened_s,
         idle_s=0.0 if session.busy else now - session.last_access_s,
         usage=_usage(session),
-        reports=tuple(call_report(call) for call in session.calls) if calls else None,
+        reports=tuple(call_report(call) for call in reported) if calls else None,
     )
 
 
@@ -82,6 +94,7 @@ def call_report(call: Call) -> CallReport:
             decode_s=task.decode_s,
             max_gap_s=task.max_gap_s,
             cost=task.cost,
+            reason=task.reason,
         )
         for task in call.tasks
     )

@@ -9,33 +9,40 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Final
 
 from parrot.protocol.engine import EngineDescription
 from parrot.protocol.errors import ErrorInfo
 from parrot.serve.claims import Claims
 from parrot.serve.config import ServeCoreConfig
+from parrot.serve.containment import ContainedPolicy
 from parrot.serve.contexts import Context, PrefixStore
 from parrot.serve.effects import Abort, AnyEffect, ChainLink, Dispatch, FreeContexts, TaskEnded
 from parrot.serve.engines import Engine, Engines, Lane
 from parrot.serve.events import Constant, Content, TaskFailed, TaskFinished
 from parrot.serve.explanations import Explanations
-from parrot.serve.fault import Fault, PolicyFault
+from parrot.serve.fault import Fault
 from parrot.serve.graph import Task, chain_of
 from parrot.serve.pauses import Pauses
 from parrot.serve.policies import build_policy
-from parrot.serve.policies.base import Cluster, Placement, admits, length_of, prompt_tokens, too_large
-from parrot.serve.policies.least_loaded import LeastLoaded
-from parrot.serve.queue import LAST, TaskQueue
+from parrot.serve.policies.base import Cluster, Placement, Policy, admits, length_of, prompt_tokens, too_large
+from parrot.serve.queue import TaskQueue
 from parrot.serve.rates import DrainRate
 from parrot.serve.service import Service
 from parrot.serve.sessions import Session
 from parrot.serve.states import IN_FLIGHT, TASK
 from parrot.serve.tenants import Tenant, Tenants
 
-MOST_MESSAGE = 200  #: characters that are kept of what a policy's error says
-_NO_MORE: Final = object()  #: what a policy's placements end with
+# By names of this module's own that never change: the compiled module need not look them up.
+_CHAIN_LINK: Final = ChainLink
+_CONSTANT: Final = Constant
+_DISPATCH: Final = Dispatch
+_TASK_ENDED: Final = TaskEnded
+_ENQUEUE: Final = TASK.of("enqueue")
+_PLACE: Final = TASK.of("place")
+_START: Final = TASK.of("start")
+_FINISH: Final = TASK.of("finish")
 
 
 class Scheduler:
@@ -51,25 +58,23 @@ class Scheduler:
     ) -> None:
         self._config = config.global_scheduler
         self.epoch = epoch
-        self._effects = effects
+        self.effects = effects  #: where what is to be done goes
         self._finished = finished
         self._failed = failed
         self.engines = Engines()
         self.prefixes = PrefixStore(config.constant_prefix_var_timeout)
-        self.policy = build_policy(config.global_scheduler)
-        self.queue = TaskQueue(self._order, self.policy.uses_prefix_groups, self.policy.share_by)
-        self.service = Service() if getattr(self.policy, "uses_service", False) else None
+        self.faults: list[Fault] = []
+        policy = build_policy(config.global_scheduler)
+        self._contained = ContainedPolicy(policy, self._config.policy, self.faults)
+        self.queue = TaskQueue(self._contained.order, policy.uses_prefix_groups, policy.share_by)
+        self.service = Service() if getattr(policy, "uses_service", False) else None
         self.tenants = Tenants(config.tenants)
         self.cluster = Cluster(self.engines, self.tenants, self.service)
         if self.service is not None:
-            self.policy.attach(self.cluster)  # type: ignore[attr-defined]  # only those that use it need have it
+            policy.attach(self.cluster)  # type: ignore[attr-defined]  # only those that use it need have it
         kept = self._config.explain_placements
         self.explanations = Explanations(kept, self._config.policy) if kept else None
         self.cluster.explaining = kept > 0
-        self.policy_errors: dict[str, int] = {}  # what the policy did wrong -> how often
-        self._policy_messages: dict[str, str] = {}  # and what its first error of the kind said
-        self.faults: list[Fault] = []
-        self._fallback = LeastLoaded({}, None)  # type: ignore[arg-type]
         self.changed = False  # whether the policy has anything new to act on
         self.event = 0  # the place in its instant of the event that is being handled
         self._sequence = 0
@@ -77,7 +82,7 @@ class Scheduler:
         self._pauses = Pauses(self.engines.live)
         self._drain = DrainRate()
         patience = self._config.patience
-        in_order = getattr(self.policy, "in_order", False)
+        in_order = getattr(policy, "in_order", False)
         self.claims = None if patience is None else Claims(self.engines, patience, self._first_of, in_order)
         self.freed: dict[int, list[int]] = {}  # engine id -> contexts to be freed with this instant
 
@@ -98,10 +103,11 @@ class Scheduler:
             self._sequence += 1
             task.sequence = self._sequence
             task.ready_s = now
-            task.state = TASK[task.state, "enqueue"]
+            task.state = _ENQUEUE[task.state]
             if self.service is not None:
                 self.service.queued(task)
         if self.tenants.limiting:
+            call.session.account.charge(task, now)
             self._line_up(task)
         else:
             self.queue.add(task)
@@ -116,6 +122,8 @@ class Scheduler:
         if task.state == "queued":
             self._leave_queue(task, now)
             self.changed = True  # it may have held others back
+            if task.charged:
+                task.call.session.account.settle(task, 0, now)
         else:
             self._abort(task, now)
         task.state = TASK[task.state, "cancel"]
@@ -131,16 +139,18 @@ class Scheduler:
         """Gives up the attempt, if one is in flight."""
         if task.state in IN_FLIGHT:
             assert task.engine is not None
-            self._effects.append(Abort(task.engine.id, self.epoch, task.id, task.attempt))
+            self.effects.append(Abort(task.engine.id, self.epoch, task.id, task.attempt))
             if self.service is not None:
                 self.service.cancelled(task)
+            if task.charged:  # what it has generated was perhaps read
+                task.call.session.account.settle(task, task.charged, now)
             self._release(task, now)
 
     def reorder(self, task: Task) -> None:
         """The task's depth or deadline has changed while it waits in the queue."""
         if not task.held:
             self.queue.reorder(task)
-        elif (order := self._order(task)) != task.order:
+        elif (order := self._contained.order(task)) != task.order:
             self.tenants.drop(task)
             task.order = order
             self.tenants.hold(task)
@@ -162,7 +172,7 @@ class Scheduler:
         if task.granted or (not account.held and account.grant(task)):
             self.queue.add(task)
             return
-        task.order = self._order(task)
+        task.order = self._contained.order(task)
         self.tenants.hold(task)
         self._let_in(account)
 
@@ -218,15 +228,29 @@ class Scheduler:
     def _end_failed(self, task: Task, error: ErrorInfo, now: float) -> None:
         task.state = TASK[task.state, "fail"]
         task.finished_s = now
+        if task.charged:
+            task.call.session.account.settle(task, 0, now)
         self._forget(task)
-        self._effects.append(TaskEnded(task.id, task.attempt, task.output.id, error, self.event))
+        self.effects.append(TaskEnded(task.id, task.attempt, task.output.id, error, self.event))
         self._failed(task, error, now)
 
     # ------------------------------------------------------------------------------------------- placement
 
+    @property
+    def policy(self) -> Policy:
+        """Who decides. Another may stand in its place, which answers as it does."""
+        return self._contained.policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        self._contained.policy = policy
+
+    def describe_policy_errors(self) -> dict[str, int]:
+        """What the policy did wrong, in words, and how often."""
+        return self._contained.describe_errors()
+
     def place(self, now: float) -> None:
-        """Asks the policy; to be called when `changed`. A policy that raises or answers nonsense is contained: the task that
-        it failed on is placed by `least_loaded`, and it is asked again for the others."""
+        """Asks the policy; to be called when `changed`."""
         self.changed = False
         claims = self.claims
         if claims is not None:
@@ -234,9 +258,9 @@ class Scheduler:
             claims.reopened = False
         if not self.queue.size or not self.engines.live:
             return
-        self._ask_policy(now)
+        self._contained.place(self.queue, self.cluster, now, self._dispatch)
         while claims is not None and self.queue.size and self._serve_claims(claims, now):
-            self._ask_policy(now)
+            self._contained.place(self.queue, self.cluster, now, self._dispatch)
         if self.queue.size:
             self._drain.note(now, self._sequence - self.waiting)
 
@@ -251,91 +275,15 @@ class Scheduler:
         return reopened
 
     def _first_of(self, lane: Lane) -> Task | None:
-        """The task of the lane that the policy would place next."""
-        first = getattr(self.policy, "first", None)
-        if first is None:
-            return self.queue.head(lane)
-        try:
-            task = first(self.queue, lane)
-        except Exception as error:  # a third party's policy may raise anything
-            self._policy_failed(error)
-            return self.queue.head(lane)
-        known = isinstance(task, Task) and task.in_queue and task.call.lane is lane
-        return task if known else None
-
-    def _ask_policy(self, now: float) -> None:
-        self.cluster.forget()
-        placements: Iterator[Placement] | None = None
-        while True:
-            placement: Any = None
-            try:
-                if placements is None:
-                    placements = iter(self.policy.place(self.queue, self.cluster, now))
-                placement = next(placements, _NO_MORE)
-                if placement is _NO_MORE:
-                    return
-                self._check(placement)
-            except Exception as error:  # a third party's policy may raise anything
-                self._policy_failed(error)
-                placements = None
-                if not self._place_in_its_stead(placement, now):
-                    break
-            else:
-                self._dispatch(placement, now)
-
-    def _place_in_its_stead(self, failed: Placement | None, now: float) -> bool:
-        """Places the task of a refused placement, or the first one that has room. False when there is none."""
-        tasks = [self.queue.head(lane) for lane in self.queue.lanes()]
-        wrong = failed.task if isinstance(failed, Placement) else None
-        if isinstance(wrong, Task) and wrong.in_queue:
-            tasks.insert(0, wrong)
-        self.cluster.forget()
-        for task in tasks:
-            if task is not None:
-                for placement in self._fallback.choose(task, self.queue, self.cluster):
-                    self._dispatch(placement, now, fallback=True)
-                    return True
-        return False
-
-    def _order(self, task: Task) -> Any:
-        """The policy's key of a task; one for which it has none goes last."""
-        try:
-            return self.policy.order(task)
-        except Exception as error:
-            self._policy_failed(error)
-            return LAST
-
-    def _policy_failed(self, error: Exception) -> None:
-        """Counted each time, told once."""
-        kind = f"{type(error).__name__} in policy {self._config.policy!r}"
-        self.policy_errors[kind] = self.policy_errors.get(kind, 0) + 1
-        if self.policy_errors[kind] == 1:
-            self._policy_messages[kind] = _said(error)[:MOST_MESSAGE]
-            what = f"policy {self._config.policy!r} failed; least_loaded places in its stead"
-            self.faults.append(PolicyFault(what, error))
-
-    def describe_policy_errors(self) -> dict[str, int]:
-        """What the policy did wrong, in words, and how often: a line a kind, with the first message of that kind."""
-        return {f"{kind}: {self._policy_messages[kind]}": count for kind, count in self.policy_errors.items()}
-
-    def _check(self, placement: Placement) -> None:
-        if not isinstance(placement, Placement):
-            raise TypeError(f"yielded a {type(placement).__name__} where a Placement is wanted")
-        task, engine = placement.task, placement.engine
-        if not task.in_queue:
-            raise ValueError(f"placed task {task.id}, which is {'held' if task.held else task.state}")
-        if engine.state != "live" or engine.id not in task.call.lane.engines:
-            where = f"engine {engine.id}, which is {engine.state}, for {task.call.lane.describe()}"
-            raise ValueError(f"placed task {task.id} on {where}; only live engines of its lane take it")
-        if not self.cluster.still_fits(task, engine):
-            raise ValueError(f"placed task {task.id} on engine {engine.name!r} over its capacity")
+        return self._contained.first(self.queue, lane)
 
     def _dispatch(self, placement: Placement, now: float, fallback: bool = False) -> None:
         task, engine = placement.task, placement.engine
+        self.cluster.forget()
         if self.explanations is not None:
             self.explanations.add(placement, task.attempt + 1, now, self.queue.size, fallback)
         self._leave_queue(task, now)
-        task.state = TASK[task.state, "place"]
+        task.state = _PLACE[task.state]
         task.attempt += 1
         task.tries += 1
         task.engine = engine
@@ -347,7 +295,7 @@ class Scheduler:
         engine.contexts[generate.id] = generate
         assert task.contexts is not None
         task.contexts.append(generate)
-        task.reserved = new_tokens + task.sampling.max_gen_length
+        task.reserved = new_tokens + task.max_gen_length
         engine.tasks[task] = None
         engine.reserved += task.reserved
         engine.prompt_tokens += task.placed_tokens
@@ -358,18 +306,20 @@ class Scheduler:
         if self.service is not None:
             self.service.placed(task, engine, new_tokens, now)
         self.engines.load_changed(engine)
-        self._effects.append(
-            Dispatch(
-                engine_id=engine.id,
-                epoch=self.epoch,
-                task=task.id,
-                attempt=task.attempt,
-                chain=chain,
-                parent=parent,
-                cached_links=cached_links,
-                generate_context_id=generate.id,
-                sampling=task.sampling,
-                output_var=task.output.id,
+        # by place: a name would cost as much as its value
+        self.effects.append(
+            _DISPATCH(
+                engine.id,
+                self.epoch,
+                task.id,
+                task.attempt,
+                chain,
+                parent,
+                cached_links,
+                generate.id,
+                task.sampling,
+                task.output.id,
+                _roles(task),
             )
         )
 
@@ -378,12 +328,12 @@ class Scheduler:
         of links behind that hint, and the tokens that no context holds yet."""
         assert task.path is not None
         assert task.links is not None
-        tokenizer = engine.description.tokenizer
+        tokenizer = engine.tokenizer
         chain: list[ChainLink] = []
         contexts: list[Context] = []
         new_tokens, whole, parent, cached_links = 0, 0, -1, 0
         engine_id, prefixes = engine.id, self.prefixes
-        bos_tokens = engine.description.bos_tokens
+        bos_tokens = engine.bos_tokens
         for depth, node in enumerate(task.path):
             link = task.links[depth]
             contents = link.contents
@@ -403,7 +353,7 @@ class Scheduler:
             contexts.append(context)
             whole += context.tokens
             keys = (contents[0].key,) if len(contents) == 1 else tuple([c.key for c in contents])
-            chain.append(ChainLink(context.id, keys, context.tokens, link.output))
+            chain.append(_CHAIN_LINK(context.id, keys, context.tokens, link.output))
         task.contexts = contexts
         task.placed_tokens = whole
         return tuple(chain), parent, cached_links, new_tokens
@@ -481,20 +431,20 @@ class Scheduler:
 
     def started(self, task: Task, cached_tokens: int, now: float) -> None:
         if task.state == "dispatched":
-            task.state = TASK[task.state, "start"]
+            task.state = _START[task.state]
             task.started_s = now
             task.cached_tokens = cached_tokens
 
     def first_token(self, task: Task, now: float) -> None:
         """Its whole prompt is computed: its contexts are there for others to continue."""
         if task.state == "dispatched":
-            task.state = TASK[task.state, "start"]
+            task.state = _START[task.state]
             task.started_s = now
         if task.first_token_s is None:
             task.first_token_s = now
             engine = task.engine
             assert engine is not None
-            engine.prefill_tokens -= task.reserved - task.sampling.max_gen_length
+            engine.prefill_tokens -= task.reserved - task.max_gen_length
             self.engines.load_changed(engine)
             for context in task.contexts or ():
                 context.filled = True
@@ -509,17 +459,18 @@ class Scheduler:
             context.filled = True  # what was evicted since the first token is computed again
         engine.failures = 0
         generated = contexts[-1]
-        generated.tokens = event.output_tokens
-        engine.cached_tokens += event.output_tokens
+        output_tokens = event.output_tokens
+        generated.tokens = output_tokens
+        engine.cached_tokens += output_tokens
         generated.filled = True
-        if event.output_tokens == 0 or not self.prefixes.attach_output(
+        if output_tokens == 0 or not self.prefixes.attach_output(
             generated, path[-1] if path else None, event.content.key, task.call.session.domain
         ):
             self._free(generated)
         if self.service is not None:
-            self.service.finished(task, event.output_tokens, now)
+            self.service.finished(task, output_tokens, now)
         self._release(task, now)
-        task.state = TASK[task.state, "finish"]
+        task.state = _FINISH[task.state]
         self.changed = self.changed or self.queue.size > 0
         self._end_finished(task, event, now)
 
@@ -538,9 +489,12 @@ class Scheduler:
         task.output_tokens = event.output_tokens
         task.decode_s, task.max_gap_s = event.decode_s, event.max_gap_s
         task.cost = event.cost
+        task.reason = event.reason
         task.finished_s = now
+        if task.charged:
+            task.call.session.account.settle(task, event.prompt_tokens + event.output_tokens, now)
         self._forget(task)
-        self._effects.append(TaskEnded(task.id, task.attempt, task.output.id, None, self.event))
+        self.effects.append(_TASK_ENDED(task.id, task.attempt, task.output.id, None, self.event))
         self._finished(task, event.content, now)
 
     def fail(self, task: Task, event: TaskFailed, now: float) -> None:
@@ -614,17 +568,17 @@ class Scheduler:
         engine.reserved -= task.reserved
         engine.prompt_tokens -= task.placed_tokens
         if task.first_token_s is None:
-            engine.prefill_tokens -= task.reserved - task.sampling.max_gen_length
+            engine.prefill_tokens -= task.reserved - task.max_gen_length
         engine.latency_tasks -= task.counted_latency
         if self.service is not None:
             self.service.left(task)
         if self.queue.size:
             self.changed = True
-        release = self.prefixes.release
+        prefixes = self.prefixes
         for context in reversed(contexts):
             if context.state == "gone":
                 continue
-            release(context, now)
+            prefixes.release(context, now)
             if context.tasks == 0 and (context.node is None or not context.filled) and engine.state != "lost":
                 self._free(context)
         self.engines.load_changed(engine, more_room)
@@ -654,7 +608,7 @@ class Scheduler:
         """One effect an engine for all that was freed in this instant."""
         for engine_id, ids in self.freed.items():
             if engine_id in self.engines.live:
-                self._effects.append(FreeContexts(engine_id, tuple(ids)))
+                self.effects.append(FreeContexts(engine_id, tuple(ids)))
         self.freed.clear()
 
     # ------------------------------------------------------------------------------------------- time
@@ -715,12 +669,13 @@ class Scheduler:
             self._stranded[task] = now + self._config.engine_wait_timeout
 
 
-def _said(error: Exception) -> str:
-    """What it says, where even that may fail."""
-    try:
-        return str(error)
-    except Exception:
-        return "(its message cannot be read)"
+def _roles(task: Task) -> tuple[str, ...]:
+    """Of the links of its chain; () where none has one."""
+    links = task.links or ()
+    for link in links:
+        if link.role:
+            return tuple([link.role for link in links])
+    return ()
 
 
 def _head_is_common(task: Task) -> bool:
@@ -730,4 +685,4 @@ def _head_is_common(task: Task) -> bool:
     if not call.cache_prefix or call.fuse_fill:
         return False
     first = call.segments[0]
-    return type(first) is Constant and bool(task.links) and task.links[0].contents[0] is first.content  # type: ignore[index]
+    return type(first) is _CONSTANT and bool(task.links) and task.links[0].contents[0] is first.content  # type: ignore[index]

@@ -18,21 +18,28 @@ from aiohttp import web
 from parrot.configuration import ConfigurationError
 from parrot.protocol.errors import ErrorInfo
 from parrot.serve.api_routes import ApiRoutes
+from parrot.serve.asking import Stores
 from parrot.serve.config import ServeCoreConfig
+from parrot.serve.connections import HttpServer, Limits
 from parrot.serve.core import ServeCore
+from parrot.serve.cors import Cors
 from parrot.serve.credentials import Credentials
 from parrot.serve.debug_routes import DebugRoutes
 from parrot.serve.engine_links import EngineLinks
 from parrot.serve.engine_routes import EngineRoutes
 from parrot.serve.events import Restarted
+from parrot.serve.keys import Keys
 from parrot.serve.ledger import Ledger, Past
+from parrot.serve.openai_routes import OpenAIRoutes
 from parrot.serve.recovery import RecoveryError, recover, restore
 from parrot.serve.routing import Routes
+from parrot.serve.served_models import ServedModels
 from parrot.serve.shell import Shell
 from parrot.serve.streams import OutputStreams
 from parrot.serve.texts import Texts
 from parrot.serve.tokenization import Tokenization, Tokenizer
-from parrot.serve.wire import answer, refusal
+from parrot.serve.wire import answer
+from parrot.tls import client_context, server_context
 
 if TYPE_CHECKING:
     from parrot.serve.journal import Journal
@@ -58,6 +65,10 @@ class Server:
 
     def __init__(self, config: ServeCoreConfig, *, load: Callable[[str], Tokenizer] = load_tokenizer) -> None:
         self._config = config
+        keys = Keys(config.tenants)
+        self._cors = Cors(config.cors_origins)
+        self._tls = server_context(config.ssl_certfile, config.ssl_keyfile)
+        trust = None if config.engine_ca_file is None else client_context(config.engine_ca_file, "engine_ca_file")
         texts = Texts()
         streams = OutputStreams()
         self._journal, past = _open_journal(config)
@@ -72,7 +83,7 @@ class Server:
             raise
         self._tokenization = Tokenization(texts, load)
         self.links = EngineLinks(
-            texts, self._tokenization, streams, config.engine_heartbeat_timeout, config.engine_stall_timeout
+            texts, self._tokenization, streams, config.engine_heartbeat_timeout, config.engine_stall_timeout, trust
         )
         ledger = Ledger(config.journal_mode, texts, past) if self._journal is not None else None
         self.shell = Shell(self.core, self.links, self._journal, ledger, past.now)
@@ -83,11 +94,16 @@ class Server:
             _log.info(
                 "life %d goes on with %d sessions, %d tasks in the queue", self.core.epoch, counts["sessions"], counts["queue"]
             )
-        api = ApiRoutes(self.shell, self.core.models, texts, self._tokenization, streams, credentials)
+        wait_s = config.reader_timeout
+        tools = (texts, self._tokenization, streams, credentials)
+        api = ApiRoutes(self.shell, self.core.models, *tools, keys=keys, reader_timeout_s=wait_s)
+        stores = Stores(self.shell, texts, streams, credentials)
+        served = ServedModels(lambda: self.core.engines, self._tokenization)
+        openai = OpenAIRoutes(stores, served, self.core.models, self._tokenization, keys, wait_s)
         engines = EngineRoutes(self.links, credentials)
         debug = DebugRoutes(self.core.placements, credentials)
         paths = {**api.paths(), **engines.paths(), **debug.paths(), "/health": {"GET": self._health}}
-        self._handle = Routes(paths).handle
+        self._routes = Routes(paths, openai.paths())
         self._runner: web.ServerRunner | None = None
 
     async def start(self) -> list[tuple[str, int]]:
@@ -97,18 +113,12 @@ class Server:
         except OSError as error:
             reason = error.strerror or str(error)
             raise ConfigurationError(f"cannot listen on {self._config.host}:{self._config.port}: {reason}") from error
-        loop = asyncio.get_running_loop()
-
-        def make(message, payload, protocol, writer, task):  # type: ignore[no-untyped-def]
-            limit = self._config.max_body_bytes
-            return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=limit)
-
-        # The low-level server: a third less work a request than an Application, whose routing is not needed here.
-        server = _HttpServer(self._handle, request_factory=make, handler_cancellation=True, access_log=None)
-        self._runner = web.ServerRunner(server, shutdown_timeout=_STOP_S)
+        config = self._config
+        limits = Limits(config.header_timeout, config.body_timeout, config.max_body_bytes, self._cors)
+        self._runner = web.ServerRunner(HttpServer(self._handle, limits), shutdown_timeout=_STOP_S)
         await self._runner.setup()
         for each in sockets:
-            await web.SockSite(self._runner, each, backlog=1024).start()
+            await web.SockSite(self._runner, each, backlog=1024, ssl_context=self._tls).start()
         return [each.getsockname()[:2] for each in sockets]
 
     async def stop(self) -> None:
@@ -124,6 +134,28 @@ class Server:
         self._tokenization.close()
         if self._journal is not None:
             self._journal.close()
+
+    @property
+    def scheme(self) -> str:
+        """http, or https where it shows a certificate."""
+        return "http" if self._tls is None else "https"
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Every request comes through here."""
+        preflight = self._cors.preflight(request)
+        if preflight is not None:
+            return preflight
+        limit_s = self._config.request_timeout
+        if limit_s is None:
+            return await self._routes.handle(request)
+        try:
+            async with asyncio.timeout(limit_s):
+                return await self._routes.handle(request)
+        except TimeoutError:
+            if request.writer.output_size > 0:  # a stream: all that is left is to break it
+                raise ConnectionResetError(f"the answer took more than {limit_s:g} s") from None
+            late = ErrorInfo("request_timeout", f"not answered within {limit_s:g} s, the server's request_timeout")
+            return self._routes.refuse(request, late)
 
     async def _health(self, request: web.BaseRequest, _: str, query: str) -> web.StreamResponse:
         """GET /health: for scripts that wait for the cluster."""
@@ -156,27 +188,6 @@ def _recovered(config: ServeCoreConfig, past: Past, texts: Texts, streams: Outpu
     finally:
         gc.enable()
     return core
-
-
-class _HttpServer(web.Server):
-    """aiohttp's low-level server, whose connections refuse as this server does."""
-
-    def __call__(self) -> web.RequestHandler:
-        return _Connection(self, loop=self._loop, **self._kwargs)
-
-
-class _Connection(web.RequestHandler):
-    """One client's connection: bytes that are no HTTP get an ErrorBody too, and leave no traceback in the log."""
-
-    def handle_error(
-        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
-    ) -> web.StreamResponse:
-        if status != 400 or request.writer.output_size > 0:
-            return super().handle_error(request, status, exc, message)
-        reason = (message or "").partition("\n")[0].rstrip(":") or "it cannot be read"
-        response = refusal(ErrorInfo("bad_request", f"this is no HTTP request: {reason}"))
-        response.force_close()
-        return response
 
 
 def _listen(host: str, port: int) -> list[socket.socket]:

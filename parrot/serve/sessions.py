@@ -16,23 +16,27 @@ from parrot.serve.variables import Variable
 
 class Session:
     """One session. `account`: what its tenant may have. `sequence`: the order of arrival. `domain`: whom it shares contexts
-    with.
+    with. `ephemeral`: it ends with the core's life at the latest.
 
     `unfinished` counts its tasks that have not ended, `waiting_gets` its pending gets: while `active` work or a get is
     there, it is not idle.
     """
 
     __slots__ = (
-        "account", "active", "answers", "auth", "calls", "contexts", "deadlines", "domain", "id", "last_access_s", "opened_s",
+        "account", "active", "answers", "auth", "calls", "contexts", "deadlines", "domain", "ephemeral", "id", "last_access_s",
+        "opened_s",
         "sequence", "stages", "state", "tenant", "top_rank", "unfinished", "variables", "waiting_gets", "watched",
     )  # fmt: skip
 
-    def __init__(self, id: int, auth: str, tenant: str, account: Tenant, sequence: int, now: float) -> None:
+    def __init__(
+        self, id: int, auth: str, tenant: str, account: Tenant, sequence: int, now: float, ephemeral: bool = False
+    ) -> None:
         self.id = id
         self.auth = auth
         self.tenant = tenant
         self.account = account
         self.sequence = sequence
+        self.ephemeral = ephemeral
         self.opened_s = now
         self.last_access_s = now
         self.state = "open"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from parrot.protocol.engine import GenerateSpec
+from parrot.protocol.engine import GenerateSpec, TokenLogprob
 
 
 class OutputStream:
@@ -18,6 +18,8 @@ class OutputStream:
     def __init__(self) -> None:
         self.text = ""
         self.ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []  #: one a token, where the output's sampling asks for them
+        self.told_logprobs = 0  #: how many of them are of tokens whose text is in `text`
         self.tokenizer: str | None = None  #: whose ids these are; None: whoever goes on, as after a restart
         self.shown = False  #: some of it went to a getter
         self.watchers = 0
@@ -27,11 +29,14 @@ class OutputStream:
         self.stored_text = 0
         self._on_change: list[Callable[[], None]] = []
 
-    def add(self, ids: tuple[int, ...], text: str) -> None:
+    def add(self, ids: tuple[int, ...], text: str, logprobs: tuple[TokenLogprob, ...] = ()) -> None:
         """The engine generated these."""
         self.ids.extend(ids)
+        if logprobs:
+            self.logprobs.extend(logprobs)
         if text:
             self.text += text
+            self.told_logprobs = len(self.logprobs)
             self.wake()
 
     def wake(self) -> None:
@@ -63,6 +68,7 @@ class OutputStreams:
         if not stream.shown:
             stream.text = ""
             stream.ids.clear()
+            stream.logprobs.clear()
         return stream
 
     def watch(self, session_id: int, var_id: str) -> OutputStream:

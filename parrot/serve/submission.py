@@ -5,7 +5,7 @@ It decides nothing about when the call runs. The template's own rules are checke
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, Protocol
 
 from parrot.protocol.errors import ParrotError
 from parrot.serve import events as ev
@@ -14,6 +14,11 @@ from parrot.serve.graph import depends_on
 from parrot.serve.sessions import Session
 from parrot.serve.states import VARIABLE
 from parrot.serve.variables import Variable
+
+# By names of this module's own that never change: the compiled module need not look up what each segment is.
+_INPUT: Final = ev.Input
+_OUTPUT: Final = ev.Output
+_SET: Final = VARIABLE.of("set")
 
 
 class Room(Protocol):
@@ -28,12 +33,13 @@ class Room(Protocol):
 def check_form(event: ev.SubmitCall) -> int:
     """How many outputs the call has. Raises bad_template."""
     outputs = 0
-    for segment in event.segments:
-        if type(segment) is ev.Output:
+    segments = event.segments
+    for segment in segments:
+        if type(segment) is _OUTPUT:
             outputs += 1
     if not outputs:
         raise ParrotError("bad_template", "the call has no output")
-    if type(event.segments[0]) is ev.Output:
+    if type(segments[0]) is _OUTPUT:
         raise ParrotError("bad_template", "the call has an output before any text")
     return outputs
 
@@ -66,10 +72,10 @@ def check_variables(session: Session, event: ev.SubmitCall) -> None:
     outputs: dict[Variable, int] = {}  # the number of the task that writes it
     number = 0
     for segment in event.segments:
-        if type(segment) is ev.Input:
+        if type(segment) is _INPUT:
             if segment.var_id is not None:
                 inputs.append((number, session.variable(segment.var_id)))
-        elif type(segment) is ev.Output:
+        elif type(segment) is _OUTPUT:
             if segment.var_id is not None:
                 variable = session.variable(segment.var_id)
                 if variable.state != "empty" or variable in outputs:
@@ -88,7 +94,7 @@ def check_variables(session: Session, event: ev.SubmitCall) -> None:
         return
     for reader in dict.fromkeys(number for number, _ in inputs):
         targets = {variable for variable, writer in outputs.items() if writer >= reader}
-        if targets and depends_on((variable for number, variable in inputs if number == reader), targets):
+        if targets and depends_on([variable for number, variable in inputs if number == reader], targets):
             raise ParrotError("cyclic_dependency", f"call {event.func_name!r} would wait for its own output")
 
 
@@ -97,17 +103,18 @@ def bind(session: Session, event: ev.SubmitCall) -> tuple[Variable | None, ...]:
     bound: list[Variable | None] = []
     values: dict[str, Variable] = {}
     for segment in event.segments:
-        if type(segment) is ev.Constant:
-            bound.append(None)
-            continue
-        if segment.var_id is not None:
-            variable = session.variables[segment.var_id]
-        elif segment.name in values:
-            variable = values[segment.name]
+        if type(segment) is _INPUT or type(segment) is _OUTPUT:
+            var_id, name = segment.var_id, segment.name
+            if var_id is not None:
+                variable = session.variables[var_id]
+            elif name in values:
+                variable = values[name]
+            else:
+                variable = values[name] = session.new_variable(name)
+                if type(segment) is _INPUT:
+                    variable.state = _SET[variable.state]
+                    variable.content = segment.value
+            bound.append(variable)
         else:
-            variable = values[segment.name] = session.new_variable(segment.name)
-            if type(segment) is ev.Input:
-                variable.state = VARIABLE[variable.state, "set"]
-                variable.content = segment.value
-        bound.append(variable)
+            bound.append(None)
     return tuple(bound)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import isfinite
+from typing import Any
 
 import msgspec
 
@@ -49,6 +50,7 @@ _OF_THE_ENGINE = ("unavailable", "conflict", "cancelled")
 
 #: The longest line that is taken in. A million tokens with their text are some 20 MB.
 MAX_LINE_BYTES = 64 * 1024 * 1024
+_MAX_REASON = 100  # characters
 _MAX_MESSAGE = 2000  # characters of an engine's error message
 
 
@@ -80,6 +82,7 @@ class TaskStream:
         self._parts: list[bytes] = []  # of a line whose end has not come
         self._parts_bytes = 0
         self._forced: tuple[int, ...] = ()  # ids that the output must begin with
+        self._most_tokens = effect.sampling.max_gen_length
         self._has_token = False
         self.ended = False
         self.spoilt = False
@@ -96,7 +99,10 @@ class TaskStream:
             self._translate_shown()
         generate = continued(GenerateSpec(effect.generate_context_id, effect.sampling), self._output)
         self._forced = generate.forced_ids
-        chain = tuple(self._fill(link, index == 0) for index, link in enumerate(effect.chain))
+        # What was shown may be more tokens here than where it was generated.
+        self._most_tokens = max(self._most_tokens, len(self._forced))
+        roles = effect.roles or ("",) * len(effect.chain)
+        chain = tuple(self._fill(link, roles[index], index == 0) for index, link in enumerate(effect.chain))
         task = (effect.engine_id, effect.epoch, effect.task, effect.attempt)
         return _ENCODER.encode(TaskRequest(*task, chain, generate, effect.parent, self._instance))
 
@@ -108,14 +114,14 @@ class TaskStream:
             output.stored_ids = len(output.ids)
         output.tokenizer = name
 
-    def _fill(self, link: ChainLink, is_head: bool) -> FillSpec:
-        if self._takes_text:
-            text = "".join(map(self._texts.text, link.keys))
-            return FillSpec(link.context_id, text=text, output=link.output)
+    def _fill(self, link: ChainLink, role: str, is_head: bool) -> FillSpec:
+        text = "".join(map(self._texts.text, link.keys)) if self._takes_text else None
+        if self._takes_text and not self._engine.takes_token_ids:
+            return FillSpec(link.context_id, text=text, output=link.output, role=role)
         name = self._engine.tokenizer
         head = self._tokenization.bos_id(name) if is_head and self._engine.bos_tokens else None
-        ids = self._texts.ids(link.keys, name, head)
-        return FillSpec(link.context_id, ids, output=link.output)  # type: ignore[arg-type]  # encoded already
+        ids: Any = self._texts.ids(link.keys, name, head)  # encoded already
+        return FillSpec(link.context_id, ids, text, link.output, role if self._takes_text else "")
 
     # --------------------------------------------------------------------------------------------------- the answer
 
@@ -167,7 +173,7 @@ class TaskStream:
         if isinstance(event, Tokens):
             self._check_tokens(event)
             self._first_token()
-            self._output.add(event.ids, event.text)
+            self._output.add(event.ids, event.text, event.logprobs)
         elif isinstance(event, Started):
             if event.cached_tokens < 0:
                 raise Nonsense(f"{event.cached_tokens} cached tokens")
@@ -192,17 +198,16 @@ class TaskStream:
         """Whether this engine knows texts alone, and no ids."""
         return self._engine.engine_type == "openai"
 
-    @property
-    def _most_tokens(self) -> int:
-        # What was shown may be more tokens here than where it was generated.
-        return max(self._effect.sampling.max_gen_length, len(self._forced))
-
     def _check_tokens(self, event: Tokens) -> None:
         most, count = self._most_tokens, len(self._output.ids) + len(event.ids)
         if count > most:
             raise Nonsense(f"{count} tokens, where max_gen_length is {most}")
         if event.ids and min(event.ids) < 0:
             raise Nonsense(f"token id {min(event.ids)}")
+        if event.logprobs and len(event.logprobs) != len(event.ids) and not self._takes_text:
+            raise Nonsense(f"{len(event.logprobs)} log-probabilities of {len(event.ids)} tokens")
+        if len(self._output.logprobs) + len(event.logprobs) > most:
+            raise Nonsense(f"more than {most} log-probabilities, where max_gen_length is {most}")
         if len(self._output.text) + len(event.text) > MAX_LINE_BYTES:
             raise Nonsense(f"a text of more than {MAX_LINE_BYTES} characters")
 
@@ -235,7 +240,10 @@ class TaskStream:
         if event.ids:
             self._first_token()
         session_id = self._effect.task.session_id
-        if self._takes_text:
+        if not self._takes_text:
+            del self._output.logprobs[len(event.ids) :]  # of tokens that the stop took away
+        self._output.told_logprobs = len(self._output.logprobs)
+        if self._takes_text and not event.ids:
             (piece,) = await self._tokenization.pieces([event.text])
         else:
             piece = await self._tokenization.output(self._engine.tokenizer, event.text, event.ids)
@@ -250,6 +258,7 @@ class TaskStream:
                 event.decode_s,
                 event.max_gap_s,
                 event.cost,
+                event.reason[:_MAX_REASON],
             )
         )
         self.ended = True

@@ -78,12 +78,19 @@ class Texts:
         self._sessions.setdefault(session_id, {})
 
     def end(self, session_id: int) -> list[str]:
-        """Drops what only this session named, and returns those keys, with those that the journal still has though nobody
-        names them. An unknown session holds nothing."""
-        dropped = [key for key in self._sessions.pop(session_id, ()) if self._drop(key)]
-        dropped.extend(self._left)
+        """Drops what only this session named, and returns the keys that the journal has though nobody names them any more. An
+        unknown session holds nothing."""
+        self.abandon(session_id)
+        dropped = list(self._left)
         self._left.clear()
         return dropped
+
+    def abandon(self, session_id: int) -> None:
+        """Takes back an `open`: the core refused the session. What only it named goes."""
+        for key in self._sessions.pop(session_id, ()):
+            stored = self._pieces[key].stored
+            if self._drop(key) and stored:
+                self._left[key] = None
 
     def find(self, key: str) -> Piece | None:
         """The stored piece of `key`."""

@@ -7,7 +7,7 @@ lets a text reach the core without a length under a tokenizer that the core has 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from typing import Protocol
@@ -22,7 +22,7 @@ INLINE_CHARACTERS_SYNTHETIC = 8_000
 
 
 class Tokenizer(Protocol):
-    """What the shell needs of a tokenizer. `encode` adds no special tokens."""
+    """What this needs of a tokenizer. `encode` adds no special tokens."""
 
     @property
     def bos_id(self) -> int | None: ...
@@ -61,14 +61,22 @@ class Tokenization:
         """The id that stands at the head of a chain under this live tokenizer, if it has one."""
         return self._live[name].tokenizer.bos_id
 
+    def tokenizer(self, name: str) -> Tokenizer:
+        """This live tokenizer. A thread may be encoding with it: to be used for what is short."""
+        return self._live[name].tokenizer
+
     def encode(self, name: str, text: str) -> list[int]:
         """The ids of `text` under this live tokenizer, at once: for what is short, or rare."""
         return self._live[name].encode(text)
 
-    async def pieces(self, texts: Sequence[str]) -> list[Piece]:
-        """`texts` with ids under every tokenizer that is live when this returns."""
+    async def pieces(self, texts: Sequence[str], given: Mapping[int, tuple[str, Sequence[int]]] | None = None) -> list[Piece]:
+        """`texts` with ids under every tokenizer that is live when this returns. `given`: of some of them, by place, the
+        tokenizer and the ids that a client gave, which are kept."""
         pieces = []
-        for text in texts:
+        for place, text in enumerate(texts):
+            if given and place in given:
+                pieces.append(await self.output(given[place][0], text, given[place][1]))
+                continue
             key = content_key(text)
             pieces.append(self._texts.find(key) or Piece(key, text))
         await self._complete(pieces)

@@ -14,6 +14,8 @@ import msgspec
 from aiohttp import web
 
 from parrot.protocol.errors import ErrorBody, ErrorInfo, ParrotError
+from parrot.protocol.openai import OpenAIErrorBody
+from parrot.protocol.openai_errors import refusal_of
 
 T = TypeVar("T")
 
@@ -39,6 +41,22 @@ def refusal(error: ErrorInfo) -> web.Response:
     elif error.retryable and error.status in (429, 503) and error.code not in _FAILED_WORK:
         wait_s = error.details.get("retry_after_s", 1.0)
         response.headers["Retry-After"] = str(max(1, math.ceil(wait_s)) if isinstance(wait_s, int | float) else 1)
+    elif error.status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    elif error.code == "request_timeout":
+        response.force_close()
+    return response
+
+
+def openai_refusal(error: ErrorInfo) -> web.Response:
+    """An error as an answer of OpenAI's routes."""
+    refused = refusal_of(error)
+    response = web.Response(body=_ENCODER.encode(OpenAIErrorBody(refused.error)), status=refused.status, headers=_JSON)
+    response.headers.update(refused.headers)
+    if error.status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    elif error.code == "request_timeout":
+        response.force_close()
     return response
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from parrot.tokenizer.base import Message, Tokenizer
 from parrot.tokenizer.estimated import ESTIMATED, EstimatedTokenizer
-from parrot.tokenizer.stream import Delta, Detokenizer
+from parrot.tokenizer.stream import Delta, Detokenizer, find_stop
 from parrot.tokenizer.synthetic import SYNTHETIC, SyntheticTokenizer, synthetic_text
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Message",
     "SyntheticTokenizer",
     "Tokenizer",
+    "find_stop",
     "load_tokenizer",
     "synthetic_text",
 ]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-Message = Mapping[str, str]  #: {"role": ..., "content": ...}
+Message = Mapping[str, Any]  #: {"role": ..., "content": ...}, and what else the model's template reads
 
 
 class Tokenizer(Protocol):
@@ -27,11 +27,22 @@ class Tokenizer(Protocol):
     @property
     def eos_ids(self) -> tuple[int, ...]: ...
 
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the model's chat template; None: it has none, or none that is written down."""
+
     def encode(self, text: str) -> list[int]:
         """The ids of `text`; none is added, special tokens written in the text are recognised."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens written out; bytes that are no UTF-8 become U+FFFD."""
 
-    def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """The conversation as the model was trained to read it. Raises ParrotError `bad_request` when there is no template."""
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """The conversation as the model was trained to read it. Raises ParrotError `bad_request` when there is no template.
+
+        `tools`: as OpenAI's API has them, for a template that knows any."""

@@ -6,7 +6,8 @@ registers with.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from parrot.protocol.errors import ParrotError
 from parrot.tokenizer.base import Message
@@ -24,6 +25,7 @@ class EstimatedTokenizer:
     vocab_size = 1
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    chat_template: str | None = None
 
     def encode(self, text: str) -> list[int]:
         return [0] * -(-len(text.encode("utf-8", "surrogatepass")) // BYTES_PER_TOKEN)
@@ -31,5 +33,10 @@ class EstimatedTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         raise ParrotError("bad_request", "the tokenizer 'estimated' only counts: its ids stand for no text")
 
-    def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         raise ParrotError("bad_request", "the tokenizer 'estimated' only counts: it has no chat template")

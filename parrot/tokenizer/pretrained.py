@@ -6,7 +6,8 @@ the core's does, never imports transformers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class PretrainedTokenizer:
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.bos_id = facts.bos_id
         self.eos_ids = facts.eos_ids
+        self.chat_template = facts.chat_template
         self._backend = backend
         self._facts = facts
         self._template: Any = None
@@ -61,23 +63,37 @@ class PretrainedTokenizer:
         text: str = self._backend.decode(ids, skip_special_tokens=False)
         return text
 
-    def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         if self._facts.chat_template is None:
             raise ParrotError("bad_request", f"the tokenizer of {self.name!r} has no chat template")
         import jinja2
         import jinja2.sandbox
 
         if self._template is None:
-            environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+            environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+                trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            )
             environment.globals["raise_exception"] = _refuse
+            environment.filters["tojson"] = _to_json
             self._template = environment.from_string(self._facts.chat_template)
         try:
+            given = {"tools": list(tools)} if tools else {}
             text: str = self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self._facts.special_tokens
+                messages=messages, add_generation_prompt=add_generation_prompt, **given, **self._facts.special_tokens
             )
         except jinja2.TemplateError as error:
             raise ParrotError("bad_request", f"the chat template of {self.name!r} refused the conversation: {error}") from None
         return text
+
+
+def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
+    """As transformers has it: characters as they are, unlike Jinja's own, which is made for HTML."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 def _refuse(message: str) -> None:

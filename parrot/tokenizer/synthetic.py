@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from parrot.tokenizer.base import Message
 
@@ -27,6 +28,7 @@ class SyntheticTokenizer:
     vocab_size = _VOCABULARY
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    chat_template: str | None = None
 
     def encode(self, text: str) -> list[int]:
         return [_id_of(word) for word in text.split()]
@@ -34,10 +36,15 @@ class SyntheticTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join([f"w{i}" for i in ids])
 
-    def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """One word for each role, then its content; there is no model to please."""
         turns = [f"{message['role']}: {message['content']}" for message in messages]
-        return "\n".join([*turns, "assistant:"] if add_generation_prompt else turns)
+        return "\n".join([*turns, "assistant: "] if add_generation_prompt else turns)
 
 
 def _id_of(word: str) -> int:

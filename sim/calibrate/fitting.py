@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
+from parrot.engine.profiles import AnyProfile
 from parrot.latency import BatchShape, FillGraph, FixedCost, Hinge, LatencyModel, LatencyProfile, seen_ranges
 from sim.calibrate.logs import CalibrationError, Header, Iteration, Run
-from sim.calibrate.split import HOLD_OUT, folds, levels, tails
+from sim.calibrate.split import HOLD_OUT, folds, levels, not_apart, tails
 
 Array = NDArray[np.float64]
 
@@ -296,9 +297,7 @@ def _notes(
             f"Held out: {len(held)} whole run(s), mean rows {_loads(held)}, {len(apart)} iterations; `error` is "
             "|predicted/measured - 1| on them (mean, p99), and `total` the error of their summed durations. "
         )
-        own = {id(run) for run in runs}
-        seen = {id(run) for level in levels([*runs, *held]) if any(id(r) in own for r in level) for run in level}
-        if alike := [run.name for run in held if id(run) in seen]:
+        if alike := [run.name for run in not_apart(runs, held)]:
             notes += f"Not at a load of its own: {', '.join(alike)}. "
     else:
         notes += (
@@ -337,7 +336,7 @@ def describe(profile: LatencyProfile) -> str:
     )
 
 
-def write_profile(profile: LatencyProfile, path: str | Path) -> None:
+def write_profile(profile: AnyProfile, path: str | Path) -> None:
     """Writes the profile as JSON that a person can read; the file is there whole or as it was. Raises OSError."""
     whole = Path(path).with_name(f".{Path(path).name}.part")
     whole.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=2) + b"\n")

@@ -5,8 +5,10 @@ Refuses what is no such log, what was cut off, and what is of two engines; it ju
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -72,6 +74,11 @@ class Run(msgspec.Struct):
     tasks: list[TaskLine] = []
 
     @property
+    def size(self) -> int:
+        """How many iterations it has."""
+        return len(self.iterations)
+
+    @property
     def load(self) -> float:
         """Mean rows of an iteration."""
         return sum(i.decode_rows + i.prefill_rows for i in self.iterations) / max(len(self.iterations), 1)
@@ -85,27 +92,16 @@ class Run(msgspec.Struct):
 def read_log(path: str | Path, *, allow_cut: bool = False) -> list[Run]:
     """The runs of one iteration log. `allow_cut`: a last line that an engine which was killed left half written is left
     out; else it is refused. Raises CalibrationError when the file is empty, cut off, of two engines, or no such log."""
-    decoder = msgspec.json.Decoder(Header | Iteration | TaskLine)
+    decoder: Any = msgspec.json.Decoder(Header | Iteration | TaskLine)
     runs: list[Run] = []
-    for number, line in _lines(path, allow_cut):
-        try:
-            entry = decoder.decode(line)
-        except msgspec.DecodeError as error:
-            what = "not an iteration log" if not runs else "not a line of an iteration log"
-            raise CalibrationError(f"{path}:{number}: {what}: {error}") from None
+    for where, entry in entries_of(path, decoder, "iteration log", allow_cut):
         if isinstance(entry, Header):
-            if entry.iteration_log != 1:
-                raise CalibrationError(f"{path}:{number}: iteration log of format {entry.iteration_log}; this reader knows 1")
             runs.append(Run(entry, f"{Path(path).name}#{len(runs) + 1}"))
-        elif not runs:
-            raise CalibrationError(f"{path}:{number}: an iteration log begins with a header line; this is another file")
         elif isinstance(entry, TaskLine):
             runs[-1].tasks.append(entry)
         elif not entry.failed:
-            _check(entry, runs[-1], f"{path}:{number}")
+            _check(entry, runs[-1], where)
             runs[-1].iterations.append(entry)
-    if not runs:
-        raise CalibrationError(f"{path}: empty: an iteration log begins with a header line")
     return runs
 
 
@@ -122,7 +118,9 @@ def _check(entry: Iteration, run: Run, where: str) -> None:
         )
 
 
-def _lines(path: str | Path, allow_cut: bool) -> Iterator[tuple[int, bytes]]:
+def lines_of(path: str | Path, allow_cut: bool) -> Iterator[tuple[int, bytes]]:
+    """The lines of a log with their numbers, from 1. Raises CalibrationError for a last one that is cut off (unless
+    `allow_cut`) and for a file that cannot be read."""
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -137,17 +135,59 @@ def _lines(path: str | Path, allow_cut: bool) -> Iterator[tuple[int, bytes]]:
         raise CalibrationError(f"{path}: cannot be read: {error.strerror}") from error
 
 
+def entries_of(path: str | Path, decoder: Any, kind: str, allow_cut: bool) -> Iterator[tuple[str, Any]]:
+    """The entries of a log of that `kind`, each with its file and line; the first is a header, as that of every start is.
+    Raises CalibrationError for a file that is empty, cut off or no such log."""
+    one = f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+    begun = False
+    for number, line in lines_of(path, allow_cut):
+        where = f"{path}:{number}"
+        try:
+            entry = decoder.decode(line)
+        except msgspec.DecodeError as error:
+            raise CalibrationError(f"{where}: {f'not a line of {one}' if begun else f'not {one}'}: {error}") from None
+        form = getattr(entry, "iteration_log", None)  # a header has it
+        if form is None and not begun:
+            raise CalibrationError(f"{where}: {one} begins with a header line; this is another file")
+        if form not in (None, 1):
+            raise CalibrationError(f"{where}: {kind} of format {form}; this reader knows 1")
+        begun = True
+        yield where, entry
+    if not begun:
+        raise CalibrationError(f"{path}: empty: {one} begins with a header line")
+
+
 def read_logs(paths: Sequence[str | Path], *, allow_cut: bool = False) -> list[Run]:
     """The runs of several logs. Raises CalibrationError unless all are of one model, device and attention function."""
-    runs: list[Run] = []
+    return read_together(paths, functools.partial(read_log, allow_cut=allow_cut), ALIKE, "iterations")
+
+
+class Started(Protocol):
+    """A run as its log has it."""
+
+    name: str
+
+    @property
+    def header(self) -> Any: ...
+
+
+S = TypeVar("S", bound=Started)
+
+
+def read_together(
+    paths: Sequence[str | Path], read: Callable[[str | Path], list[S]], alike: Sequence[str], counted: str
+) -> list[S]:
+    """The runs of several logs, which are to be fitted together. Raises CalibrationError for one that is named twice, and
+    unless what `alike` names is the same in all headers."""
+    runs: list[S] = []
     names = [Path(path).name for path in paths]
     for number, path in enumerate(paths):
         if path in paths[:number]:
-            raise CalibrationError(f"{path}: named twice: its iterations would count double")
-        for start, run in enumerate(read_log(path, allow_cut=allow_cut), 1):
+            raise CalibrationError(f"{path}: named twice: its {counted} would count double")
+        for start, run in enumerate(read(path), 1):
             if names.count(names[number]) > 1:  # the folder tells them apart
                 run.name = f"{path}#{start}"
-            for name in ALIKE:
+            for name in alike:
                 first, this = getattr((runs[0] if runs else run).header, name), getattr(run.header, name)
                 if first != this:
                     raise CalibrationError(f"{path}: mixed logs: its {name} is {this!r}, but {paths[0]} has {first!r}")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from parrot.latency import LatencyProfile
 from sim.calibrate.fitting import Array, predictions
@@ -51,13 +51,24 @@ def _against(
     fitted: Sequence[Iteration],
     held: Sequence[Iteration],
 ) -> None:
+    points = []
+    for series in (fitted, held):
+        predicted, measured = predictions(profile, series) if series else (np.zeros(0), np.zeros(0))
+        points.append((np.array([value(i) for i in series], dtype=float), predicted, measured))
+    draw_residuals(axes, label, points[0], points[1])
+
+
+Points = tuple[Array, Array, Array]  # input, predicted, measured
+
+
+def draw_residuals(axes: Axes, label: str, fitted: Points, held: Points) -> None:
+    """Predicted / measured − 1 against an input, with medians; what was fitted and what was held out apart."""
     inputs: list[float] = []
     spans = []
-    for series, colour, name in ((fitted, COLOURS[0], "fitted"), (held, COLOURS[1], "held out")):
-        if not series:
+    for (x, predicted, measured), colour, name in ((fitted, COLOURS[0], "fitted"), (held, COLOURS[1], "held out")):
+        if not len(x):
             continue
-        predicted, measured = predictions(profile, series)
-        x, y = np.array([value(i) for i in series], dtype=float), 100.0 * (predicted / measured - 1.0)
+        y = 100.0 * (predicted / measured - 1.0)
         step = -(-len(x) // POINTS)
         axes.plot(x[::step], y[::step], ".", markersize=2.5, alpha=0.35, color=colour, rasterized=True)
         axes.plot(*_medians(x, y), "-", linewidth=2.2, color=colour, label=f"{name}, median", zorder=3)
@@ -70,8 +81,11 @@ def _against(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
     elif inputs and max(inputs) > 50:  # 0 has a place of its own on the left
-        axes.set_xscale("symlog", linthresh=max(1.0, max(inputs) / 1e4))
-        axes.set_xlim(-0.3 * max(1.0, max(inputs) / 1e4), 1.6 * max(inputs))
+        linear = max(1.0, max(inputs) / 1e4)
+        axes.set_xscale("symlog", linthresh=linear)
+        axes.set_xlim(-0.3 * linear, 1.6 * max(inputs))
+        decades = [10.0**k for k in range(16) if linear <= 10.0**k <= 1.6 * max(inputs)]
+        axes.xaxis.set_major_locator(FixedLocator([0.0, *decades]))
     if spans:  # a few outliers must not flatten the rest
         low, high = min(s[0] for s in spans), max(s[1] for s in spans)
         margin = 0.08 * max(high - low, 1.0)
@@ -94,18 +108,24 @@ def _medians(x: Array, y: Array) -> tuple[Array, Array]:
 
 def _totals(axes: Axes, profile: LatencyProfile, runs: Sequence[Run]) -> None:
     """Error of each run's total time, by the run's load."""
-    ordered = sorted((run for run in runs if run.iterations), key=lambda run: run.load)
     held = {key.removeprefix("total of ") for key in profile.error}
+    totals = []
+    for run in runs:
+        if run.iterations:
+            predicted, measured = predictions(profile, run.iterations)
+            totals.append((run.load, float(predicted.sum() / measured.sum() - 1.0), run.name in held))
+    draw_totals(axes, "load: mean rows of an iteration", totals, profile.spread)
+
+
+def draw_totals(axes: Axes, label: str, totals: Sequence[tuple[float, float, bool]], spread: float) -> None:
+    """Errors of runs' totals: load, predicted / measured − 1, whether it was held out."""
+    ordered = sorted(totals)
     for wanted, colour, name in ((False, COLOURS[0], "fitted run"), (True, COLOURS[1], "held-out run")):
-        chosen = [run for run in ordered if (run.name in held) is wanted]
+        chosen = [(load, 100.0 * error) for load, error, held in ordered if held is wanted]
         if chosen:
-            errors = []
-            for run in chosen:
-                predicted, measured = predictions(profile, run.iterations)
-                errors.append(100.0 * float(predicted.sum() / measured.sum() - 1.0))
-            axes.plot([run.load for run in chosen], errors, "o", color=colour, label=name)
-    axes.axhspan(-100 * profile.spread, 100 * profile.spread, color=COLOURS[5], alpha=0.2, label="± spread")
+            axes.plot([load for load, _ in chosen], [error for _, error in chosen], "o", color=colour, label=name)
+    axes.axhspan(-100 * spread, 100 * spread, color=COLOURS[5], alpha=0.2, label="± spread")
     axes.axhline(0.0, color="#444444", linewidth=0.8)
-    axes.set_xlabel("load: mean rows of an iteration")
+    axes.set_xlabel(label)
     axes.set_ylabel("error of a run's total time (%)")
     axes.legend(frameon=False, fontsize=8)

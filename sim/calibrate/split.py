@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from sim.calibrate.logs import Iteration, Run
 
@@ -17,17 +17,30 @@ HOLD_OUT = 0.2  #: part of the levels that is held out, at least one; or of a ru
 BLOCKS = 5  #: contiguous parts of a level that stand for runs, when there is one level only
 
 
-class Split(NamedTuple):
+class Loaded(Protocol):
+    """What a run has, be it of iterations or of requests."""
+
+    @property
+    def load(self) -> float: ...
+
+    @property
+    def size(self) -> int: ...
+
+
+R = TypeVar("R", bound=Loaded)
+
+
+class Split(NamedTuple, Generic[R]):
     """Runs to fit and runs held out, disjoint."""
 
-    fitted: list[Run]
-    held: list[Run]
+    fitted: list[R]
+    held: list[R]
 
 
-def levels(runs: Sequence[Run]) -> list[list[Run]]:
+def levels(runs: Sequence[R]) -> list[list[R]]:
     """The runs by load, least first; those of one level have the same load."""
-    found: list[list[Run]] = []
-    for run in sorted((r for r in runs if r.iterations), key=lambda r: r.load):
+    found: list[list[R]] = []
+    for run in sorted((r for r in runs if r.size), key=lambda r: r.load):
         if found and run.load <= found[-1][0].load * SAME_LOAD:
             found[-1].append(run)
         else:
@@ -35,7 +48,15 @@ def levels(runs: Sequence[Run]) -> list[list[Run]]:
     return found
 
 
-def hold_out_by_load(runs: Sequence[Run]) -> Split:
+def not_apart(fitted: Sequence[R], held: Sequence[R]) -> list[R]:
+    """Those of `held` whose load was fitted too."""
+    own = {id(run) for run in fitted}
+    shared = [level for level in levels([*fitted, *held]) if any(id(run) in own for run in level)]
+    seen = {id(run) for level in shared for run in level}
+    return [run for run in held if id(run) in seen]
+
+
+def hold_out_by_load(runs: Sequence[R]) -> Split[R]:
     """Holds out a fifth of the levels, evenly spread over the loads and away from their ends where that can be; of two, the
     lower. With one level nothing is held out."""
     by_load = levels(runs)

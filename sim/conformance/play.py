@@ -20,7 +20,15 @@ from parrot.serve.engines import Engine
 from parrot.serve.fault import PolicyFault
 
 #: What a core may answer to a request of a client that knows its sessions and variables.
-REFUSALS = ("conflict", "cyclic_dependency", "queue_full", "too_many_tasks", "too_many_sessions", "too_many_engines")
+REFUSALS = (
+    "conflict",
+    "cyclic_dependency",
+    "queue_full",
+    "too_many_tasks",
+    "rate_limited",
+    "too_many_sessions",
+    "too_many_engines",
+)
 
 MOST_STEPS = 5000  #: more than any end of a run needs; a policy that never places, or places for ever, gets here
 

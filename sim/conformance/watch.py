@@ -1,7 +1,7 @@
 """Stands between a core and its policy, and sees whether the policy has changed anything that it was only to read.
 
 All that a policy can reach is noted before it is asked and compared when it has answered. What it may fill in are caches: the
-prompt's lengths by tokenizer, an index of engines that it asked for.
+prompt's lengths by tokenizer, an index of engines that it asked for, the engine that was last found to have room.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from parrot.serve.queue import TaskQueue
 from sim.conformance.play import Violation
 
 #: Fields of the views that a reader fills in.
-_CACHES = frozenset({"tokens", "indexes", "__weakref__", "_fitting", "_ages"})
+_CACHES = frozenset({"tokens", "indexes", "__weakref__", "_fitting", "_with_room", "_roomy", "_ages"})
 
 _CONTAINERS = frozenset({dict, list, deque, set})
 

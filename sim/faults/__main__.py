@@ -103,9 +103,7 @@ def run_seeds(seeds: Sequence[int], plant: str | None = None, policy: str | None
     return results
 
 
-def _results(
-    seeds: range, jobs: int | None, plant: str | None, policy: str | None = None
-) -> Generator[Result, None, None]:
+def _results(seeds: range, jobs: int | None, plant: str | None, policy: str | None = None) -> Generator[Result, None, None]:
     """In the order of the seeds, whoever ran them."""
     chunks = [seeds[at : at + _CHUNK] for at in range(0, len(seeds), _CHUNK)]
     if jobs == 1 or len(chunks) == 1:

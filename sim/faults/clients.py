@@ -19,7 +19,7 @@ from sim.faults.programs import Call, Get, Program, body_of
 from sim.faults.witness import Witness
 
 #: What a client tries again for, whatever it asked.
-_WAIT = frozenset({"unavailable", "queue_full", "too_many_sessions", "too_many_tasks"})
+_WAIT = frozenset({"unavailable", "queue_full", "too_many_sessions", "too_many_tasks", "rate_limited"})
 #: What a get of a failed variable may be told.
 _FAILURES = frozenset(
     {"no_engine", "engine_failed", "engine_rejected", "task_too_large", "generation_failed", "input_failed", "bad_template"}

@@ -166,7 +166,7 @@ def check_agreement(witness: Witness, known: Engine, engine: EmulatedEngine, ids
     computes nothing for its last token, and says so in the message that brings the output.)"""
     core = engine.core
     counted_on = sorted(ids.of_core(context.id) for context in known.contexts.values() if context.filled and context.tokens > 1)
-    told_later = {*core.contexts._evicted, *engine._evicted, *map(ids.of_core, ids._evicted)}  # with the next message
+    told_later = {*(core.contexts._evicted or ()), *engine._evicted, *map(ids.of_core, ids._evicted)}  # with the next message
     missing = [i for i in counted_on if core.contexts.get(i) is None and i not in told_later]
     witness.expect("contexts", not missing, f"the core counts on contexts {missing}, which {known.name} does not have")
 

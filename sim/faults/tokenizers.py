@@ -21,6 +21,7 @@ class Halves:
     vocab_size = 2**17
     bos_id: int | None = 2**17 - 1
     eos_ids: tuple[int, ...] = ()
+    chat_template: str | None = None
 
     def encode(self, text: str) -> list[int]:
         return [half for i in load_tokenizer(SYNTHETIC).encode(text) for half in (i // _HALF, _HALF + i % _HALF)]
@@ -29,7 +30,9 @@ class Halves:
         words = [i for i in ids if i != self.bos_id]
         return " ".join(f"w{high * _HALF + low - _HALF}" for high, low in zip(words[::2], words[1::2], strict=False))
 
-    def apply_chat_template(self, messages: Sequence[object], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, messages: Sequence[object], add_generation_prompt: bool = True, tools: Sequence[object] | None = None
+    ) -> str:
         """There is no model to please."""
         raise NotImplementedError
 

@@ -28,7 +28,7 @@ from parrot.serve.routing import Routes
 from parrot.serve.streams import OutputStream, OutputStreams
 from parrot.serve.texts import Piece, Texts, content_key, pack_ids
 from parrot.serve.tokenization import Tokenization
-from parrot.tokenizer import SYNTHETIC, Tokenizer
+from parrot.tokenizer import SYNTHETIC, Tokenizer, find_stop
 from sim.cluster import FLUSH, Cluster, EngineModel
 from sim.faults.stand_ins import SimStreamResponse, serve
 from sim.programs.accounts import Account
@@ -301,9 +301,10 @@ class Door:
         return max(1, tokens), content
 
     def _bounded(self, text: str, sampling: SamplingConfig, name: str) -> tuple[str, int]:
-        """The text as the engine would end it: at its stop string, or when it is long enough; and its tokens."""
-        if sampling.stop_str:
-            text = text.partition(sampling.stop_str)[0]
+        """The text as the engine would end it: at a stop string, or when it is long enough; and its tokens."""
+        if sampling.stops:
+            end = find_stop(text, sampling.stops)
+            text = text if end < 0 else text[:end]
         tokens = len(self._tokenization.encode(name, text))
         if tokens > sampling.max_gen_length:
             text, tokens = cut(text, sampling.max_gen_length, self._tokenizers[name]), sampling.max_gen_length

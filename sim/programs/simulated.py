@@ -145,7 +145,7 @@ def simulate_instances(
     recorder = Recorder(Mode.SEMANTIC, tables, names=config.global_scheduler.explain_placements > 0)
 
     def closed(account: Account, calls: Sequence[Call], known: Mapping[str, tuple[int, int]]) -> None:
-        recorder.calls_ended(account.serial, calls, known)
+        recorder.calls_ended(account.serial, calls, {var_id: (call, output, "") for var_id, (call, output) in known.items()})
 
     door = Door(cluster, fitted, tokenizers, strands, outputs, closed)
     try:

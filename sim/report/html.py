@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.7rem; margin-bottom: 0.2rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; border-top: 1px solid #ddd; padding-top: 1rem; }
+h1 { font-size: 1.7rem; margin-bottom: 0.2rem; overflow-wrap: anywhere; } h2 { font-size: 1.25rem; margin-top: 2.5rem; border-top: 1px solid #ddd; padding-top: 1rem; }
 nav { font-size: 0.9rem; margin: 1rem 0; } nav a { margin-right: 1.1rem; white-space: nowrap; }
 a { color: #0b5394; text-decoration: none; } a:hover { text-decoration: underline; }
 figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; }
@@ -29,6 +29,9 @@ td { white-space: nowrap; } th:first-child, td:first-child { text-align: left; }
 .facts th { border-bottom: 1px solid #e5e5e5; vertical-align: top; font-weight: 600; white-space: nowrap; } .facts td { text-align: left; white-space: normal; }
 details { margin: 0.5rem 0; } pre { white-space: pre-wrap; background: #f6f6f4; padding: 0.7rem; font-size: 0.85rem; }
 """  # noqa: E501
+
+
+FULL_WIDTH_IN, FULL_WIDTH_PX = 9.0, 1000  #: a figure so wide fills the page; a narrower one is drawn at the same scale
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ def _svg(figure: Figure, salt: str) -> str:
     with mpl.rc_context({"svg.hashsalt": salt, "svg.fonttype": "path"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     drawing = buffer.getvalue()
-    drawing = drawing[drawing.index("<svg") :]
+    width_px = round(figure.get_figwidth() * FULL_WIDTH_PX / FULL_WIDTH_IN)
+    drawing = f'<svg style="max-width: {width_px}px"{drawing[drawing.index("<svg") + 4 :]}'
     # matplotlib names groups and glyphs alike in every figure; one page has several, so all names get the salt.
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{salt}-", drawing)

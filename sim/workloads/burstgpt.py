@@ -64,7 +64,7 @@ class _Reader:
         if not self._failed:
             return ()
         what = "kept with 1 token each" if self._keep else "left out"
-        return (f"{self._path}: {self._failed} requests failed (0 tokens) and are {what}",)
+        return (f"{self._path}: failed requests (0 tokens): {self._failed}, {what}",)
 
     def rows(self) -> Iterator[tuple[float, tuple[str, ...], int, int, str]]:
         """(seconds since the first request, models, request tokens, response tokens, log type)."""

@@ -18,7 +18,7 @@ from msgspec import Meta
 from parrot.configuration import ConfigurationError, load
 from sim.workloads.arrivals import check_rate, parse_arrivals
 from sim.workloads.kinds import Setting, open_source
-from sim.workloads.program import Program, WorkloadError
+from sim.workloads.program import Program, TextLengths, WorkloadError
 from sim.workloads.source import DEFAULT_COUNT, Source, settle
 
 NO_END = 10**15  #: programs of a part that ends with the mix
@@ -80,7 +80,18 @@ def open_mix(
     if count is None and any(part.endless for part in opened):
         count = DEFAULT_COUNT
     merged = heapq.merge(*(part.programs for part in opened), key=_arrival)
-    return islice(merged, count), [part.source for part in opened]
+    return _consistent(path, islice(merged, count)), [part.source for part in opened]
+
+
+def _consistent(path: str, programs: Iterator[Program]) -> Iterator[Program]:
+    """The programs; raises WorkloadError where parts give one text two lengths."""
+    lengths = TextLengths()
+    for program in programs:
+        try:
+            lengths.check(program)
+        except ValueError as error:
+            raise WorkloadError(f"{path}: program {program.id!r}: {error}") from None
+        yield program
 
 
 def _arrival(program: Program) -> float:

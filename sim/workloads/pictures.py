@@ -83,7 +83,7 @@ def lengths(description: Description) -> Figure:
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 200 else (1,)))
             axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.xaxis.set_major_formatter(_tokens)
         axes.set_ylim(0, 125 * max(shares))
         axes.set_xlabel(f"{what} (tokens)")
         axes.set_ylabel(f"share of {what}s (%)")
@@ -135,6 +135,11 @@ def _logarithmic(histogram: Histogram, bins: int = 40) -> tuple[np.ndarray, np.n
     values, counts = zip(*histogram.steps(), strict=True)
     found, _ = np.histogram(np.maximum(values, 1), edges, weights=counts)
     return edges, found / histogram.count
+
+
+def _tokens(value: float, _: int) -> str:
+    """A tick's label: short, because those of a logarithmic scale stand close to each other."""
+    return f"{value / 1000:g}k" if value >= 10_000 else f"{value:,.0f}"
 
 
 def _facts(numbers: dict[str, Any]) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -23,27 +23,29 @@ Tokens = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(ge=0.0)]
 
 
-class After(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class After(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True, omit_defaults=True):
     """`delay_s` after the get named `get` returned; null: after the program's arrival."""
 
     get: str | None = None
     delay_s: Seconds = 0.0
 
 
-class Text(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="text", tag_field="kind"):
+class Text(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True, tag="text", tag_field="kind"):
     """A constant piece of the prompt."""
 
     key: str
     tokens: Tokens
 
 
-class Read(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="read", tag_field="kind"):
+class Read(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True, tag="read", tag_field="kind"):
     """The content of a variable of this program."""
 
     var: str
 
 
-class Write(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="write", tag_field="kind"):
+class Write(
+    msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True, omit_defaults=True, tag="write", tag_field="kind"
+):
     """An output: the variable that it fills and the number of tokens that the model will really generate (the engine's
     knowledge alone). `key`: the identity of the text, when a later workload repeats it; left out, it is unique."""
 
@@ -56,7 +58,7 @@ class Write(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
 Segment = Text | Read | Write
 
 
-class Set(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class Set(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True, omit_defaults=True):
     """The program gives the variable `var` a content of its own."""
 
     var: str
@@ -65,17 +67,18 @@ class Set(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     after: tuple[After, ...] = ()
 
 
-class Call(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A semantic call. `models` (): any."""
+class Call(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True, omit_defaults=True):
+    """A semantic call. `models` (): any. `model_type`: null: what those models have (`sim.model_types`)."""
 
     segments: tuple[Segment, ...]
     name: str = ""
     models: tuple[str, ...] = ()
     cache_prefix: bool = True
     after: tuple[After, ...] = ()
+    model_type: Literal["token_id", "text"] | None = None
 
 
-class Get(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class Get(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True, omit_defaults=True):
     """A fetch, by its own name `id`. `deadline_s`: the value is worthless, and the program has failed, when it is not at the
     client so long after `after` let it be fetched."""
 
@@ -86,7 +89,7 @@ class Get(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     deadline_s: Seconds | None = None
 
 
-class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class Program(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True, omit_defaults=True):
     """One run of an application. `arrival_s`: seconds from the workload's start."""
 
     id: str
@@ -216,6 +219,42 @@ def _check_acyclic(program: Program, producers: dict[str, int]) -> None:
                 stack.append((child, before(child)))
 
 
+KEPT_TEXTS = 32_768  #: of so many different texts at a time the length is remembered, to be held against later ones
+
+
+class TextLengths:
+    """Holds the texts of programs against each other: equal keys are equal texts, so their lengths are equal too. What was
+    wrong here would be a context that is longer for one program than for the next. Memory is bounded: texts are compared
+    within some KEPT_TEXTS different ones."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[str, int] = {}
+
+    def check(self, program: Program) -> None:
+        """Raises ValueError for a key that is of two lengths."""
+        known = self._tokens
+        if len(known) > KEPT_TEXTS:
+            known.clear()
+        for call in program.calls:
+            for segment in call.segments:
+                if type(segment) is Text:
+                    key, tokens = segment.key, segment.tokens
+                elif type(segment) is Write and segment.key is not None:
+                    key, most = segment.key, segment.max_gen_length
+                    tokens = segment.tokens if most is None else min(segment.tokens, most)
+                else:
+                    continue
+                if known.setdefault(key, tokens) != tokens:
+                    raise _two_lengths(key, tokens, known[key])
+        for source in program.sets:
+            if known.setdefault(source.key, source.tokens) != source.tokens:
+                raise _two_lengths(source.key, source.tokens, known[source.key])
+
+
+def _two_lengths(key: str, tokens: int, before: int) -> ValueError:
+    return ValueError(f"the text {key!r} has {tokens} tokens here and {before} before; equal keys are equal texts")
+
+
 _decoder = msgspec.json.Decoder(Program)
 _encoder = msgspec.json.Encoder()
 
@@ -223,6 +262,7 @@ _encoder = msgspec.json.Encoder()
 def read_programs(path: str | Path) -> Iterator[Program]:
     """The programs of a JSONL file, one at a time. Raises WorkloadError with file, line and reason."""
     last = 0.0
+    lengths = TextLengths()
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -231,6 +271,7 @@ def read_programs(path: str | Path) -> Iterator[Program]:
                 try:
                     program = _decoder.decode(line)
                     check(program)
+                    lengths.check(program)
                     if program.arrival_s < last:
                         raise ValueError(f"arrival_s {program.arrival_s} is before the line above it ({last})")
                 except (msgspec.DecodeError, ValueError) as error:

@@ -19,9 +19,16 @@ from parrot.engine.config import (
     load_engine_config,
     parse_engine_config,
     profile_of,
+    rate_limits_of,
     secret_of,
 )
-from parrot.engine.profiles import find_profile, profile_for, shipped_profiles
+from parrot.engine.profiles import (
+    find_profile,
+    find_remote_profile,
+    profile_for,
+    shipped_profiles,
+    shipped_remote_profiles,
+)
 
 SEED = Path(__file__).parent / "seed"
 SAMPLES = Path(__file__).parents[2] / "sample_configs" / "engine"
@@ -57,8 +64,7 @@ def test_the_builtin_file_means_what_it_says() -> None:
 @pytest.mark.parametrize("path", sorted(SAMPLES.glob("*.json")), ids=lambda p: p.stem)
 def test_every_sample_is_accepted(path: Path) -> None:
     named = read_json(path).get("latency_profile")
-    if named is not None and named not in shipped_profiles():
-        pytest.skip(f"profile {named} is not shipped yet")
+    assert named is None or named in (*shipped_profiles(), *shipped_remote_profiles())
     load_engine_config(path)
 
 
@@ -140,6 +146,32 @@ def test_shipped_profiles_are_found_by_name_and_by_model_and_device() -> None:
         assert found is not None
         assert found.model == profile.model
     assert profile_for("no such model", "cpu") is None
+    for name in shipped_remote_profiles():
+        assert find_remote_profile(name).name == name
+
+
+def test_an_engine_s_file_names_a_profile_of_its_own_kind(tmp_path: Path) -> None:
+    remote = {"engine_type": "openai", "instance": {"base_url": "http://x/v1"}}
+    with pytest.raises(ConfigurationError, match=r"e.json: latency_profile 'zero' is of iterations .* needs one of requests"):
+        load_engine_config(write(tmp_path / "e.json", **remote, latency_profile="zero"))
+    with pytest.raises(ConfigurationError, match=r"e.json: latency_profile 'stand-in' is of requests to .* needs one of iter"):
+        load_engine_config(write(tmp_path / "e.json", engine_type="builtin", latency_profile="stand-in"))
+    with pytest.raises(ConfigurationError, match=r"latency_profile 'none'.* \(shipped: .*stand-in.*zero"):
+        load_engine_config(write(tmp_path / "e.json", **remote, latency_profile="none"))
+
+
+def test_the_emulation_of_a_remote_engine_registers_as_one_and_keeps_its_limits(tmp_path: Path) -> None:
+    instance = {"base_url": "http://x/v1", "requests_per_minute": 90, "max_seq_len": 5000}
+    config = load_engine_config(
+        write(tmp_path / "e.json", engine_type="openai", instance=instance, latency_profile="stand-in", model="stand-in")
+    )
+    emulated = as_emulated(config, "stand-in")
+    assert limits_of(emulated) == limits_of(config)
+    profile = find_remote_profile("stand-in")
+    assert rate_limits_of(emulated, profile) == rate_limits_of(config, profile) == (90, None)
+    for description in (description_of(config), description_of(emulated)):
+        assert (description.engine_type, description.latency_profile) == ("openai", None)
+    assert description_of(emulated).accepts_output_length
 
 
 @pytest.mark.parametrize("capacity", [1, 5, 16, 17, 8000])

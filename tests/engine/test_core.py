@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
 
 from parrot.engine.core import Batch, EngineCore, EngineLimits, EngineTask, Link, Refused
+from parrot.engine.running import Task
 from parrot.latency import BatchShape
 
 
@@ -64,6 +67,29 @@ def test_a_generated_context_is_cut_to_what_was_kept_and_continued() -> None:
     assert core.spans(2) == [(1, 0, 8), (2, 8, 12)]
     core.submit(task("b", (1, 8), (2, 4), (3, 3), output=4), 0.0)
     assert ranges(step(core)) == {"b": (12, 15)}
+
+
+def tasks_held(core: EngineCore) -> int:
+    """How many tasks can be reached from it."""
+    seen, reached = {id(core)}, [core]
+    for thing in reached:  # it grows while it is read
+        for other in gc.get_referents(thing):
+            if id(other) not in seen and not isinstance(other, type | ModuleType | FunctionType):
+                seen.add(id(other))
+                reached.append(other)
+    return sum(isinstance(thing, Task) for thing in reached)
+
+
+def test_an_engine_on_which_nothing_runs_holds_no_task() -> None:
+    core = EngineCore(limits())
+    for key, first in (("a", 1), ("b", 3)):
+        core.submit(task(key, (first, 8), output=first + 1, most=50), 0.0)
+    step(core)
+    assert tasks_held(core) == 2
+    step(core, a=2)  # ended long before max_gen_length
+    step(core, b=3)
+    assert core.num_total_tasks == 0
+    assert tasks_held(core) == 0
 
 
 def test_the_last_token_of_an_output_is_computed_by_whoever_goes_on_behind_it() -> None:

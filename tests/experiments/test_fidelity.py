@@ -9,6 +9,7 @@ import msgspec
 import pandas as pd
 import pytest
 
+from experiments.fidelity import prototype
 from experiments.fidelity.__main__ import main
 from experiments.fidelity.fitting import KINDS, fit, profile_for
 from experiments.fidelity.hardware import A100, A6000, Efficiency, own_time_of
@@ -23,11 +24,15 @@ from experiments.fidelity.measured import (
     MeasuredError,
     read_measured,
 )
-from experiments.fidelity.scenarios import Setting, simulated
+from experiments.fidelity.prototype import UNBOUNDED, limits
+from experiments.fidelity.scenarios import LEAST_LOADED, Setting, simulated
 from parrot.configuration import load
 from parrot.engine.config import limits_of, load_engine_config, profile_of
 from parrot.engine.profiles import find_profile
 from parrot.latency import LatencyProfile
+from sim.clients import Mode
+from sim.network import Constant
+from tests.sim.programs import one_call
 from tests.sim.test_workloads_paper import FILE
 
 SEVEN, THIRTEEN_B, A100_GPU, A6000_GPU = "vicuna-7b", "vicuna-13b", "A100-80G", "4xA6000-48G"
@@ -91,6 +96,23 @@ def test_the_fit_finds_the_efficiencies_that_made_the_measurements(files: tuple[
     assert found[THIRTEEN].arithmetic == pytest.approx(0.3, rel=0.1)
     assert profiles[PAGED].seen["rows"][1] == 12  # all requests at once
     assert profiles[THIRTEEN].seen["rows"] == (1.0, 1.0)
+
+
+def test_an_engine_that_takes_all_that_comes_preempts_and_what_it_preempted_is_prefilled_again() -> None:
+    profile = profile_for(THIRTEEN, TRUTH[THIRTEEN])
+    programs = [one_call(f"chat{n}", 0.001 * n, prompt=64, output=200) for n in range(2)]
+    runs = {
+        capacity: prototype.run(
+            programs, profile, limits(tokens=400, max_batch_size=8), 1, Mode.REQUEST, Constant(0.0), LEAST_LOADED, capacity
+        )
+        for capacity in (None, UNBOUNDED)
+    }
+    for capacity, ran in runs.items():
+        tasks = ran.tables["tasks"].sort_values("ready_s")
+        first, second = tasks["first_token_s"]
+        assert ran.prefilled[1] == pytest.approx(first)
+        assert (second > tasks["finished_s"].iloc[0]) == (capacity is None)  # 264 tokens each: by a bound, one at a time
+        assert ran.prefilled[2] > tasks["finished_s"].iloc[0]  # at first, or once more
 
 
 def test_the_command_accounts_for_every_row(

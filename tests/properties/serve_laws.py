@@ -78,6 +78,10 @@ class ServeCoreMachine(ServeCorePlay):
             assert account.queued == sum(t.state == "queued" for t in own)
             assert [t for _, _, t in account.held] == sorted((t for t in own if t.held), key=lambda t: (t.order, t.sequence))
             assert account.tokens == sum(t.granted for t in own)
+            for task in own:  # a task's tokens of the minute are settled when it ends, and not before it is ready
+                assert not task.charged or (task.ready_s is not None and not task.ended)
+            if account.minute is not None:
+                assert account.minute.requests is None or account.minute.requests.left(self.now) >= 0.0
             granted = [t for t in own if t.granted]
             assert all(t.state in {"queued", *states.IN_FLIGHT} and not t.held for t in granted)
             most = account.limits.max_tokens_in_flight
@@ -220,7 +224,7 @@ class ServeCoreMachine(ServeCorePlay):
             assert (engine.prompt_tokens, engine.prefill_tokens, engine.cached_tokens) == (0, 0, 0)
         assert not self.core.scheduler.prefixes._roots, "prefixes that nobody needs are pruned"
         assert not self.core.scheduler.tenants._present
-        assert not self.core.scheduler.policy_errors
+        assert not self.core.scheduler.describe_policy_errors()
 
 
 def closure(session: Any, wanted: set[str]) -> set[Any]:

@@ -29,11 +29,11 @@ KEYS = st.sampled_from([None, None, None, "k1", "k2"])
 #: What tenants may have: the one that is named, and each other.
 LIMITS = {
     "a": TenantConfig(max_tokens_in_flight=70, max_queued_tasks=4),
-    "*": TenantConfig(max_tokens_in_flight=200, max_sessions=3),
+    "*": TenantConfig(max_tokens_in_flight=200, max_sessions=3, requests_per_minute=30, tokens_per_minute=900),
 }
 
 #: What a core may answer to a request of a client that knows its sessions and variables.
-REFUSALS = {"conflict", "cyclic_dependency", "queue_full", "too_many_tasks"}
+REFUSALS = {"conflict", "cyclic_dependency", "queue_full", "too_many_tasks", "rate_limited"}
 
 
 class ServeCorePlay(RuleBasedStateMachine):
@@ -286,6 +286,22 @@ class ServeCorePlay(RuleBasedStateMachine):
         request = data.draw(st.sampled_from(sorted(self.asked)))
         del self.asked[request]
         self.send(ev.CancelGet(request))
+
+    @precondition(lambda self: self.sessions)
+    @rule(data=st.data(), call=st.integers(0, 3))
+    def cancel_call(self, data: st.DataObject, call: int) -> None:
+        session = self.session(data)
+        made = self.core.calls(session)
+        ended = [task.state for task in made[call].tasks if task.ended] if call < len(made) else []
+        reply = self.ask(self.request_for(ev.CancelCall, session, f"auth{session}", call))
+        assert reply is not None
+        if call >= len(made):
+            assert reply.error is not None
+            assert reply.error.code == "not_found"
+            return
+        after = [task.state for task in made[call].tasks]
+        assert set(after) <= {"finished", "failed", "cancelled"}
+        assert after.count("finished") == ended.count("finished")
 
     def close_event(self, data: st.DataObject) -> Any:
         session = self.session(data)

@@ -21,7 +21,9 @@ WORDS = "words"  # the tokenizer's name
 class WordTokenizer:
     """`a b` ↔ [id of a, id of b]; an id is the word's number by first appearance, from 1 (0 is the BOS)."""
 
+    name = WORDS
     bos_id: int | None = 0
+    chat_template: str | None = None
 
     def __init__(self) -> None:
         self.words = ["<s>"]
@@ -34,6 +36,11 @@ class WordTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(self.words[i] for i in ids)
+
+    def apply_chat_template(self, messages: Sequence[Any], add_generation_prompt: bool = True, tools: Any = None) -> str:
+        given = "".join(f"TOOL {tool['function']['name']} " for tool in tools or ())
+        turns = "".join(f"{message['role']}> {message['content']} " for message in messages)
+        return given + turns + ("assistant> " if add_generation_prompt else "")
 
 
 class Tokenizers:

@@ -190,7 +190,7 @@ def test_the_core_places_whom_a_policy_passes_over_even_within_a_lane(monkeypatc
     assert len(d.dispatches) == 1, "the engine is kept for the large one"
     d.finish(d.dispatches[0])
     assert [dispatch.output_var for dispatch in d.dispatches] == [large]
-    assert d.core.scheduler.policy_errors == {}
+    assert d.core.scheduler.describe_policy_errors() == {}
 
 
 def test_the_oldest_of_a_lane_is_who_became_ready_first() -> None:

@@ -109,7 +109,7 @@ def test_a_task_group_over_several_models_is_placed_model_by_model() -> None:
     placed = {dispatch.task.call: dispatch.engine_id for dispatch in d.dispatches}
     assert placed[0] == placed[2]
     assert placed[1] == placed[3]
-    assert d.core.scheduler.policy_errors == {}
+    assert d.core.scheduler.describe_policy_errors() == {}
 
 
 def test_ctx_group_keeps_queued_tasks_with_a_common_prefix_together() -> None:
@@ -241,7 +241,7 @@ def test_a_policy_that_misbehaves_is_contained(policy: Raising) -> None:
         d.finish(d.dispatches[0])
     assert d.core.counts()["finished"] == 4
     assert len(d.faults) == 1, "told once, however often it happened"
-    assert sum(d.core.scheduler.policy_errors.values()) >= 1
+    assert sum(d.core.scheduler.describe_policy_errors().values()) >= 1
 
 
 def test_a_policy_that_cannot_order_a_task_has_it_last_and_the_event_goes_through() -> None:

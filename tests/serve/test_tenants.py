@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from parrot.configuration import ConfigurationError, parse
 from parrot.serve import events as ev
 from parrot.serve.config import ServeCoreConfig, TenantConfig
+from parrot.serve.policies.base import Cluster, Placement
+from parrot.serve.policies.least_loaded import LeastLoaded
+from parrot.serve.queue import TaskQueue
 from parrot.serve.rates import DrainRate
 from tests.serve.driver import Driver, out, text
 
@@ -160,13 +165,19 @@ def test_a_policy_cannot_place_a_held_task() -> None:
     session = d.open(1, "a")
     call(d, session, "u")
     call(d, session, "v")
-    scheduler = d.core.scheduler
     held = d.core.calls(session)[1].tasks[0]
     assert held.held
-    from parrot.serve.policies.base import Placement
 
-    with pytest.raises(ValueError, match="held"):
-        scheduler._check(Placement(held, d.core.engines[engine]))
+    class Eager(LeastLoaded):
+        def place(self, queue: TaskQueue, cluster: Cluster, now: float) -> Iterator[Placement]:
+            yield Placement(held, d.core.engines[engine])
+
+    d.core.scheduler.policy = Eager({}, None)  # type: ignore[arg-type]
+    call(d, d.open(2, "b"), "w")
+    assert held.held
+    assert flying(d) == [1, 2], "least_loaded placed the other"
+    (error,) = d.core.scheduler.describe_policy_errors()
+    assert f"placed task {held.id}, which is held" in error
 
 
 # ------------------------------------------------------------------------------------------------ weights, configuration

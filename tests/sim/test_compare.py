@@ -61,7 +61,7 @@ class Workshop:
         (self.folder / "profile.json").write_bytes(slower(factor))
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                assert run([*self.flags, *flags, "--workers", "1", "--out", str(out)]) == 0
+                assert run([*self.flags, *flags, "--workers", "1", "--no-report", "--out", str(out)]) == 0
         finally:
             (self.folder / "profile.json").write_bytes(slower(1.0))
         return out

@@ -8,12 +8,25 @@ from hypothesis import given, settings
 from parrot.engine.core import EngineLimits, EngineTask, Link
 from parrot.engine.emulated.engine import EmulatedEngine, EmulatedEvent
 from parrot.latency import FixedCost, LatencyModel, LatencyProfile
+from sim.calendar import Calendar
 from sim.cluster import FLUSH, Timeline
 from sim.engines import EDGE, SimEngine
 
 PROFILE = LatencyProfile(
     name="t", model="m", device="d", attn_func="a", fixed=(FixedCost(9, 0.25),), hinges=(), pair_s=0.0, kv_s=0.0
 )
+
+
+class Heard(SimEngine):
+    """Tells its relay."""
+
+    def __init__(self, relay: Relay, number: int, clock: Calendar, engine: EmulatedEngine) -> None:
+        super().__init__(clock, engine)
+        self._relay = relay
+        self._number = number
+
+    def deliver(self, events: list[EmulatedEvent]) -> None:
+        self._relay.hear(self._number, events)
 
 
 class Relay:
@@ -25,10 +38,7 @@ class Relay:
         limits = EngineLimits(32, 4, 4, 32, 100, 20, 64, pipeline_depth=depth)
         self.told: list[tuple[int, EmulatedEvent]] = []
         self.tasks = 0
-        self.engines = [
-            SimEngine(clock, EmulatedEngine(limits, LatencyModel(PROFILE), jump=jump), lambda e, i=i: self.hear(i, e), i)
-            for i in range(2)
-        ]
+        self.engines = [Heard(self, i, clock, EmulatedEngine(limits, LatencyModel(PROFILE), jump=jump)) for i in range(2)]
 
     def hear(self, engine: int, events: list[EmulatedEvent]) -> None:
         assert all(event.at == self.timeline.now for event in events)

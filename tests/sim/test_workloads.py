@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sim.workloads import WorkloadError, open_workload
+from sim.workloads import program as program_format
 from sim.workloads.program import (
     After,
     Call,
@@ -278,6 +279,8 @@ LATER = LINE.replace(b'"arrival_s":0.', b'"arrival_s":9.')
         ([LATER.replace(b'"get":"turn0"', b'"get":"turn7"')], "1: an `after` names get 'turn7'"),
         ([LATER.replace(b'"get":"turn0"', b'"get":"turn1"')], "1: .* waits for itself"),
         ([LATER.replace(b'"kind":"read","var":"answer0"', b'"kind":"read","var":"x"')], "1: variable 'x' is read"),
+        ([LATER.replace(b'"tokens":256', b'"tokens":255', 1)], "1: the text '.*system.*' has 256 tokens here and 255 before"),
+        ([LINE, LATER.replace(b'"tokens":256', b'"tokens":9')], "2: the text '.*system.*' has 9 tokens here and 256 before"),
         ([LATER.replace(b'"id":"turn1"', b'"id":"turn0"')], "1: two gets have the same id"),
     ],
 )
@@ -340,7 +343,8 @@ def ends(program: Program) -> bool:
     return True
 
 
-def test_a_long_file_needs_no_more_memory_than_a_short_one(tmp_path: Path) -> None:
+def test_a_long_file_needs_no_more_memory_than_a_short_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program_format, "KEPT_TEXTS", 50)  # what the short one has, too
     path = str(tmp_path / "long.jsonl")
 
     def peak_bytes(count: int) -> int:

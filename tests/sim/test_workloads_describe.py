@@ -205,7 +205,7 @@ def test_convert_writes_the_programs_of_any_workload(tmp_path: Path, capsys: pyt
     assert list(open_workload(str(out))) == list(open_workload(f"burstgpt:{trace}", rate=5.0, max_gen_length=64))
     said = capsys.readouterr()
     assert said.out == ""
-    assert "1 requests failed" in said.err
+    assert "failed requests (0 tokens): 1, left out" in said.err
     assert "2 programs written" in said.err
     assert main(["convert", "chat", str(out), "--arrivals", "constant", "--count", "3", "--seed", "4"]) == 0
     assert list(open_workload(str(out))) == list(open_workload("chat", arrivals="constant", count=3, seed=4))

@@ -139,3 +139,11 @@ def test_a_mix_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mix.json").write_text('{"parts": [')
     with pytest.raises(WorkloadError, match=r"mix\.json: not valid JSON"):
         open_workload(f"mix:{tmp_path / 'mix.json'}")
+
+
+def test_parts_that_give_one_text_two_lengths_are_refused(tmp_path: Path) -> None:
+    for name, tokens in (("a", 256), ("b", 300)):
+        write_programs(tmp_path / f"{name}.jsonl", open_workload("chat", count=2, options={"system_tokens": tokens}))
+    spec = mixed(tmp_path, {"workload": str(tmp_path / "a.jsonl")}, {"workload": str(tmp_path / "b.jsonl")})
+    with pytest.raises(WorkloadError, match=r"mix.json: program 'part1/chat0': .*'chat/system0' has 300 .* and 256"):
+        list(open_workload(spec))

@@ -114,7 +114,7 @@ def test_a_burstgpt_trace_keeps_times_and_lengths_and_leaves_failures_out(tmp_pa
     assert [p.arrival_s for p in programs] == [0.0, 42.5]
     assert lengths(programs) == [(472, 18, 2048), (417, 3000, 3000)]
     assert [(single(p).name, single(p).models) for p in programs] == [("Conversation log", ()), ("API log", ())]
-    assert "1 requests failed (0 tokens) and are left out" in notes[0]
+    assert "failed requests (0 tokens): 1, left out" in notes[0]
     assert [p.arrival_s for p in open_workload(spec, rate=2.0)] == [0.0, 0.5]
     kept = list(open_workload(spec + ":failed=keep"))
     assert [p.arrival_s for p in kept] == [0.0, 40.0, 42.5]

@@ -74,7 +74,7 @@ class Output(TaskTokens):
         self._limit = min(max_gen_length, sampling.output_length or max_gen_length)
         self._eos = frozenset() if exact or sampling.ignore_tokenizer_eos else frozenset(eos_ids)
         self._stops = frozenset() if exact else frozenset(sampling.stop_token_ids)
-        self._text = Detokenizer(tokenizer, None if exact else sampling.stop_str)
+        self._text = Detokenizer(tokenizer, () if exact else sampling.stops)
         for token_id in end.ids:  # known from an earlier attempt; what it showed is not shown again
             self.sampling.took(token_id)
             self._text.push(token_id)

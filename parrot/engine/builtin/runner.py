@@ -24,6 +24,7 @@ from parrot.engine.batches import Batch, EngineTask, Row
 from parrot.engine.builtin.attention.base import Attention, AttentionRow
 from parrot.engine.builtin.graphs import Bucket, Graphs
 from parrot.engine.builtin.kv_cache import KVCache, to_device
+from parrot.engine.builtin.logprobs import Logprobs
 from parrot.engine.builtin.models.decoder import Decoder
 from parrot.engine.builtin.outputs import ContextTokens, Output, TaskTokens
 from parrot.engine.builtin.sampler import check_sampling, sample
@@ -62,6 +63,7 @@ class Launched:
     ends: list[int]
     tokens: Tensor | None = None
     ready: torch.cuda.Event | None = None
+    logprobs: Logprobs | None = None  # of those outputs that want them
     results: list[TokenResult] | None = None  # once the tokens were taken
 
 
@@ -275,10 +277,17 @@ class BuiltinRunner:
         for output in outputs:
             output.ready()
         positions = [end - len(output.prompt) for output, end in zip(outputs, launched.ends, strict=True)]
+        telling = [row for row, output in enumerate(outputs) if output.sampling.sampling.logprobs is not None]
+        if telling:  # of the logits as they are, which sampling changes
+            launched.logprobs = Logprobs(logits, telling, [outputs[i].sampling.sampling.logprobs or 0 for i in telling])
         chosen.copy_(sample(logits, [output.sampling for output in outputs], positions))
         self._slots.tokens.index_copy_(0, to_device([output.slot for output in outputs], self._device), chosen)
+        if launched.logprobs is not None:
+            launched.logprobs.choose(chosen)
 
     def _send_home(self, chosen: Tensor, launched: Launched) -> None:
+        if launched.logprobs is not None:
+            launched.logprobs.send_home()
         if self._device.type == "cpu":
             launched.tokens = chosen
         else:
@@ -311,6 +320,9 @@ class BuiltinRunner:
         if launched.ready is not None:
             launched.ready.synchronize()
         tokens = [] if launched.tokens is None else launched.tokens.tolist()
+        told = {} if launched.logprobs is None else launched.logprobs.tokens(tokens, self._tokenizer)
         launched.results = [
-            output.push(token_id) for output, token_id in zip(launched.outputs, tokens, strict=True) if not output.ended
+            output.push(token_id)._replace(logprob=told.get(row)) if told else output.push(token_id)
+            for row, (output, token_id) in enumerate(zip(launched.outputs, tokens, strict=True))
+            if not output.ended
         ]

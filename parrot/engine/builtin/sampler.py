@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from parrot.engine.builtin.kv_cache import to_device
-from parrot.protocol.api import SamplingConfig
+from parrot.protocol.api import SamplingConfig, refuse_chat_options
 from parrot.protocol.errors import ParrotError
 
 #: Candidates that top-p looks at first, before it looks at eight times as many, and so on.
@@ -45,8 +45,8 @@ class SamplingRow:
 
     @property
     def plain(self) -> bool:
-        """The most probable token, nothing else."""
-        return self.greedy and not self.penalised and not self.sampling.logit_bias
+        """The most probable token, and nothing else that the logits tell."""
+        return self.greedy and not self.penalised and not self.sampling.logit_bias and self.sampling.logprobs is None
 
     def took(self, token_id: int) -> None:
         """The token was chosen."""
@@ -58,6 +58,7 @@ class SamplingRow:
 def check_sampling(sampling: SamplingConfig, vocab_size: int, dummy: bool) -> None:
     """Raises ParrotError `bad_sampling` for what this engine cannot honour."""
     sampling.check()
+    refuse_chat_options(sampling)
     if sampling.output_length is not None and not dummy:
         raise ParrotError(
             "bad_sampling",

@@ -8,24 +8,22 @@ jumping (only iterations after which something can change) give the same events 
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
-from typing import Final
 
 from parrot.engine.batches import Batch, EngineLimits, EngineTask, Refused
 from parrot.engine.core import EngineCore
 from parrot.engine.emulated.events import EmulatedEvent, Iterations, Kind
 from parrot.engine.emulated.jobs import Decoding, Job
+from parrot.engine.emulated.timed import NEVER, TimedEngine
 from parrot.engine.running import Task
 from parrot.latency import Coverage, DecodeRun, LatencyModel
 
 __all__ = ["EmulatedEngine", "EmulatedEvent", "Iterations"]
 
-NEVER: Final = math.inf
 
 
-class EmulatedEngine:
+class EmulatedEngine(TimedEngine):
     """EngineCore and LatencyModel in anybody's time. Times are absolute seconds and never decrease between calls."""
 
     def __init__(
@@ -37,14 +35,15 @@ class EmulatedEngine:
         coverage: Coverage | None = None,
     ) -> None:
         """`observe` is told of the iterations, `coverage` of their shapes."""
+        super().__init__(jump)
         self.core = EngineCore(limits)
         self.latency = latency
-        self.jumps = jump  #: whether quiet iterations are passed over
         self._observe = observe
         self._coverage = coverage
         self._overhead_s = latency.profile.task_overhead_s
         self._graph_rows = max((cost.max_rows for cost in latency.profile.fixed if cost.graph), default=0)
         self._arriving: deque[tuple[float, EngineTask]] = deque()
+        self._arriving_s = NEVER  # when the first of them is there
         self._largest_task = limits.largest_task
         self._jobs: dict[Hashable, Job] = {}
         self._events: list[EmulatedEvent] = []
@@ -67,7 +66,7 @@ class EmulatedEngine:
         Whether it is taken is told by an event."""
         task = task.fitted(self._largest_task)
         if task.generate_context_id is not None:
-            output = max(1, task.forced_tokens, min(output_tokens, task.max_gen_length))
+            output = max(max(1, task.forced_tokens), min(output_tokens, task.max_gen_length))
             if task.forced_tokens >= task.max_gen_length:  # nothing is left to say: it ends when its output is filled
                 task = task.with_most(task.forced_tokens + 1)
         else:
@@ -79,6 +78,8 @@ class EmulatedEngine:
             self._events.append(EmulatedEvent("failed", task.key, now, code="conflict", message=message))
             return
         self._jobs[task.key] = Job(task.key, output, task.forced_tokens if output else 0, stream)
+        if not self._arriving:
+            self._arriving_s = now + self._overhead_s
         self._arriving.append((now + self._overhead_s, task))
 
     def abort(self, key: Hashable, now: float) -> bool:
@@ -90,6 +91,7 @@ class EmulatedEngine:
         self._decoding.leave(job, self.core.decoded)
         if not self.core.abort(key):
             self._arriving = deque((ready, task) for ready, task in self._arriving if task.key != key)
+            self._arriving_s = self._arriving[0][0] if self._arriving else NEVER
         for event in self._events:
             if event.key == key:
                 self._evicted += event.evicted
@@ -112,14 +114,12 @@ class EmulatedEngine:
 
     # ------------------------------------------------------------------------------------------------------- time
 
-    def next_edge(self) -> float | None:
-        """When `advance` must be called; None while nothing is under way."""
+    @property
+    def edge_s(self) -> float:
         if self._events:
             return self._events[0].at
         edge = self._wake if self._wake < self._ends_at else self._ends_at
-        if self._arriving and self._arriving[0][0] < edge:
-            return self._arriving[0][0]
-        return edge if edge < NEVER else None
+        return self._arriving_s if self._arriving_s < edge else edge
 
     @property
     def quiet(self) -> bool:
@@ -127,8 +127,7 @@ class EmulatedEngine:
         everything else of its instant."""
         if self.jumps or not self._busy or self._k >= self._last or self._events:
             return False
-        edge = self._ends_at
-        return self._wake > edge and (not self._arriving or self._arriving[0][0] > edge)
+        return self._wake > self._ends_at and self._arriving_s > self._ends_at
 
     def advance(self, now: float) -> list[EmulatedEvent]:
         """Everything up to `now`, in order."""
@@ -161,14 +160,16 @@ class EmulatedEngine:
         arriving = self._arriving
         while True:
             at = self._wake if self._wake < self._ends_at else self._ends_at
-            arrives = bool(arriving) and arriving[0][0] <= at
+            arrives = self._arriving_s <= at
             if arrives:
-                at = arriving[0][0]
+                at = self._arriving_s
             if at > now or (at == now and not inclusive) or at == NEVER:
                 return
             if arrives:
                 self._skip_to(at)
-                self._arrive(arriving.popleft()[1], at)
+                _, task = arriving.popleft()
+                self._arriving_s = arriving[0][0] if arriving else NEVER
+                self._arrive(task, at)
                 self._changed(at)
             elif at == self._ends_at:
                 self._complete(at)

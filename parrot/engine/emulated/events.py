@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Literal, NamedTuple
 
+from mypy_extensions import mypyc_attr
+
 from parrot.latency import BatchShape
 
 Kind = Literal["started", "first_token", "progressed", "finished", "rejected", "failed"]
 
 
+@mypyc_attr(acyclic=True)
 class EmulatedEvent:
     """Something that happened to a task at `at` (seconds, the exact edge).
 

@@ -8,10 +8,19 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Hashable
 from heapq import heapify, heappop, heappush
+from typing import Final
 
+from mypy_extensions import mypyc_attr
+
+from parrot.engine.contexts import STALE_ENTRIES
 from parrot.latency import DecodeRun
 
+# By names of this module's own that never change: the compiled module need not look them up.
+_push: Final = heappush
+_pop: Final = heappop
 
+
+@mypyc_attr(acyclic=True)
 class Job:
     """What a task would generate, and what it has generated.
 
@@ -82,7 +91,7 @@ class Decoding:
         self._ends: list[tuple[int, int, Job]] = []  # heap: the decode iteration with a job's last token, a ticket
         self._tickets = 0
         self._count = 0
-        self._newcomers: list[Job] = []  # their first decode iteration is not complete
+        self._newcomers: tuple[Job, ...] = ()  # their first decode iteration is not complete
         self._last_at = 0.0  # when the last decode iteration was
         self._gaps = Gaps()
 
@@ -94,11 +103,11 @@ class Decoding:
         self._count += 1
         self._tickets += 1
         job.ticket = self._tickets
-        if len(self._ends) > 2 * self._count + 64:
+        if len(self._ends) > 2 * self._count + STALE_ENTRIES:
             self._ends = [entry for entry in self._ends if entry[2].decodes and entry[2].ticket == entry[1]]
             heapify(self._ends)
-        heappush(self._ends, (job.output - job.generated, job.ticket, job))
-        self._newcomers.append(job)
+        _push(self._ends, (job.output - job.generated, job.ticket, job))
+        self._newcomers = (*self._newcomers, job)
         if job.stream:
             self.streaming[job.key] = job
 
@@ -109,7 +118,7 @@ class Decoding:
         job.decodes = False
         job.generated += decoded
         if self._newcomers and job in self._newcomers:
-            self._newcomers.remove(job)
+            self._newcomers = tuple([other for other in self._newcomers if other is not job])
         else:
             job.last_at = self._last_at
             # its first gap is known already; behind it lie those of all
@@ -129,7 +138,7 @@ class Decoding:
             for job in self._newcomers:
                 if edge - job.last_at > job.max_gap_s:
                     job.max_gap_s = edge - job.last_at
-            self._newcomers.clear()
+            self._newcomers = ()
         if last > 1:  # an iteration is never shorter than the one before it in its run
             self._gaps.add(step + count - 1, run.first_s + run.growth_s * (last - 1))
         self._last_at = t0 + run.at(last)
@@ -141,13 +150,13 @@ class Decoding:
             number, ticket, job = ends[0]
             if job.decodes and job.ticket == ticket:
                 return number
-            heappop(ends)
+            _pop(ends)
         return 0
 
     def end(self, step: int, ended: dict[Hashable, int]) -> None:
         """Adds to `ended` the jobs whose last token decode iteration `step` brought, with their tokens."""
         ends = self._ends
         while ends and ends[0][0] <= step:
-            _, ticket, job = heappop(ends)
+            _, ticket, job = _pop(ends)
             if job.decodes and job.ticket == ticket:
                 ended[job.key] = job.output

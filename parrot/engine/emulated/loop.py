@@ -1,6 +1,6 @@
 """Drives an emulated engine in real time: sleeps until its next edge, and tells what happened there.
 
-Hundreds of them share one event loop. A timer that fires late shifts nothing: EmulatedEngine counts from its own edges.
+Hundreds of them share one event loop. A timer that fires late shifts nothing: an engine counts from its own edges.
 """
 
 from __future__ import annotations
@@ -10,20 +10,26 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
-from parrot.engine.emulated.engine import EmulatedEngine, EmulatedEvent
+from parrot.engine.emulated.engine import EmulatedEngine
+from parrot.engine.emulated.events import EmulatedEvent
 from parrot.engine.emulated.output import SyntheticOutput
+from parrot.engine.emulated.remote import RemoteEngine
 from parrot.engine.jobs import Job
 from parrot.engine.loop import MemoryUse, runtime_info
+from parrot.protocol.api import SamplingConfig, refuse_chat_options
 from parrot.protocol.engine import RuntimeInfo
+from parrot.protocol.errors import ParrotError
 from parrot.tokenizer import Tokenizer
 
 
 class EmulatedLoop:
     """One emulated engine behind the interface `parrot.engine.loop.EngineLoop`."""
 
-    def __init__(self, engine: EmulatedEngine, tokenizer: Tokenizer, *, stream_interval_s: float | None = None) -> None:
+    def __init__(
+        self, engine: EmulatedEngine | RemoteEngine, tokenizer: Tokenizer, *, stream_interval_s: float | None = None
+    ) -> None:
         """Must be made inside a running event loop. `stream_interval_s`: how often running tasks stream what they have;
-        None: when the batch changes."""
+        None: when the batch changes. A RemoteEngine answers as an endpoint does: with text and counts, no ids."""
         self.on_evicted: Callable[[Sequence[int]], None] = lambda ids: None
         self._engine = engine
         self._output = SyntheticOutput(tokenizer)
@@ -32,6 +38,7 @@ class EmulatedLoop:
         self._started = time.monotonic()
         self._jobs: dict[Hashable, Job] = {}
         self._output_keys: dict[Hashable, bytes] = {}
+        self._cuts: dict[Hashable, tuple[int, int]] = {}  # of outputs with a stop string: tokens and characters before it
         self._speaking: dict[Hashable, None] = {}  # tasks that have begun to stream their output, in that order
         self._recent_s: deque[float] = deque(maxlen=64)  # seconds a token, of tasks that finished
         self._pump_soon: asyncio.Handle | None = None
@@ -43,22 +50,35 @@ class EmulatedLoop:
         return time.monotonic() - self._started
 
     def submit(self, job: Job) -> None:
-        """The output is `output_length` tokens, or all of `max_gen_length` when that is not given."""
+        """The output is `output_length` tokens, or all of `max_gen_length` when that is not given and no stop string comes
+        before (whose own tokens then take no time)."""
         if self._closed:
             job.fail("unavailable", "the engine is shutting down")
             return
-        self._jobs[job.key] = job
         task, sampling = job.task, job.sampling
+        if sampling is not None:
+            try:
+                _check(sampling)
+            except ParrotError as error:
+                job.fail(error.code, str(error))
+                return
+        self._jobs[job.key] = job
         output_tokens = 0
         if sampling is not None:
             output_tokens = sampling.output_length or sampling.max_gen_length
-            self._output_keys[job.key] = self._output.key(job.link_ids, sampling)
+            key = self._output_keys[job.key] = self._output.key(job.link_ids, sampling)
+            if sampling.stops and sampling.output_length is None:
+                cut = self._output.stopped(key, output_tokens, sampling.stops)
+                if cut is not None:
+                    self._cuts[job.key] = cut
+                    output_tokens = max(cut[0], task.forced_tokens + 1)
         self._engine.submit(task, output_tokens, self.now())
         self._schedule()
 
     def abort(self, key: Hashable) -> None:
         if self._jobs.pop(key, None) is not None:
             self._output_keys.pop(key, None)
+            self._cuts.pop(key, None)
             self._speaking.pop(key, None)
             self._engine.abort(key, self.now())
             self._schedule()
@@ -69,12 +89,20 @@ class EmulatedLoop:
         return freed
 
     def context_ids(self) -> list[int]:
+        if isinstance(self._engine, RemoteEngine):
+            return []
         return [context.id for context in self._engine.core.contexts]
 
     def runtime_info(self) -> RuntimeInfo:
         # Iterations that change nothing end unseen: it stands still when it is late for the next edge that matters.
         edge = self._engine.next_edge() if self._jobs else None
         stalled_s = 0.0 if edge is None else max(0.0, self.now() - edge)
+        if isinstance(self._engine, RemoteEngine):
+            mean_s = sum(self._recent_s) / len(self._recent_s) if self._recent_s else 0.0
+            in_flight = self._engine.in_flight
+            return RuntimeInfo(
+                num_running_jobs=in_flight, num_total_jobs=len(self._jobs), recent_average_latency=mean_s, stalled_s=stalled_s
+            )
         return runtime_info(self._engine.core, MemoryUse(), self._recent_s, stalled_s)
 
     async def close(self, reason: str) -> None:
@@ -86,6 +114,7 @@ class EmulatedLoop:
             job.fail("unavailable", reason, retryable=True)
         self._jobs.clear()
         self._output_keys.clear()
+        self._cuts.clear()
 
     # --------------------------------------------------------------------------------------------------------- the edges
 
@@ -143,20 +172,36 @@ class EmulatedLoop:
                 ids, text = self._said(job, event.output_tokens)
                 if event.output_tokens > 1:
                     self._recent_s.append(event.decode_s / (event.output_tokens - 1))
-                job.finish_timed(ids, text, "length", event.decode_s, event.max_gap_s)
+                reason = "stop_str" if event.key in self._cuts else "length"
+                if isinstance(self._engine, RemoteEngine):
+                    times = (event.decode_s, event.max_gap_s)
+                    job.finish_text(text, reason, event.prompt_tokens, event.output_tokens, 0.0, times=times)
+                else:
+                    job.finish_timed(ids, text, reason, event.decode_s, event.max_gap_s)
             case "rejected" | "failed":
                 job.refuse(event.code, event.message)
         if job.ended:
             del self._jobs[event.key]
             self._output_keys.pop(event.key, None)
+            self._cuts.pop(event.key, None)
             self._speaking.pop(event.key, None)
 
     def _show(self, job: Job, n_tokens: int) -> None:
-        job.show(*self._said(job, n_tokens))
+        ids, text = self._said(job, n_tokens)
+        job.show(() if isinstance(self._engine, RemoteEngine) else ids, text)
 
     def _said(self, job: Job, n_tokens: int) -> tuple[tuple[int, ...], str]:
         """The first tokens of the job's output. Another attempt at the same task says the same."""
         if n_tokens == 0:
             return (), ""
-        ids = self._output.ids(self._output_keys[job.key], n_tokens)
-        return ids, self._output.text(ids)
+        kept, characters = self._cuts.get(job.key, (n_tokens, None))
+        ids = self._output.ids(self._output_keys[job.key], min(n_tokens, kept))
+        return ids, self._output.text(ids)[:characters]
+
+
+def _check(sampling: SamplingConfig) -> None:
+    """Raises `bad_sampling` for what has no meaning without a model."""
+    refuse_chat_options(sampling)
+    if sampling.logprobs is not None:
+        message = "sampling_config.logprobs: an emulated engine computes no probabilities"
+        raise ParrotError("bad_sampling", message, field="logprobs")

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
 from parrot.protocol.api import SamplingConfig
-from parrot.tokenizer import SYNTHETIC, Tokenizer
+from parrot.tokenizer import SYNTHETIC, Tokenizer, find_stop
 
 _FILLER = " The quick brown fox jumps over the lazy dog."
 
@@ -38,6 +39,15 @@ class SyntheticOutput:
             return (self._filler * (n_tokens // len(self._filler) + 1))[:n_tokens]
         draws = hashlib.shake_128(key).digest(2 * n_tokens)
         return struct.unpack(f"<{n_tokens}H", draws)
+
+    def stopped(self, key: bytes, n_tokens: int, stops: Sequence[str]) -> tuple[int, int] | None:
+        """What is left of the first `n_tokens` of an output before a stop string in them, in tokens (those whose text covers
+        it) and characters; None: there is none."""
+        ids = self.ids(key, n_tokens)
+        characters = find_stop(self.text(ids), stops)
+        if characters < 0:
+            return None
+        return bisect_left(range(n_tokens), characters, key=lambda count: len(self.text(ids[:count]))), characters
 
     def text(self, ids: tuple[int, ...]) -> str:
         """The text of the first tokens of an output; it is a beginning of the text of more of them."""

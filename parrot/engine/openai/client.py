@@ -60,6 +60,8 @@ def check(config: OpenAIEngineConfig) -> None:
         raise ConfigurationError(
             "key 'instance.send_token_ids' is true, but api_endpoint 'chat' takes no ids; use 'completion'"
         )
+    if instance.return_token_ids and not instance.send_token_ids:
+        raise ConfigurationError("key 'instance.return_token_ids' is true, but send_token_ids is false: ids would be of no use")
     if instance.send_token_ids and config.tokenizer is None:
         raise ConfigurationError("key 'instance.send_token_ids' is true: name the model's 'tokenizer'")
 

@@ -22,9 +22,11 @@ from parrot.engine.jobs import Job
 from parrot.engine.openai.pace import Pace
 from parrot.engine.openai.refusals import Refusal, refusal_of
 from parrot.engine.openai.request_log import RequestLine
-from parrot.engine.openai.requests import messages_of, prompt_of, sampling_of
-from parrot.protocol.engine import RuntimeInfo
+from parrot.engine.openai.requests import is_chat, logprobs_of, messages_of, prompt_of, sampling_of
+from parrot.protocol.engine import RuntimeInfo, TokenLogprob
 from parrot.protocol.errors import ParrotError
+from parrot.protocol.openai import FunctionCall, ToolCall
+from parrot.protocol.tool_calls import with_calls
 from parrot.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -33,11 +35,15 @@ MILLION = 1_000_000
 
 
 class _Piece(NamedTuple):
-    """A part of an answer: text, how it ended, the endpoint's counts; each where it came."""
+    """A part of an answer: text, how it ended, the endpoint's counts, log-probabilities, parts of tool calls, token ids; each
+    where it came."""
 
     text: str = ""
     reason: str | None = None
     usage: Any = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    calls: Sequence[Any] = ()
+    ids: Sequence[int] = ()
 
 
 class _Broken(Exception):
@@ -144,6 +150,9 @@ class RemoteLoop:
                 await self._exchange(job, request)
             except _Broken as broken:
                 refusal = broken.refusal
+            except asyncio.CancelledError:  # it was in flight, and slowed others down
+                self._note(job, request, sent_at, running, tries, Refusal("cancelled", "given up", False))
+                raise
             except Exception as error:
                 refusal = refusal_of(error)
             finally:
@@ -167,20 +176,31 @@ class RemoteLoop:
         async for piece in self._pieces(request):
             if piece.usage is not None:
                 request.usage = piece.usage
+            request.ids += piece.ids
             if piece.text:
                 text = request.add(piece.text)
                 if text:
-                    job.tokens((), text, self.now())
+                    job.tokens((), text, self.now(), piece.logprobs)
+                    request.told_logprobs += len(piece.logprobs)
+            for call in piece.calls:
+                request.add_call(call)
             reason = piece.reason or reason
         if reason == "content_filter":
             raise _Broken(Refusal("content_filtered", "the endpoint's content filter cut the output", False))
         if reason is None:
             raise _Broken(Refusal("engine_failed", "the stream ended before the output did", True))
         request.finish()
-        request.reason = "length" if reason == "length" else "stop_str" if job.sampling and job.sampling.stop_str else "eos"
+        if request.wants_logprobs and request.text and not request.told_logprobs:
+            raise _Broken(Refusal("remote_refused", "the endpoint gives no log-probabilities, which were asked for", False))
+        if request.calls:
+            request.text = with_calls(request.text, request.tool_calls())
+            request.reason = "tool_calls"
+        else:
+            request.reason = "length" if reason == "length" else "stop_str" if job.sampling and job.sampling.stops else "eos"
         job.cached_tokens = request.cached_tokens
         cost = request.prompt_tokens * self._instance.prompt_price + request.output_tokens * self._instance.output_price
-        job.finish_text(request.text, request.reason, request.prompt_tokens, request.output_tokens, cost / MILLION)
+        counts = (request.prompt_tokens, request.output_tokens, cost / MILLION)
+        job.finish_text(request.text, request.reason, *counts, request.output_ids())
 
     async def _pieces(self, request: _Request) -> AsyncIterator[_Piece]:
         if self._instance.api_endpoint == "chat":
@@ -189,14 +209,19 @@ class RemoteLoop:
             create = self._client.completions.create
         async with await create(model=self._model, stream=True, **request.parameters) as chunks:
             async for chunk in chunks:
+                usage = getattr(chunk, "usage", None)
                 choice = chunk.choices[0] if chunk.choices else None
                 if choice is None:
-                    text: str | None = None
-                elif self._instance.api_endpoint == "chat":
-                    text = choice.delta.content if choice.delta is not None else None
-                else:
+                    yield _Piece(usage=usage)
+                    continue
+                calls: Sequence[Any] = ()
+                text = None
+                if self._instance.api_endpoint != "chat":
                     text = choice.text
-                yield _Piece(text or "", choice.finish_reason if choice is not None else None, getattr(chunk, "usage", None))
+                elif choice.delta is not None:
+                    text, calls = choice.delta.content, choice.delta.tool_calls or ()
+                ids = getattr(choice, "token_ids", None) or ()
+                yield _Piece(text or "", choice.finish_reason, usage, logprobs_of(choice.logprobs), calls, ids)
 
     def _give_up(self, job: Job, refusal: Refusal, tries: int) -> None:
         message = refusal.message if tries == 1 else f"{refusal.message} (sent {tries} times)"
@@ -223,6 +248,8 @@ class RemoteLoop:
             ttft_s=None if first_at is None else round(first_at - sent_at, 6),
             decode_s=0.0 if first_at is None else round(now - first_at, 6),
             max_gap_s=round(job.max_gap_s, 6),
+            total_s=round(now - sent_at, 6),
+            limit_tokens=request.tokens,
             tries=tries,
             reason=request.reason if refusal is None else refusal.code,
         )
@@ -249,10 +276,19 @@ class _Request:
         if self._chat:
             self.parameters["messages"] = messages_of(job.texts)
         elif instance.send_token_ids:
-            ids = [i for link in job.link_ids for i in link]
+            if is_chat(job.texts):
+                ids = tokenizer.encode(prompt_of(job.texts, tokenizer))
+            else:
+                ids = [i for link in job.link_ids for i in link]
             self.parameters["prompt"] = [*ids, *(tokenizer.encode(self._shown) if self._shown else ())]
         else:
-            self.parameters["prompt"] = prompt_of(job.texts) + self._shown
+            self.parameters["prompt"] = prompt_of(job.texts, tokenizer) + self._shown
+        if instance.return_token_ids:
+            self.parameters["extra_body"] = {**self.parameters.get("extra_body", {}), "return_token_ids": True}
+        self.ids: list[int] = []  # of the tokens that have come
+        self.wants_logprobs = sampling.logprobs is not None
+        self.told_logprobs = 0
+        self.calls: dict[int, list[str]] = {}  # id, name and arguments of the tool calls, as far as they have come
         self.tokens = self._prompt_tokens + sampling.max_gen_length
         self.text = "" if self._chat else self._shown
         self.usage: Any = None
@@ -269,6 +305,26 @@ class _Request:
         new = self.text[before:]
         self.begun = self.begun or bool(new)
         return new
+
+    def add_call(self, delta: Any) -> None:
+        """A part of a tool call."""
+        call = self.calls.setdefault(delta.index, ["", "", ""])
+        if delta.id:
+            call[0] = delta.id
+        if delta.function is not None:
+            call[1] += delta.function.name or ""
+            call[2] += delta.function.arguments or ""
+
+    def output_ids(self) -> tuple[int, ...]:
+        """The ids of the output, where the endpoint gave those of its text and of nothing more (a stop string's, say)."""
+        if not self.ids:
+            return ()
+        ids = [*(self._tokenizer.encode(self._shown) if self._shown else ()), *self.ids]
+        return tuple(ids) if self._tokenizer.decode(ids) == self.text else ()
+
+    def tool_calls(self) -> list[ToolCall]:
+        """The tool calls, in their order."""
+        return [ToolCall(call[0], FunctionCall(call[1], call[2])) for _, call in sorted(self.calls.items())]
 
     def finish(self) -> None:
         """The output is whole. Raises _Broken when it is shorter than what was shown."""

@@ -33,7 +33,9 @@ Program = Callable[..., Any]
 class VirtualMachine:
     """Runs programs against the core at `core_http_addr`. Mode "debug" prints each call to stderr.
 
-    `stat` counts requests, retries and lost connections; `stat_run_time` is the last run's time in seconds.
+    `api_key`: the tenant's, where the core asks for one. `ca_file`: a PEM file of those whose certificates are believed, of a
+    core at https:// (None: the system's authorities). `stat` counts requests, retries and lost connections; `stat_run_time`
+    is the last run's time in seconds.
     """
 
     def __init__(
@@ -42,11 +44,12 @@ class VirtualMachine:
         mode: str = "release",
         *,
         api_key: str | None = None,
+        ca_file: str | None = None,
         retry: RetryPolicy | None = None,
     ) -> None:
         if mode not in ("release", "debug"):
             raise ParrotError("bad_request", f"mode {mode!r} is neither 'release' nor 'debug'")
-        self._link = Link(core_http_addr, retry)
+        self._link = Link(core_http_addr, retry, ca_file)
         self.core_http_addr = self._link.address
         self.mode = mode
         self.functions: dict[str, Function] = {}

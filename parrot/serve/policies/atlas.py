@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from mypy_extensions import mypyc_attr
+
 from parrot.serve.graph import Task
 from parrot.serve.policies.plas import LeastAttained
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Atlas(LeastAttained):
     """By the service along the longest path that led to the task."""
 

@@ -30,6 +30,7 @@ FEW_OPEN = 16  #: engines that have room, up to which they alone are looked at
 MOST_CANDIDATES = 8  #: engines whose terms a placement keeps, for policies that would look at all of them
 
 
+@mypyc_attr(acyclic=True)
 class Candidate:
     """An engine that was considered for a task. `fits`: whether it had room."""
 
@@ -41,6 +42,7 @@ class Candidate:
         self.fits = fits
 
 
+@mypyc_attr(acyclic=True)
 class Placement:
     """Run `task` on `engine`. `terms`: the score that led there; `candidates`: the engines that were weighed, best first,
     the chosen one among them (kept only while `Cluster.explaining`); `rule`: which of the policy's rules decided."""
@@ -71,6 +73,8 @@ class Cluster:
         self._service = service
         self.explaining = False  #: whether placements shall carry their candidates
         self._fitting: tuple[Task, Engine] | None = None  # the last pair that was found to fit
+        self._roomy: Engine | None = None  # the last that was found to have room, to be asked first
+        self._with_room: tuple[Task, EngineIndex, int] | None = None  # what `with_room` has said since loads changed
 
     def weight_of(self, tenant: str) -> float:
         """The tenant's configured share beside others', above 0; 1.0 unless it has one."""
@@ -127,23 +131,31 @@ class Cluster:
             return True
         return False
 
-    @staticmethod
-    def with_room(task: Task) -> tuple[EngineIndex, int]:
+    def with_room(self, task: Task) -> tuple[EngineIndex, int]:
         """An index of the task's lane of which the first so many engines have room for all of it, whatever is cached: but for
         suspect ones and those that have refused it, they are those that admit it, and some where its prompt is cached. It
         counts the shortest length that the prompt has under any tokenizer. O(log E)."""
+        known = self._with_room
+        if known is not None and known[0] is task:
+            return known[1], known[2]
         index = task.call.lane.ordered(by_room)
-        return index, index.up_to(-least_prompt(task) - task.sampling.max_gen_length)
+        count = index.up_to(-least_prompt(task) - task.max_gen_length)
+        self._with_room = (task, index, count)
+        return index, count
 
     def anywhere(self, task: Task) -> bool:
         """Whether any engine admits the task: without a look at each of them, when all are full."""
+        roomy = self._roomy
+        if roomy is not None and roomy.id in task.call.lane.engines and admits(roomy, task):
+            return True
         index, count = self.with_room(task)
         for engine in islice(index, count):
             if admits(engine, task):
+                self._roomy = engine
                 return True
         holders = task.path[0].contexts if task.path else None
         if holders:  # there it may need less
-            for engine in islice(index, count, index.up_to(-task.sampling.max_gen_length)):
+            for engine in islice(index, count, index.up_to(-task.max_gen_length)):
                 if engine.id in holders and admits(engine, task):
                     return True
         return False
@@ -156,7 +168,7 @@ class Cluster:
         found = [engine.id for engine in islice(index, count)]
         holders = task.path[0].contexts if task.path else None
         if holders:
-            end = index.up_to(-task.sampling.max_gen_length)
+            end = index.up_to(-task.max_gen_length)
             if end - count > 4 * FEW_OPEN:
                 return None
             found += [engine.id for engine in islice(index, count, end) if engine.id in holders]
@@ -164,18 +176,17 @@ class Cluster:
 
     def forget(self) -> None:
         """For the core: loads have changed since anybody asked."""
-        self._fitting = None
+        self._fitting = self._with_room = None
 
     def still_fits(self, task: Task, engine: Engine) -> bool:
-        """For the core, which checks every placement: as `fits`, once after each change of a load. What `fits` has just said
-        is not computed again."""
-        fitting, self._fitting = self._fitting, None
+        """For the core, which checks every placement: as `fits`, but what `fits` has just said is not computed again."""
+        fitting = self._fitting
         return (fitting is not None and fitting[0] is task and fitting[1] is engine) or admits(engine, task)
 
 
 def prompt_tokens(task: Task, engine: Engine) -> int:
     """Tokens of the prompt under the engine's tokenizer, BOS included; computed once a tokenizer."""
-    tokenizer = engine.description.tokenizer
+    tokenizer = engine.tokenizer
     if task.tokens is None:
         task.tokens = {}
     found = task.tokens.get(tokenizer)
@@ -185,7 +196,7 @@ def prompt_tokens(task: Task, engine: Engine) -> int:
             for content in link.contents:
                 found += length_of(content.lengths, tokenizer)
         task.tokens[tokenizer] = found
-    return found + engine.description.bos_tokens
+    return found + engine.bos_tokens
 
 
 def least_prompt(task: Task) -> int:
@@ -219,13 +230,13 @@ def cached_tokens(task: Task, engine: Engine) -> int:
 
 
 def reservation(task: Task, engine: Engine) -> int:
-    return max(0, prompt_tokens(task, engine) - cached_tokens(task, engine)) + task.sampling.max_gen_length
+    return max(0, prompt_tokens(task, engine) - cached_tokens(task, engine)) + task.max_gen_length
 
 
 def too_large(task: Task, engine: Engine) -> bool:
     """Whether that engine can never take the task: its prompt leaves no room for one token, or it has said so."""
     return (task.refusals is not None and task.refusals.get(engine.id) == -1) or (
-        prompt_tokens(task, engine) >= engine.description.max_seq_len
+        prompt_tokens(task, engine) >= engine.max_seq_len
     )
 
 
@@ -239,16 +250,15 @@ def admits(engine: Engine, task: Task, bound: int | None = None) -> bool:
         if refused is not None and (refused == -1 or refused == engine.version):
             return False
     tokens = prompt_tokens(task, engine)
-    description = engine.description
-    if tokens >= description.max_seq_len:
+    if tokens >= engine.max_seq_len:
         return False
     running = len(engine.tasks)
     if running == 0:
         return True  # one task alone always has room
-    if running >= description.tasks_capacity:
+    if running >= engine.tasks_capacity:
         return False
-    capacity = description.tokens_capacity if bound is None else min(bound, description.tokens_capacity)
-    room = capacity - engine.reserved - task.sampling.max_gen_length
+    capacity = engine.tokens_capacity if bound is None else min(bound, engine.tokens_capacity)
+    room = capacity - engine.reserved - task.max_gen_length
     # What is cached is counted only where it decides: most tasks fit with their whole prompt.
     return tokens <= room or tokens - cached_tokens(task, engine) <= room
 
@@ -319,15 +329,21 @@ class InOrder:
             stalled, version = self._stalled.pop(lane, (None, 0))
             while (task := queue.head(lane)) is not None:
                 placed = False
-                if task is not stalled or any(cluster.fits(task, engine) for engine in lane.opened_since(version)):
-                    if cluster.anywhere(task):
-                        for placement in self.choose(task, queue, cluster):
-                            placed = True
-                            yield placement
+                if self.admitted(task, cluster, version if task is stalled else None):
+                    for placement in self.choose(task, queue, cluster):
+                        placed = True
+                        yield placement
                     stalled = None  # what was placed may have brought the prefix of a task that waited
                 if not placed:
                     self._stalled[lane] = (task, lane.version)
                     break
+
+    def admitted(self, task: Task, cluster: Cluster, version: int | None) -> bool:
+        """Whether any engine admits the task. version: none did when its lane had that version (`Lane.version`), and nothing of
+        it was placed since: only engines that have had more room are asked."""
+        if version is None:
+            return cluster.anywhere(task)
+        return any(cluster.fits(task, engine) for engine in task.call.lane.opened_since(version))
 
     def conserves_work(self) -> bool:
         """Whether it claims to be work conserving with the parameters that it was built with."""
@@ -349,7 +365,7 @@ def first_fit(
 ) -> Placement | None:
     """The task on the first of `engines` on which it fits, with their loads as the reason; None when it fits on none."""
     if cluster.explaining:
-        return best_of(task, ((engine, load_terms(engine)) for engine in engines), cluster, bound, rule)
+        return best_of(task, _with_loads(engines), cluster, bound, rule)
     for engine in engines:
         if cluster.fits(task, engine, bound):
             return Placement(task, engine, None, None, rule)
@@ -382,10 +398,15 @@ def best_of(
 
 
 def open_first(
-    task: Task, cluster: Cluster, rank: Callable[[list[int] | None], Iterator[tuple[Engine, Terms]]]
+    task: Task, cluster: Cluster, rank: Callable[[list[int] | None], Iterator[tuple[Engine, Terms]]], blind: bool = False
 ) -> Iterator[tuple[Engine, Terms]]:
     """Engines in the order of `rank`, at no more cost in a full cluster than in an idle one: when the first few are full and
-    not many have room, only these follow, in that order. `rank(ids)`: engines with these ids, or all; the best first."""
+    not many have room, only these follow, in that order. `rank(ids)`: engines with these ids, or all; the best first. blind:
+    that order knows nothing of room, so that the first few are as full as any: they are asked only to be shown as candidates,
+    while the cluster explains. (`rank(ids)` must have the order of `rank(None)` exactly then.)"""
+    if blind and not cluster.explaining and (open_ones := cluster.open_to(task)) is not None:
+        yield from rank(open_ones)
+        return
     ranked = rank(None)
     asked: list[Engine] = []
     for engine, terms in islice(ranked, PROBES):
@@ -398,6 +419,11 @@ def open_first(
         for engine, terms in rank(few):
             if engine not in asked:
                 yield engine, terms
+
+
+def _with_loads(engines: Iterable[Engine]) -> Iterator[tuple[Engine, Terms]]:
+    for engine in engines:
+        yield engine, load_terms(engine)
 
 
 def load_terms(engine: Engine) -> Terms:

@@ -58,17 +58,12 @@ class CacheAware(InOrder):
 
     def choose(self, task: Task, queue: TaskQueue, cluster: Cluster) -> Iterable[Placement]:
         loads = task.call.lane.ordered(by_tasks)
-
-        def shortest(ids: list[int] | None) -> Iterator[tuple[Engine, Terms]]:
-            return ((engine, _terms(engine, task)) for engine in (loads if ids is None else loads.among(ids)))
-
-        def by_prefix(ids: list[int] | None) -> Iterator[tuple[Engine, Terms]]:
-            return self._by_prefix(task, loads, ids)
-
         if self._unbalanced(loads):
-            found = best_of(task, open_first(task, cluster, shortest), cluster, None, "shortest_queue")
+            ranked = open_first(task, cluster, lambda ids: _shortest(task, loads, ids))
+            found = best_of(task, ranked, cluster, None, "shortest_queue")
         else:
-            found = best_of(task, open_first(task, cluster, by_prefix), cluster, None, "smallest_cache")
+            ranked = open_first(task, cluster, lambda ids: self._by_prefix(task, loads, ids))
+            found = best_of(task, ranked, cluster, None, "smallest_cache")
             if found is not None and self._follows(cached_tokens(task, found.engine), task, found.engine):
                 found.rule = "longest_prefix"
         return () if found is None else (found,)
@@ -94,6 +89,11 @@ class CacheAware(InOrder):
         for engine in caches if ids is None else caches.among(ids):
             if engine.id not in followed:
                 yield engine, _terms(engine, task)
+
+
+def _shortest(task: Task, loads: EngineIndex, ids: list[int] | None) -> Iterator[tuple[Engine, Terms]]:
+    for engine in loads if ids is None else loads.among(ids):
+        yield engine, _terms(engine, task)
 
 
 def _terms(engine: Engine, task: Task) -> Terms:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from mypy_extensions import mypyc_attr
+
 from parrot.serve.graph import Task
 from parrot.serve.policies.lookahead import Lookahead
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Clairvoyant(Lookahead):
     """By rank and earliest finish time, both from what will be."""
 

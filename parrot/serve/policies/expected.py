@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from parrot.latency import BatchShape, LatencyModel
 from parrot.latency_profile import FixedCost, Hinge, LatencyProfile
-from parrot.serve.engines import Engine
+from parrot.serve.engines import Engine, EngineIndex
 
 ASSUMED = LatencyProfile(
     name="assumed",
@@ -59,29 +59,37 @@ def decode_s(model: LatencyModel, outputs: float, rows: int, kv_tokens: int) -> 
     return outputs * model.duration(BatchShape(decode_rows=rows, decode_kv=kv_tokens, decode_kv_unique=kv_tokens))
 
 
-def group_s(model: LatencyModel, members: int, prompt: float, outputs: float) -> float:
-    """Seconds that `members` tasks of `prompt` new tokens and `outputs` tokens each take together on an engine of their own:
-    first all prompts, then all outputs."""
+def part_s(model: LatencyModel, members: int, prompt: float, outputs: float, beside: Engine) -> tuple[float, float]:
+    """What `members` tasks of `prompt` new tokens and `outputs` tokens each mean for an engine as loaded as `beside`: (seconds
+    until they end: first what it has still to fill, then all prompts, then all outputs; seconds of the engine that they
+    take). Beside others they do not pay again for what an iteration costs anyway; alone, both are the same."""
+    rows, kv_tokens = beside.running, beside.prompt_tokens
     tokens = round(members * prompt)
-    fill = model.duration(BatchShape(0, members, tokens, round(tokens * (prompt + 1) / 2), 0, 0))
-    return fill + decode_s(model, outputs, members, round(members * (prompt + outputs / 2)))
+    pairs = round(tokens * (prompt + 1) / 2)
+    fill = model.duration(BatchShape(rows, members, tokens, pairs, kv_tokens, kv_tokens))
+    decode = decode_s(model, outputs, rows + members, kv_tokens + round(members * (prompt + outputs / 2)))
+    own = decode_s(model, outputs + 1, rows, kv_tokens) if rows else 0.0
+    waits = model.tokens_s(beside.prefill_tokens) if beside.prefill_tokens else 0.0
+    return waits + fill + decode, fill + decode - own
 
 
-def knee(model: LatencyModel, members: int, prompt: float, outputs: float, most: int) -> int:
-    """Over how many engines, `most` at the highest, a group of equal tasks is best spread.
+def knee(model: LatencyModel, members: int, prompt: float, outputs: float, engines: EngineIndex) -> int:
+    """Over how many of `engines`, the least loaded first, a group of equal tasks is best spread: where the time until it ends,
+    times the engines' time that it takes, is least; each part as on the most loaded of those engines.
 
-    With T(k) the time on k engines, the speed-up is T(1) / T(k) and the efficiency T(1) / (k · T(k)); the knee is where their
-    product is largest, so where k · T(k)² is least (Eager, Zahorjan and Lazowska, Speedup versus efficiency in parallel
-    systems, IEEE ToC 1989). Work whose batch costs little more than one of its tasks stays together; work that costs the sum
-    of its tasks is spread; there is nothing to tune.
+    On idle engines that is k · T(k)², T(k) being the time on k of them: the knee of speed-up T(1) / T(k) and efficiency
+    T(1) / (k · T(k)), where their product is largest (Eager, Zahorjan and Lazowska, Speedup versus efficiency in parallel
+    systems, IEEE ToC 1989). Work whose batch costs little more than one of its tasks stays together there; work that costs
+    the sum of its tasks is spread. Where engines are busy iterations go on anyway, so that a part costs what its own
+    tokens add: then a group gains nothing by staying together. There is nothing to tune.
     """
-    best, least = 1, group_s(model, members, prompt, outputs) ** 2
-    share = members
-    for k in range(2, min(members, most) + 1):
+    best, least, share = 1, 0.0, 0
+    for k in range(1, min(members, len(engines)) + 1):
         if -(-members // k) == share:
             continue  # one engine more, and no member fewer on the fullest
         share = -(-members // k)
-        cost = k * group_s(model, share, prompt, outputs) ** 2
-        if cost < least:
+        ends_s, taken_s = part_s(model, share, prompt, outputs, engines.at(k - 1))
+        cost = ends_s * k * taken_s
+        if k == 1 or cost < least:
             best, least = k, cost
     return best

@@ -14,7 +14,8 @@ task, where Dynamo counts its blocks once; as by its default, tokens that a task
 that have room take part in a draw, where prompts and cached prefixes count as long on all as on one; without a draw, one that
 is full is passed for the next least cost. Decode blocks grow with every task, so a hot prefix spreads.
 
-A placement costs O(log E + 16) at temperature 0 and O(E) above it.
+A placement costs O(log E + 16) at temperature 0, and above it O(engines that have room or hold the prefix): a draw needs the
+cost of each of them.
 """
 
 from __future__ import annotations
@@ -139,7 +140,8 @@ def _with_room(task: Task, cluster: Cluster) -> list[Engine]:
     found = [engine for engine in islice(index, count) if engine.state == "live"]
     holders = task.path[0].contexts if task.path else None
     if holders:  # there it may need less
-        found += [engine for engine in islice(index, count, None) if engine.id in holders and cluster.fits(task, engine)]
+        known = {engine.id for engine in found}
+        found += [engine for engine in index.among(holders) if engine.id not in known and cluster.fits(task, engine)]
     return found
 
 

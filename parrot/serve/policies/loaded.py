@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from parrot.serve.engines import Engine, by_load
+from parrot.serve.engines import Engine, EngineIndex, by_load
 from parrot.serve.graph import Task
 from parrot.serve.policies.base import Cluster, Terms, open_first
 
@@ -12,9 +12,9 @@ from parrot.serve.policies.base import Cluster, Terms, open_first
 def least_loaded_first(task: Task, cluster: Cluster, terms: Callable[[Engine], Terms]) -> Iterator[tuple[Engine, Terms]]:
     """Engines of the task's lane with what `terms` says of each. O(log E) to the first that admits the task."""
     index = task.call.lane.ordered(by_load)
+    return open_first(task, cluster, lambda ids: _loaded(index, terms, ids))
 
-    def rank(ids: list[int] | None) -> Iterator[tuple[Engine, Terms]]:
-        for engine in index if ids is None else index.among(ids):
-            yield engine, terms(engine)
 
-    return open_first(task, cluster, rank)
+def _loaded(index: EngineIndex, terms: Callable[[Engine], Terms], ids: list[int] | None) -> Iterator[tuple[Engine, Terms]]:
+    for engine in index if ids is None else index.among(ids):
+        yield engine, terms(engine)

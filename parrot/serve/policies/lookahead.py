@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import numpy as np
+from mypy_extensions import mypyc_attr
 
 from parrot.serve.engines import Engine, Lane, Load, by_load
 from parrot.serve.events import Constant
@@ -40,6 +41,7 @@ MOST_HOLDERS = 16  #: engines holding a prefix that are all looked at; of more, 
 _KIND_BITS = 88  #: above a load
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Lookahead(ByShare):
     """Tasks by rank, engines by earliest finish time."""
 

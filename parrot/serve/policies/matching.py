@@ -117,4 +117,6 @@ def by_score(
 
 def _others(engines: Iterator[Engine], known: dict[int, Context]) -> Iterator[Engine]:
     """Those that are not among the known."""
-    return (engine for engine in engines if engine.id not in known) if known else engines
+    for engine in engines:
+        if engine.id not in known:
+            yield engine

@@ -1,10 +1,13 @@
 """`parrot`: Algorithm 1 of the paper (OSDI'24, section 5.4), with its four switches.
 
+The whole queue is gone through in order; a task that finds no room is passed over (`passing.py`).
+
 - `app_fifo`: programs in the order of their arrival; in a program, the task farthest along its DAG first. Off: by readiness.
 - `graph_group`: the queued members of a task group go to an engine as a whole, since their completion as a whole is what
-  counts; over as few as can hold them, when none can hold all. Where an engine's latency profile says that their batch costs
-  about the sum of its tasks, the group is spread over as many engines as the knee of its speed-up (`expected.knee`), unless
-  `spread_groups` is off. How long outputs will be is learnt from those of the same function.
+  counts; over as few as can hold them, when none can hold all. Unless `spread_groups` is off, the group is spread over as many
+  engines as the knee of its speed-up, by their latency profiles and what they run (`expected.knee`): where their batch costs
+  about the sum of its tasks, or where engines are busy anyway. How long outputs will be is learnt from those of the same
+  function.
 - `ctx_group`: queued tasks that share a prefix with the first one go with it.
 - `ctx_aware`: prefer an engine that holds the prefix. As with `ctx_group`, a prefix is followed while its tokens, times
   `ctx_weight`, outweigh the harm beyond the least harmed engine's: a hot prefix must not pile all work on one engine. (The
@@ -12,12 +15,13 @@
   5 to 20 times as long as one that is reserved adds to the iterations of those in flight, on the shipped profiles.)
 - Always last, and alone when all are off: the feasible engine with the least harm.
 
-Harm, in tokens, of a task of n tokens (its prompt and all that it may generate) on an engine that has R reserved and runs L
-latency-bound tasks: R, for which the task itself waits; and L · n, for which each of those L waits longer; and, for the first
-latency-bound task of an engine, the capacity that it takes away: all beyond `latency_capacity`. So latency-bound tasks gather
-on few engines up to that bound, throughput tasks keep away from them as far as balance allows, and among engines with none of
-them load alone decides. Feasible: with a latency-bound task, of its own or there, an engine holds `latency_capacity` tokens at
-most (null: no fewer than without).
+Harm, in tokens, of what is placed together (a task; a part of a group) with n tokens in all (prompts and all that may be
+generated) on an engine that has R reserved and runs L latency-bound tasks: R, for which it waits, a group as one, since only
+its end counts; and L · n, for which each of those L waits longer; and, for the first latency-bound task of an engine, the
+capacity that it takes away: all beyond `latency_capacity`. So latency-bound tasks gather on few engines up to that bound,
+throughput tasks keep away from them as far as balance allows, and among engines with none of them load alone decides.
+Feasible: with a latency-bound task, of its own or there, an engine holds `latency_capacity` tokens at most (null: no fewer
+than without; docs/paper.md says why that is the default).
 
 To find an engine takes O(log E), times the different numbers of latency-bound tasks that engines have; a prefix held by many
 engines is looked for among the least loaded of them. A group is offered to engines until one holds it whole: O(E) at worst.
@@ -36,9 +40,10 @@ from mypy_extensions import mypyc_attr
 
 from parrot.serve.engines import HARM_BITS, Engine, EngineIndex, Load, by_harm, by_load, by_room
 from parrot.serve.graph import Task
-from parrot.serve.policies.base import MOST_CANDIDATES, Candidate, Cluster, InOrder, Placement, Terms
+from parrot.serve.policies.base import MOST_CANDIDATES, Candidate, Cluster, Placement, Terms
 from parrot.serve.policies.expected import ExpectedTimes, knee
 from parrot.serve.policies.parameters import Parameter
+from parrot.serve.policies.passing import Passing
 from parrot.serve.queue import TaskQueue
 
 MOST_HOLDERS = 32  #: engines holding a prefix that are all looked at; of more, the first FEW_HOLDERS in order of harm
@@ -55,7 +60,7 @@ def harm_with(latency_capacity: int, engine: Engine) -> Load:
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
-class Parrot(InOrder):
+class Parrot(Passing):
     """Tasks in order; a task takes those with it that belong together."""
 
     name: ClassVar[str] = "parrot"
@@ -89,10 +94,15 @@ class Parrot(InOrder):
         self._times = ExpectedTimes()
         self._latency_key: Callable[[Engine], Load] = by_harm
         if self._latency_capacity is not None:
+            self.bounded = True
             self._latency_key = partial(harm_with, self._latency_capacity)
 
     def order(self, task: Task) -> Any:
+        super().order(task)
         return (task.program_sequence, task.depth) if self._app_fifo else task.sequence
+
+    def bound(self, engine: Engine, urgent: bool) -> int | None:
+        return self._latency_capacity if urgent or engine.latency_tasks else None
 
     def conserves_work(self) -> bool:
         return self._latency_capacity is None  # which holds tasks back on engines that have room
@@ -130,20 +140,20 @@ class Parrot(InOrder):
             yield found
             del waiting[0]
             for member in part[1:]:
-                if not cluster.fits(member, engine, self._bound(member, engine)):
+                if not cluster.fits(member, engine, self.bound(engine, member.latency_sensitive)):
                     break
                 yield Placement(member, engine, terms, None, "task_group")
                 waiting.remove(member)
 
     def _share(self, members: list[Task], cluster: Cluster) -> int:
-        """How many of the group go to one engine: all, or so many that it is spread over the knee of its speed-up."""
-        lane = members[0].call.lane
-        engine = lane.ordered(by_load).first()
+        """How many of the group go to one engine: all, or so many that it is spread over as many as the knee says."""
+        index = members[0].call.lane.ordered(by_load)
+        engine = index.first()
         if engine is None or not self._spread_groups or engine.description.latency_profile is None:
             return len(members)
         prompt = sum([cluster.prompt_tokens(member, engine) for member in members]) / len(members)
         outputs = max([cluster.service.expected_output(member) for member in members])
-        return -(-len(members) // knee(self._times.model(engine), len(members), prompt, outputs, len(lane.engines)))
+        return -(-len(members) // knee(self._times.model(engine), len(members), prompt, outputs, index))
 
     def _whole(self, part: list[Task], cluster: Cluster) -> Placement | None:
         """The first of `part` on the best engine that has room for all of it, a prefix that they share counted once a member
@@ -155,7 +165,8 @@ class Parrot(InOrder):
         tokens = sum([cluster.prompt_tokens(member, roomiest) + member.max_gen_length for member in part])
         if not self._ctx_aware and not index.up_to(-tokens):
             return None
-        ranked = islice(self._ranked(part[0], cluster, None), MOST_PROBED)
+        others = tokens - cluster.prompt_tokens(part[0], roomiest) - part[0].max_gen_length
+        ranked = islice(self._ranked(part[0], cluster, None, others), MOST_PROBED)
         found = self._best(part[0], ranked, cluster, "task_group", lambda e: self._has_room(part, tokens, e, cluster))
         if found is not None and found.terms is not None:
             found.terms["group"] = len(part)
@@ -166,7 +177,7 @@ class Parrot(InOrder):
         if engine.running + len(part) > engine.description.tasks_capacity:
             return False
         room = engine.description.tokens_capacity - engine.reserved
-        bound = self._bound(part[0], engine)
+        bound = self.bound(engine, part[0].latency_sensitive)
         if bound is not None:
             room = min(room, bound - engine.reserved)
         if tokens <= room:
@@ -205,7 +216,7 @@ class Parrot(InOrder):
         chosen: Engine | None = None
         terms: Terms = {}
         for engine, costs in ranked:
-            fits = (also is None or also(engine)) and cluster.fits(task, engine, self._bound(task, engine))
+            fits = (also is None or also(engine)) and cluster.fits(task, engine, self.bound(engine, task.latency_sensitive))
             if fits and chosen is None:
                 chosen, terms = engine, costs
             if seen is None:
@@ -220,21 +231,17 @@ class Parrot(InOrder):
             return None
         return Placement(task, chosen, terms, seen, rule or ("prefix" if "cached_tokens" in terms else "least_harm"))
 
-    def _bound(self, task: Task, engine: Engine) -> int | None:
-        """Tokens that the engine may hold with the task; None: its capacity."""
-        return self._latency_capacity if engine.latency_tasks or task.latency_sensitive else None
-
-    def _ranked(self, task: Task, cluster: Cluster, leader: Engine | None) -> Iterator[tuple[Engine, Terms]]:
+    def _ranked(self, task: Task, cluster: Cluster, leader: Engine | None, others: int = 0) -> Iterator[tuple[Engine, Terms]]:
         """Engines in order of their harm, less what a prefix there is worth. leader: an engine whose prefix counts even when
-        the policy is not aware of contexts."""
+        the policy is not aware of contexts. others: tokens of those that go with the task."""
         lane = task.call.lane
         urgent = task.latency_sensitive
         index = lane.ordered(self._latency_key if urgent else by_harm)
         least = index.first()
         if least is None:
             return
-        tokens = cluster.prompt_tokens(task, least) + task.max_gen_length
-        few = None if cluster.fits(task, least, self._bound(task, least)) else cluster.open_to(task)
+        tokens = cluster.prompt_tokens(task, least) + task.max_gen_length + others
+        few = None if cluster.fits(task, least, self.bound(least, urgent)) else cluster.open_to(task)
         holders: list[tuple[float, int, Engine, int, int]] = []  # cost, id, engine, harm, cached tokens
         if few is not None:
             candidates = [lane.engines[engine_id] for engine_id in few]

@@ -23,8 +23,9 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Any, ClassVar
 
 import numpy as np
+from mypy_extensions import mypyc_attr
 
-from parrot.serve.engines import Engine, Lane, Load
+from parrot.serve.engines import Engine, EngineIndex, Lane, Load
 from parrot.serve.graph import Task
 from parrot.serve.policies.base import Cluster, InOrder, Placement, Terms, best_of, open_first
 from parrot.serve.policies.parameters import Parameter
@@ -42,6 +43,7 @@ def fewest_places(engine: Engine) -> Load:
     return free if free > 0 else 1 << 40
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class ParrotArtifact(InOrder):
     """Whatever task finds an engine is placed, in the order of the queue."""
 
@@ -102,14 +104,14 @@ class ParrotArtifact(InOrder):
             return (found,)
         index = task.call.lane.ordered(self._key)
         rule = "fewest_places" if self._key is fewest_places else "most_places"
-
-        def rank(ids: list[int] | None) -> Iterator[tuple[Engine, Terms]]:
-            for engine in index if ids is None else index.among(ids):
-                if self._allows(task, engine):
-                    yield engine, _places(engine)
-
-        found = best_of(task, open_first(task, cluster, rank), cluster, rule=rule)
+        ranked = open_first(task, cluster, lambda ids: self._by_places(task, index, ids))
+        found = best_of(task, ranked, cluster, rule=rule)
         return () if found is None else (found,)
+
+    def _by_places(self, task: Task, index: EngineIndex, ids: list[int] | None) -> Iterator[tuple[Engine, Terms]]:
+        for engine in index if ids is None else index.among(ids):
+            if self._allows(task, engine):
+                yield engine, _places(engine)
 
     def _holders(self, task: Task) -> Iterator[tuple[Engine, Terms]]:
         path = task.path

@@ -22,6 +22,7 @@ from heapq import heapify, heappop, heappush
 from typing import Any, ClassVar
 
 import numpy as np
+from mypy_extensions import mypyc_attr
 
 from parrot.serve.engines import Engine, Lane, by_load
 from parrot.serve.graph import Task
@@ -33,6 +34,7 @@ from parrot.serve.queue import TaskQueue
 MOST_HOMES = 65536  #: programs whose engine is remembered, those with a long prompt last
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class LeastAttained(InOrder):
     """Tasks by the level of the service that `attained` says, with the starving ones first."""
 
@@ -88,8 +90,7 @@ class LeastAttained(InOrder):
             stalled, version = self._stalled.pop(lane, (None, 0))
             while (task := self.first(queue, lane)) is not None:
                 found: Placement | None = None
-                again = task is not stalled or any(cluster.fits(task, engine) for engine in lane.opened_since(version))
-                if again and cluster.anywhere(task):
+                if self.admitted(task, cluster, version if task is stalled else None):
                     found = self._engine_for(task, cluster)
                 if found is None:
                     self._stalled[lane] = (task, lane.version)
@@ -149,6 +150,7 @@ class LeastAttained(InOrder):
                 yield engine, terms
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Plas(LeastAttained):
     """By the service of all finished tasks of the program."""
 

@@ -138,7 +138,7 @@ class Unused:
             retained.sort(key=lambda c: (c.last_use_s, -_depth(c), c.id))
             self._line = deque([(c.last_use_s, c.id, c) for c in retained])
             found = list(self._until(tokens))
-        return (entry[2] for entry in found)
+        return iter([entry[2] for entry in found])
 
     def _until(self, tokens: int) -> Iterator[tuple[float, int, Context]]:
         for entry in self._line:
@@ -230,13 +230,15 @@ class PrebleE2(InOrder):
     def _best(
         self, task: Task, cluster: Cluster, rule: str, rank: Callable[[list[int] | None], Iterator[Engine]]
     ) -> Placement | None:
-        def with_terms(ids: list[int] | None) -> Iterator[tuple[Engine, Terms]]:
-            return ((engine, self._terms(task, engine) if cluster.explaining else {}) for engine in rank(ids))
-
-        found = best_of(task, open_first(task, cluster, with_terms), cluster, None, rule)
+        ranked = open_first(task, cluster, lambda ids: self._with_terms(task, rank(ids), cluster.explaining))
+        found = best_of(task, ranked, cluster, None, rule)
         if found is not None and not found.terms:
             found.terms = self._terms(task, found.engine)
         return found
+
+    def _with_terms(self, task: Task, engines: Iterator[Engine], explaining: bool) -> Iterator[tuple[Engine, Terms]]:
+        for engine in engines:
+            yield engine, self._terms(task, engine) if explaining else {}
 
     def _exploited(self, task: Task, index: EngineIndex, ids: list[int] | None) -> Iterator[Engine]:
         for engine, cached in by_match(task, index, ids):
@@ -253,7 +255,8 @@ class PrebleE2(InOrder):
         def floor(engine: Engine, new: int) -> int:
             return window.load(engine) + self._recompute(task, engine, new)
 
-        return (engine for engine, _, _ in by_score(task, index, score, floor, ids))
+        for engine, _, _ in by_score(task, index, score, floor, ids):
+            yield engine
 
     def _terms(self, task: Task, engine: Engine) -> Terms:
         cached = Cluster.cached_tokens(task, engine)

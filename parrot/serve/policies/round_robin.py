@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from mypy_extensions import mypyc_attr
 
-from parrot.serve.engines import Engine, Lane, by_id
+from parrot.serve.engines import Engine, EngineIndex, Lane, by_id
 from parrot.serve.graph import Task
 from parrot.serve.policies.base import Cluster, InOrder, Placement, Terms, best_of, load_terms, open_first
 from parrot.serve.queue import TaskQueue
@@ -32,16 +32,18 @@ class RoundRobin(InOrder):
         lane = task.call.lane
         last = self._last.get(lane, 0)
         index = lane.ordered(by_id)
-
-        def in_turn(ids: list[int] | None) -> Iterator[tuple[Engine, Terms]]:
-            if ids is None:
-                engines = index.after(last)
-            else:
-                engines = iter(sorted(index.among(ids), key=lambda engine: (engine.id <= last, engine.id)))
-            return ((engine, load_terms(engine)) for engine in engines)
-
-        found = best_of(task, open_first(task, cluster, in_turn), cluster)
+        found = best_of(task, open_first(task, cluster, lambda ids: _in_turn(index, last, ids), blind=True), cluster)
         if found is None:
             return ()
         self._last[lane] = found.engine.id
         return (found,)
+
+
+def _in_turn(index: EngineIndex, last: int, ids: list[int] | None) -> Iterator[tuple[Engine, Terms]]:
+    """The engines of the index (of those with these `ids`) behind the `last` one, then those before it."""
+    if ids is None:
+        engines = index.after(last)
+    else:
+        engines = iter(sorted(index.among(ids), key=lambda engine: (engine.id <= last, engine.id)))
+    for engine in engines:
+        yield engine, load_terms(engine)

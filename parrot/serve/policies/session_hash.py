@@ -116,13 +116,15 @@ class SessionHash(InOrder):
         ring.follow(lane)
         place = point_of(task.session_id)
         home = next(ring.clockwise(place), 0)
-
-        def clockwise(ids: list[int] | None) -> Iterator[tuple[Engine, Terms]]:
-            behind = ring.clockwise(place) if ids is None else ring.nearest(place, ids)
-            return ((lane.engines[engine_id], load_terms(lane.engines[engine_id])) for engine_id in behind)
-
-        found = best_of(task, open_first(task, cluster, clockwise), cluster)
+        found = best_of(task, open_first(task, cluster, lambda ids: _clockwise(lane, ring, place, ids), blind=True), cluster)
         if found is None:
             return ()
         found.rule = "home" if found.engine.id == home else "next"
         return (found,)
+
+
+def _clockwise(lane: Lane, ring: Ring, place: int, ids: list[int] | None) -> Iterator[tuple[Engine, Terms]]:
+    """The engines of the lane (those with these `ids`) as they lie behind that place of the ring."""
+    for engine_id in ring.clockwise(place) if ids is None else ring.nearest(place, ids):
+        engine = lane.engines[engine_id]
+        yield engine, load_terms(engine)

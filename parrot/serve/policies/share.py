@@ -14,6 +14,7 @@ from heapq import heapify, heappop, heappush, heapreplace
 from typing import Any, ClassVar
 
 import numpy as np
+from mypy_extensions import mypyc_attr
 
 from parrot.serve.engines import Lane
 from parrot.serve.graph import Task
@@ -24,7 +25,7 @@ Entry = tuple[float, int, Owner]
 
 
 class _Line:
-    """Owners with waiting tasks of one lane. An entry counts if it is the one that `entries` has of its owner."""
+    """Owners with waiting tasks of one lane. An entry counts if it equals the one that `entries` has of its owner."""
 
     __slots__ = ("entries", "heap", "lane")
 
@@ -34,6 +35,7 @@ class _Line:
         self.entries: dict[Owner, Entry] = {}
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class ByShare(InOrder):
     """Owners by least counter, ties by who came first; an owner's tasks by readiness. `choose` finds an engine for one."""
 
@@ -72,8 +74,7 @@ class ByShare(InOrder):
             stalled, version = self._stalled.pop(lane, (None, 0))
             while (task := self.first(queue, lane)) is not None:
                 found: Placement | None = None
-                again = task is not stalled or any(cluster.fits(task, engine) for engine in lane.opened_since(version))
-                if again and cluster.anywhere(task):
+                if self.admitted(task, cluster, version if task is stalled else None):
                     found = next(iter(self.choose(task, queue, cluster)), None)
                 if found is None:
                     self._stalled[lane] = (task, lane.version)
@@ -136,7 +137,7 @@ class ByShare(InOrder):
         heap = line.heap
         while heap:
             value, sequence, owner = entry = heap[0]
-            if line.entries.get(owner) is not entry:
+            if line.entries.get(owner) != entry:  # (compiled, a tuple has no identity)
                 heappop(heap)
                 continue
             head = queue.head_of(line.lane, owner)

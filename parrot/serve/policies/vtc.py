@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import numpy as np
+from mypy_extensions import mypyc_attr
 
 from parrot.serve.graph import Task
 from parrot.serve.policies.base import Cluster, Placement, best_of, load_terms
@@ -28,6 +29,7 @@ from parrot.serve.policies.share import ByShare
 from parrot.serve.queue import Owner, TaskQueue
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Vtc(ByShare):
     """Tenants by least counter, a tenant's tasks by readiness, each to the least loaded engine."""
 

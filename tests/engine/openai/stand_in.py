@@ -22,7 +22,8 @@ VERSION = "2023-07-01-preview"
 @dataclass
 class Answer:
     """One scripted answer. `status` other than 200: an error body of `code`; `cut`: the connection breaks after that many
-    chunks; `gate`: awaited before the last chunk; `error_after`: an error event of the stream, after that many chunks."""
+    chunks; `gate`: awaited before the last chunk; `error_after`: an error event of the stream, after that many chunks.
+    `logprobs`: tells the probability of each chunk, as one token; `calls`: tools that it calls, each in two pieces."""
 
     text: str = TEXT
     status: int = 200
@@ -32,9 +33,12 @@ class Answer:
     cut: int | None = None
     error_after: int | None = None
     reason: str = "stop"
+    ids: tuple[int, ...] = ()  # of the tokens, one a chunk
     gate: asyncio.Event | None = None
     usage: tuple[int, int, int] | None = None  # prompt, cached, output
     delay_s: float = 0.0
+    logprobs: bool = False
+    calls: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -104,8 +108,19 @@ class StandIn:
             if answer.gate is not None and n == len(pieces) - 1:
                 await answer.gate.wait()
             shown = {"delta": {"content": piece}} if chat else {"text": piece}
+            if answer.ids:
+                shown["token_ids"] = [answer.ids[n]]
+            if answer.logprobs:
+                shown["logprobs"] = _logprobs(piece, chat)
             await send([{"index": 0, "finish_reason": None, **shown}])
-        await send([{"index": 0, "finish_reason": answer.reason, **({"delta": {}} if chat else {"text": ""})}])
+        for n, call in enumerate(answer.calls):
+            for name, arguments in ((call["function"]["name"], ""), (None, call["function"]["arguments"])):
+                delta = {"index": n, "function": {"name": name, "arguments": arguments}}
+                if name is not None:
+                    delta |= {"id": call["id"], "type": "function"}
+                await send([{"index": 0, "finish_reason": None, "delta": {"tool_calls": [delta]}}])
+        reason = "tool_calls" if answer.calls else answer.reason
+        await send([{"index": 0, "finish_reason": reason, **({"delta": {}} if chat else {"text": ""})}])
         if answer.usage is not None:
             prompt, cached, output = answer.usage
             usage = {
@@ -118,6 +133,13 @@ class StandIn:
         await response.write(b"data: [DONE]\n\n")
         await response.write_eof()
         return response
+
+
+def _logprobs(piece: str, chat: bool) -> dict[str, Any]:
+    if not chat:
+        return {"tokens": [piece], "token_logprobs": [-0.5], "top_logprobs": [{piece: -0.5}], "text_offset": [0]}
+    token = {"token": piece, "logprob": -0.5, "bytes": None}
+    return {"content": [{**token, "top_logprobs": [token]}], "refusal": None}
 
 
 def error(status: int, code: str, message: str, headers: dict[str, str] | None = None) -> web.Response:

@@ -116,6 +116,28 @@ async def test_ids_go_to_an_endpoint_that_takes_them() -> None:
         assert server.seen[0]["prompt"] == [5, 6, 7]
 
 
+@pytest.mark.parametrize(("ids", "kept"), [((5, 6, 7), (5, 6, 7)), ((5, 6, 8), ()), ((), ())])
+async def test_the_ids_of_an_output_are_kept_where_they_are_those_of_its_text(
+    ids: tuple[int, ...], kept: tuple[int, ...]
+) -> None:
+    instance = {"send_token_ids": True, "return_token_ids": True}
+    keys: dict[str, Any] = {"azure": False, "tokenizer": "synthetic", "instance": instance}
+    async with stand_in(answers=[Answer("w5 w6 w7", ids=ids)]) as server, remote(server, **keys) as engine:
+        ended = last(await engine.run(task("w1")), Finished)
+        assert (ended.text, ended.ids) == ("w5 w6 w7", kept)
+        assert server.seen[0]["return_token_ids"] is True
+
+
+async def test_an_output_that_goes_on_behind_what_was_shown_has_the_ids_of_both() -> None:
+    instance = {"send_token_ids": True, "return_token_ids": True}
+    keys: dict[str, Any] = {"azure": False, "tokenizer": "synthetic", "instance": instance}
+    async with stand_in(answers=[Answer("w6 w7", ids=(6, 7))]) as server, remote(server, **keys) as engine:
+        request = task("w1")
+        generate = msgspec.structs.replace(request.generate, forced_text="w5 ")
+        ended = last(await engine.run(msgspec.structs.replace(request, generate=generate)), Finished)
+        assert (ended.text, ended.ids) == ("w5 w6 w7", (5, 6, 7))
+
+
 async def test_price_and_usage_make_the_cost() -> None:
     prices = {"prompt_price": 2.0, "output_price": 10.0}
     async with stand_in(answers=[Answer(usage=(1000, 0, 100))]) as server, remote(server, instance=prices) as engine:
@@ -231,9 +253,9 @@ async def test_a_chat_is_asked_anew_and_may_not_contradict_what_was_shown() -> N
             assert "temperature 0" in failed.message
 
 
-async def test_an_abort_closes_the_stream() -> None:
-    gate = asyncio.Event()
-    async with stand_in(answers=[Answer(gate=gate)]) as server, remote(server) as engine:
+async def test_an_abort_closes_the_stream_and_the_log_has_its_line(tmp_path: Path) -> None:
+    gate, path = asyncio.Event(), tmp_path / "requests.jsonl"
+    async with stand_in(answers=[Answer(gate=gate)]) as server, remote(server, iteration_log=str(path)) as engine:
         running = asyncio.create_task(engine.run(task()))
         while not server.open:
             await asyncio.sleep(0.005)
@@ -244,6 +266,9 @@ async def test_an_abort_closes_the_stream() -> None:
             while server.open:
                 await asyncio.sleep(0.005)
         assert (await engine.info())["num_total_jobs"] == 0
+    line = json.loads(path.read_text().splitlines()[-1])
+    assert (line["kind"], line["reason"]) == ("request", "cancelled")
+    assert line["total_s"] >= (line["ttft_s"] or 0.0)
 
 
 async def test_no_more_than_the_capacity_are_in_flight() -> None:
@@ -314,6 +339,8 @@ async def test_every_request_has_a_line_in_the_log(tmp_path: Path) -> None:
     assert (finished["reason"], finished["tries"], finished["output_tokens"], finished["counted"]) == ("eos", 2, 4, True)
     assert 0 <= finished["ttft_s"] <= finished["ttft_s"] + finished["decode_s"]
     assert finished["max_gap_s"] <= finished["decode_s"]
+    assert finished["total_s"] == pytest.approx(finished["ttft_s"] + finished["decode_s"], abs=1e-5)
+    assert finished["limit_tokens"] == 2 + 16  # the prompt as we count it, and max_gen_length
 
 
 @pytest.mark.parametrize(
@@ -328,6 +355,7 @@ async def test_every_request_has_a_line_in_the_log(tmp_path: Path) -> None:
         ({"base_url": "localhost:8000"}, "http://"),
         ({"base_url": "http://x/v1", "api_endpoint": "chat", "send_token_ids": True}, "completion"),
         ({"base_url": "http://x/v1", "send_token_ids": True}, "tokenizer"),
+        ({"base_url": "http://x/v1", "return_token_ids": True}, "send_token_ids is false"),
         ({"api_key": "k", "api_endpoint": "responses"}, "api_endpoint"),
     ],
 )

@@ -145,4 +145,4 @@ def test_a_starving_task_that_its_tenant_s_limit_holds_is_left_where_it_is(polic
     assert begun(d, "second")
     d.finish(begun(d, "runs"))
     assert run_out(d) == ["second", "waits", "held"]
-    assert d.core.scheduler.policy_errors == {}
+    assert d.core.scheduler.describe_policy_errors() == {}

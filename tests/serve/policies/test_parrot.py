@@ -71,6 +71,34 @@ def test_a_group_lands_on_one_engine_where_a_batch_costs_no_more_than_one_of_its
     assert spread(0.0, 0.1, spread_groups=False) == [8], "as the paper has it"
 
 
+def test_a_group_is_spread_where_iterations_go_on_anyway() -> None:
+    def spread(running: int) -> list[int]:
+        d = Driver("parrot", {"graph_group": True})
+        for _ in range(4):
+            d.engine(latency_profile=profile(0.1, 0.001))
+        session = d.open()
+        for i in range(running):
+            ask(d, session, f"runs{i}", 10, criteria=Criteria.THROUGHPUT)
+        map_reduce(d, d.open(), "m", 8, tokens=40)
+        return sorted(Counter(engines_of(d)[running:]).values())
+
+    assert spread(0) == [8], "each engine more would have to pay for iterations of its own"
+    assert spread(8) == [2, 2, 2, 2], "only what its own tokens add is to be paid, and it ends sooner"
+
+
+def test_a_group_keeps_away_from_latency_tasks_by_what_all_of_it_would_make_them_wait() -> None:
+    d = Driver("parrot", {"graph_group": True})
+    d.engine()
+    d.engine()
+    session = d.open()
+    ask(d, session, "chat", 100, criteria=Criteria.LATENCY)
+    ask(d, session, "bulk", 400, criteria=Criteria.THROUGHPUT)
+    assert engines_of(d) == [1, 2]
+    map_reduce(d, d.open(), "m", 4, tokens=100)
+    # Beside the chat: 116 tokens reserved and 464 for it to wait for; 416 are reserved beside the bulk.
+    assert engines_of(d)[2:] == [2, 2, 2, 2]
+
+
 def test_a_group_that_no_engine_can_hold_is_split_over_as_few_as_can() -> None:
     d = Driver("parrot", {"graph_group": True})
     for _ in range(4):
