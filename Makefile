@@ -13,7 +13,7 @@ help:
 	@echo "make demo     a real cluster on this machine, three applications, and the same in simulation"
 	@echo "make chaos    200 kills of core and engines under load: nothing lost, nothing contradicted (docs/chaos.md)"
 	@echo "make test     lint, types, import contracts, tests"
-	@echo "make compiled the hot modules as C extensions: the simulator is about 1.7 times as fast; needs gcc (docs/compiled.md)"
+	@echo "make compiled the hot modules as C extensions: the simulator is more than twice as fast; needs gcc (docs/compiled.md)"
 	@echo "make install  the environment in $(VENV) (the other two do this themselves)"
 	@echo "make clean    remove what demo and test wrote, $(VENV) not included"
 
