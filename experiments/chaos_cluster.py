@@ -100,7 +100,7 @@ class ChaosCluster:
             while self.is_running(name) and self.process_id(name) == process_id:
                 try:
                     async with http.get(f"{url}/health"):
-                        return True
+                        return self.process_id(name) == process_id  # else the next life answered, which is waited for as well
                 except (aiohttp.ClientError, OSError):
                     await asyncio.sleep(POLL_S)
         return False

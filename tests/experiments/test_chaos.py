@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
 from experiments import chaos, chaos_client, chaos_load
 from experiments.chaos import Plan, Report
+from experiments.chaos_cluster import CORE, ChaosCluster
 from experiments.chaos_load import Ran
 
 PLAN = Plan(kills=6, seed=1, clients=4, engines=2, numbers=1, duration_limit_s=60.0, gap_s=(0.05, 0.6), away_s=(0.0, 0.3))
@@ -66,3 +68,27 @@ async def test_another_text_or_a_failure_is_noticed(monkeypatch: pytest.MonkeyPa
     assert (report.finished, report.compared) == (2, 2)
     assert report.different == ["one 0: answer is 'storm', undisturbed 'calm'"]
     assert report.contradictions == ["one 0: twice"]
+
+
+async def test_the_answer_of_the_next_life_is_not_that_of_the_one_that_was_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = ChaosCluster(tmp_path, 1, "emulated")
+    lives = [1]
+    monkeypatch.setattr(cluster, "is_running", lambda name: True)
+    monkeypatch.setattr(cluster, "process_id", lambda name: lives[-1])
+
+    async def health(request: web.Request) -> web.Response:
+        lives.append(2)  # killed and started again while the request was on its way
+        return web.Response()
+
+    application = web.Application()
+    application.router.add_get("/health", health)
+    runner = web.AppRunner(application)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", int(cluster.url.rpartition(":")[2])).start()
+        assert not await cluster.has_answered(CORE)
+        assert await cluster.has_answered(CORE)
+    finally:
+        await runner.cleanup()
