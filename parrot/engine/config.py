@@ -134,7 +134,8 @@ class OpenAIInstance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `max_retries`: how often a request is sent again that was answered 408, 429 or 5xx, or not at all, before any text came.
     `requests_per_minute`, `tokens_per_minute`: what this engine keeps to by itself (null: no limit); tokens are the prompt's
     and `max_gen_length`, as Azure counts them. `stream_usage`: ask for the token counts with the stream (null: yes, but not of
-    Azure, whose older versions refuse it). `max_tokens_field`: newer models of OpenAI's take max_completion_tokens.
+    Azure, whose older versions refuse it). `send_seed`: send the seed of what is sampled (null: yes, but not to the versions of
+    Azure that refuse it). `max_tokens_field`: newer models of OpenAI's take max_completion_tokens.
     `extended_sampling`: the server knows top_k, repetition_penalty, stop_token_ids and ignore_eos. `send_token_ids`: send the
     prompt as ids of `tokenizer` (api_endpoint "completion" alone); `return_token_ids`: the server, vLLM or an engine of this
     project, gives back those of the output, so that other calls read what was generated to the token. `max_seq_len`: the
@@ -152,6 +153,7 @@ class OpenAIInstance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     requests_per_minute: Positive | None = None
     tokens_per_minute: Positive | None = None
     stream_usage: bool | None = None
+    send_seed: bool | None = None
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     extended_sampling: bool = False
     send_token_ids: bool = False

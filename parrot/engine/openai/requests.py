@@ -85,7 +85,7 @@ def sampling_of(sampling: SamplingConfig, instance: OpenAIInstance, max_tokens: 
         instance.max_tokens_field: max_tokens,
     }
     for name, value, default in (
-        ("seed", sampling.seed, None),
+        ("seed", sampling.seed if _sends_seed(instance) else None, None),
         ("presence_penalty", sampling.presence_penalty, 0.0),
         ("frequency_penalty", sampling.frequency_penalty, 0.0),
         ("logit_bias", sampling.logit_bias, None),
@@ -114,6 +114,17 @@ def sampling_of(sampling: SamplingConfig, instance: OpenAIInstance, max_tokens: 
     if extended:
         found["extra_body"] = {_WIRE.get(name, name): value for name, value in extended.items()}
     return found
+
+
+#: The first version of Azure's API that has `seed`. An earlier one answers 400 to every request that has it, and the core draws
+#: a seed for each call whose client gave none.
+_FIRST_WITH_SEED = "2023-12-01"
+
+
+def _sends_seed(instance: OpenAIInstance) -> bool:
+    if instance.send_seed is not None or not instance.is_azure:
+        return instance.send_seed is not False
+    return (instance.azure_api_version or "")[: len(_FIRST_WITH_SEED)] >= _FIRST_WITH_SEED  # versions are dates
 
 
 #: Names that those servers use where they differ from ours.

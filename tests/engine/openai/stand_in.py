@@ -17,6 +17,7 @@ from aiohttp import web
 TEXT = "one two three four"
 KEY = "secret-key"
 VERSION = "2023-07-01-preview"
+NEWER = ("seed", "stream_options")  #: what that version of Azure's API does not know, and refuses
 
 
 @dataclass
@@ -69,6 +70,9 @@ class StandIn:
             return error(404, "404", "Resource not found")
         if azure and request.match_info["deployment"] != "gpt35":
             return error(404, "DeploymentNotFound", "The API deployment for this resource does not exist.")
+        newer = [name for name in NEWER if azure and name in body]
+        if newer:
+            return error(400, "", f"Unrecognized request argument supplied: {newer[0]}")
         self.seen.append(body)
         self.headers.append(request.headers)
         self.times.append(asyncio.get_running_loop().time())

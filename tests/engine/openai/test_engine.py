@@ -14,10 +14,11 @@ import msgspec
 import pytest
 
 from parrot.configuration import ConfigurationError
-from parrot.engine.config import OpenAIEngineConfig, load_engine_config, parse_engine_config
+from parrot.engine.config import OpenAIEngineConfig, OpenAIInstance, load_engine_config, parse_engine_config
 from parrot.engine.http_server import main
 from parrot.engine.launch import start_openai
 from parrot.engine.openai import pace
+from parrot.engine.openai.requests import sampling_of
 from parrot.protocol.api import SamplingConfig
 from parrot.protocol.engine import (
     AbortRequest,
@@ -92,8 +93,24 @@ async def test_text_goes_out_whole_and_comes_back_as_it_is_generated(azure: bool
             ]
         else:
             assert body["prompt"] == "Be short. Hello?Hi. More?"
-        assert (body["temperature"], body["seed"], body["stop"], body["max_tokens"]) == (0.0, 5, "END", 16)
+        assert (body["temperature"], body["stop"], body["max_tokens"]) == (0.0, "END", 16)
+        assert body.get("seed") == (None if azure else 5)
         assert ("stream_options" in body) is not azure
+
+
+@pytest.mark.parametrize(
+    ("keys", "sent"),
+    [
+        ({"azure_api_version": "2023-07-01-preview"}, False),
+        ({"azure_api_version": "2023-12-01-preview"}, True),
+        ({"azure_api_version": "2024-10-21"}, True),
+        ({"azure_api_version": "2024-10-21", "send_seed": False}, False),
+        ({"azure_api_version": "2023-09-01-preview", "send_seed": True}, True),
+    ],
+)
+def test_a_seed_is_kept_from_versions_of_azure_that_refuse_it(keys: dict[str, Any], sent: bool) -> None:
+    instance = OpenAIInstance(is_azure=True, **keys)
+    assert ("seed" in sampling_of(SamplingConfig(seed=5), instance, 16)) is sent
 
 
 async def test_a_system_message_stays_one() -> None:
