@@ -43,7 +43,7 @@ from parrot.engine.loop import BuiltinLoop, EngineLoop, MemoryUse
 from parrot.engine.openai_routes import OpenAIRoutes
 from parrot.engine.primitives import Primitives
 from parrot.engine.rate_limits import RateLimits
-from parrot.engine.server import EngineServer
+from parrot.engine.server import EngineServer, connections_log
 from parrot.engine.tasks import Tasks
 from parrot.latency import LatencyModel
 from parrot.protocol.engine import EngineDescription
@@ -372,7 +372,9 @@ async def serve(
     takes_text = description.engine_type == "openai"
     openai = OpenAIRoutes(loop, tokenizer, context_ids, description)
     app = EngineServer(loop, tasks, Primitives(loop, tokenizer, context_ids, takes_text), openai).application()
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=STOP_S)
+    runner = web.AppRunner(
+        app, handler_cancellation=True, access_log=None, logger=connections_log, shutdown_timeout=STOP_S
+    )
     await runner.setup()
     for listening in sockets:
         await web.SockSite(runner, listening, ssl_context=tls).start()

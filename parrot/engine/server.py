@@ -31,6 +31,11 @@ from parrot.protocol.errors import ErrorBody, ErrorInfo, ParrotError
 
 log = logging.getLogger(__name__)
 
+#: What aiohttp itself has to say of connections. Not of a body that cannot be read: it was answered 400, but aiohttp, which
+#: then throws away the rest of it, fails again.
+connections_log = logging.getLogger(f"{__name__}.connections")
+connections_log.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], web.RequestPayloadError)))
+
 #: A chain of a million token ids is some 8 MB.
 MAX_BODY_BYTES = 64 * 1024 * 1024
 

@@ -204,6 +204,16 @@ async def test_what_is_refused_is_refused_in_openai_s_shape_streamed_or_not(
         await nothing_is_left(engine)
 
 
+async def test_a_body_that_is_not_encoded_as_it_says_is_400_and_leaves_no_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    async with emulated() as running, aiohttp.ClientSession() as http:
+        headers = {"Content-Encoding": "gzip", "Connection": "close"}
+        async with http.post(f"{running.url}/v1/completions", data=b"{}  ", headers=headers) as response:
+            told = await response.json()
+        assert response.status == 400
+        assert "gzip" in told["error"]["message"]
+    assert "Traceback" not in caplog.text
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_iteration_that_fails_is_an_error_before_the_first_token(stream: bool) -> None:
     async with fake_engine() as engine, client_of(engine.url) as client:
