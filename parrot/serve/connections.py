@@ -89,6 +89,11 @@ class Connection(web.RequestHandler):
         self._stop_waiting()
         super().connection_lost(exc)
 
+    def log_exception(self, *args: Any, **options: Any) -> None:
+        """Not what a client's body is: it was answered 400, but aiohttp, which then throws away the rest of it, fails again."""
+        if not isinstance(options.get("exc_info"), web.RequestPayloadError):
+            super().log_exception(*args, **options)
+
     def _await_head(self) -> None:
         self._late = self._loop.call_later(self._head_s, self._give_up)
 

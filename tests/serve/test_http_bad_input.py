@@ -134,7 +134,7 @@ async def test_a_wrong_method_is_told_which_there_are() -> None:
         assert c.client.headers["Allow"] == "GET, POST"
 
 
-async def test_a_body_that_is_not_encoded_as_it_says_is_400() -> None:
+async def test_a_body_that_is_not_encoded_as_it_says_is_400_and_leaves_no_traceback(caplog: pytest.LogCaptureFixture) -> None:
     async with cluster() as c:
         status, answer = await c.client.send(
             "POST", "/v1/session", b"{}  ", headers={"Content-Encoding": "gzip", "Connection": "close"}
@@ -142,6 +142,7 @@ async def test_a_body_that_is_not_encoded_as_it_says_is_400() -> None:
         assert (status, answer["error"]["code"]) == (400, "bad_request")
         assert "gzip" in answer["error"]["message"]
         await _still_works(c)
+    assert "Traceback" not in caplog.text
 
 
 async def test_a_body_over_the_limit_is_413_whether_its_length_is_told_or_not() -> None:
