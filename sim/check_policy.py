@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m sim.check_policy",
         description="Try a global-scheduler policy under random programs, engines and faults, and print what it holds.",
-        epilog="Example: python -m sim.check_policy examples.my_policy:Sticky --param patience_tokens=500",
+        epilog="Example: python -m sim.check_policy examples.my_policy:LeastWork --param prompt_weight=2",
     )
     p.add_argument("policy", metavar="NAME", nargs="?", help="as for sim.run --policy: a name, or module:Class, with options")
     p.add_argument("--param", metavar="NAME=VALUE", action="append", default=[], help="a parameter of the policy")

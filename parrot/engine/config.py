@@ -260,6 +260,12 @@ def parse_engine_config(data: Mapping[str, Any], path: str | Path) -> EngineConf
     config = parse(data, KINDS[engine_type], path)
     if config.fill_chunk_size == 0:
         raise ConfigurationError(f"{path}: key 'fill_chunk_size' is 0; expected -1 (no chunking) or at least 1")
+    asked, capacity = config.instance.max_seq_len, kv_tokens_of(config)
+    if asked is not None and capacity is not None and asked > capacity:
+        raise ConfigurationError(
+            f"{path}: key 'instance.max_seq_len' is {asked}, but num_kv_cache_blocks × block_size holds {capacity} tokens, "
+            "too few for one prompt of that length"
+        )
     if config.latency_profile is not None:
         beside = Path(path).parent / config.latency_profile
         try:

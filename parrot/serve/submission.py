@@ -93,9 +93,25 @@ def check_variables(session: Session, event: ev.SubmitCall) -> None:
     if not any(variable.consumers or variable in read for variable in outputs):
         return
     for reader in dict.fromkeys(number for number, _ in inputs):
-        targets = {variable for variable, writer in outputs.items() if writer >= reader}
-        if targets and depends_on([variable for number, variable in inputs if number == reader], targets):
-            raise ParrotError("cyclic_dependency", f"call {event.func_name!r} would wait for its own output")
+        targets = [variable for variable, writer in outputs.items() if writer >= reader]
+        needed = [variable for number, variable in inputs if number == reader]
+        if targets and depends_on(needed, set(targets)):
+            raise _cyclic(event, needed, targets)
+
+
+def _cyclic(event: ev.SubmitCall, needed: list[Variable], targets: list[Variable]) -> ParrotError:
+    """The refusal of a call that waits for itself: what computing one of `needed` needs is among its outputs, `targets`."""
+    source, target = next((source, target) for source in needed for target in targets if depends_on([source], {target}))
+    names = {(type(s), s.var_id): s.name for s in event.segments if type(s) is _INPUT or type(s) is _OUTPUT}
+    call = f"call {event.func_name!r}" if event.func_name else "the call"
+    output = f"{names[ev.Output, target.id]!r} (variable {target.id!r})"
+    way = "is that variable" if source is target else f"(variable {source.id!r}) is computed from it"
+    return ParrotError(
+        "cyclic_dependency",
+        f"{call} would wait for its own output {output}: its input {names[ev.Input, source.id]!r} {way}; "
+        "the output needs another variable",
+        var_id=target.id,
+    )
 
 
 def bind(session: Session, event: ev.SubmitCall) -> tuple[Variable | None, ...]:

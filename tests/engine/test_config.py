@@ -182,6 +182,15 @@ def test_the_cache_never_holds_more_than_the_file_says(tmp_path: Path, capacity:
     assert capacity - limits.num_blocks * limits.block_size < limits.block_size
 
 
+def test_a_cache_too_small_for_one_prompt_of_the_length_that_is_asked_for_is_refused(tmp_path: Path) -> None:
+    for engine_type in ("builtin", "emulated"):
+        instance = {"num_kv_cache_blocks": 6, "block_size": 16, "max_seq_len": 96}
+        load_engine_config(write(tmp_path / "e.json", engine_type=engine_type, instance=instance))
+        path = write(tmp_path / "e.json", engine_type=engine_type, instance={**instance, "max_seq_len": 97})
+        with pytest.raises(ConfigurationError, match=r"e.json: key 'instance.max_seq_len' is 97, but .* holds 96 tokens"):
+            load_engine_config(path)
+
+
 def test_the_shorter_of_the_file_s_and_the_model_s_length_counts(tmp_path: Path) -> None:
     config = load_engine_config(write(tmp_path / "e.json", instance={"max_seq_len": 100, "device": "cpu"}))
     assert limits_of(config).max_seq_len == 100

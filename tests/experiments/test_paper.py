@@ -92,6 +92,13 @@ def test_a_ratio_is_taken_seed_by_seed_and_the_winner_is_compared(measured: Path
     assert len(pd.read_csv(tmp_path / "ratios.csv")) == len(table)
 
 
+def test_a_ratio_of_one_seed_has_no_interval_that_excludes_1_where_something_is_random(measured: Path) -> None:
+    rows = [row for row in compared(read_measured(measured), ["a", "b"]) if row.pair.figure in ("11", "14")]
+    for seeds, sure in ((3, 1), (1, 0)):
+        assert by_pair(table_of(rows, outcomes(jobs_of(rows, seeds), 2.0), seeds))["sure"].tolist() == [sure, 0]
+    assert by_pair(table_of(rows, outcomes(jobs_of(rows, 1), 0.5), 1))["sure"].tolist() == [0, 1]  # figure 14 is fixed
+
+
 def test_the_same_runs_give_the_same_metrics_on_any_number_of_processes(tmp_path: Path, azure: Path) -> None:
     setting = Setting(str(write_workloads(tmp_path)), switches=parse_policy("parrot:all", GlobalSchedulerConfig()))
     setting = setting._replace(chats=str(azure))

@@ -183,8 +183,10 @@ def test_a_cycle_is_refused_and_changes_nothing() -> None:
     d.submit(session, text("A"), read("x", x), out("y", y))
     request = d.ask(ev.SubmitCall, session, d.auths[session], (text("B"), read("y", y), out("x", x)))
     assert d.error(request).code == "cyclic_dependency"
+    assert "own output 'x' (variable 'v0'): its input 'y' (variable 'v1') is computed from it" in d.error(request).message
     itself = d.ask(ev.SubmitCall, session, d.auths[session], (text("B"), read("x", x), out("x", x)))
     assert d.error(itself).code == "cyclic_dependency"
+    assert "own output 'x' (variable 'v0'): its input 'x' is that variable; the output needs another" in d.error(itself).message
     assert len(d.report(session).reports) == 1
     d.set(session, x, "still settable")
 

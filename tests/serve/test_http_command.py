@@ -50,6 +50,7 @@ def test_the_sample_configurations_are_accepted(path: Path) -> None:
         ('{"global_scheduler": {"policy": "round_robin", "params": {"speed": 1}}}', "has no such parameter (it has: none)"),
         ('{"global_scheduler": {"params": {"ctx_weight": -1}}}', "params.ctx_weight is -1; expected float of at least 0"),
         ('{"global_scheduler": {"policy": "json:JSONDecoder"}}', "'json:JSONDecoder' is no policy: it has no method place"),
+        ('{"global_scheduler": {"policy": "parrot:all"}}', "'parrot' alone is a shipped policy, whose switches and params are"),
         ('{"port": 0, "journal_path": "/proc/nowhere/journal.sqlite"}', "journal_path"),
         ('{"port": 0, "journal_path": "."}', "directory"),
         ('{"port": 0, "journal_mode": "everything"}', "journal_mode"),

@@ -342,7 +342,9 @@ def test_a_class_of_ones_own_is_module_and_class_with_its_parameters(tmp_path: P
         ("own_policies:Nothing", "no method place"),
         ("own_policies:number", "not a class"),
         ("own_policies:Missing", "cannot be loaded"),
-        ("no_such_module:Last", "cannot be loaded"),
+        ("no_such_module:Last", "cannot be loaded: .* the current folder and on PYTHONPATH"),
+        ("own_policies:", "'own_policies:': a class of your own is module:Class"),
+        (":Last", "':Last': a class of your own is module:Class"),
         ("own_policies:Last:skip=-1", "at least 0"),
     ):
         with pytest.raises(ParrotError, match=reason):

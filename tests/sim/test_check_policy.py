@@ -13,7 +13,7 @@ from parrot.serve import events as ev
 from parrot.serve.config import GlobalSchedulerConfig
 from parrot.serve.fault import Fault
 from parrot.serve.policies import POLICIES, parse_policy
-from sim.check_policy import main
+from sim.check_policy import main, parser
 from sim.conformance.laws import check_all, tasks_of
 from sim.conformance.play import Play, Violation
 from sim.conformance.script import Script, draw_config
@@ -97,6 +97,12 @@ def test_it_lists_policies_and_their_parameters(capsys: pytest.CaptureFixture[st
     assert main(["--list", "nobody"]) == 1
     with pytest.raises(SystemExit):
         main([])
+
+
+def test_the_example_of_its_help_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    example = shlex.split((parser().epilog or "").removeprefix("Example: "))
+    assert example[:3] == ["python", "-m", "sim.check_policy"]
+    assert checked(capsys, *example[3:], "--examples", "1")[0] == 0
 
 
 @pytest.mark.parametrize(

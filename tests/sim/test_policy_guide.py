@@ -14,7 +14,9 @@ import sim.check_policy
 import sim.explain
 import sim.run
 from examples.my_policy import LeastWork
-from parrot.serve.policies import POLICIES
+from parrot.serve.config import GlobalSchedulerConfig
+from parrot.serve.policies import POLICIES, build_policy
+from parrot.serve.policies.base import claims_conservation
 from sim.conformance.suite import CHECKS
 from tests.serve.driver import Driver, out, text, value
 from tests.serve.http_support import cluster
@@ -92,3 +94,10 @@ def test_it_follows_a_prefix_as_far_as_the_parameter_says() -> None:
 def test_the_guide_names_every_shipped_policy_and_every_check() -> None:
     for name in (*POLICIES, *CHECKS):
         assert f"| `{name}`" in GUIDE or f", `{name}` |" in GUIDE or f"| {name} |" in GUIDE
+
+
+def test_the_guide_names_the_policies_that_claim_no_work_conservation() -> None:
+    (said,) = re.findall(r"Of the shipped ones (.*?)\.\n", GUIDE, re.DOTALL)
+    sections = {name: GlobalSchedulerConfig(policy=name) for name in POLICIES}
+    unclaimed = {name for name, section in sections.items() if not claims_conservation(build_policy(section))}
+    assert set(re.findall(r"`(\w+)`", said)) == unclaimed

@@ -113,6 +113,8 @@ def find_policy(name: str) -> type[Policy]:
     if shipped is not None:
         return shipped
     module, colon, attribute = name.partition(":")
+    if colon and not (module and attribute):
+        raise ParrotError("bad_request", f"global_scheduler.policy {name!r}: a class of your own is module:Class", policy=name)
     if colon:
         point = EntryPoint(name, f"{module}:{attribute}", ENTRY_POINTS)
     else:
@@ -129,6 +131,10 @@ def find_policy(name: str) -> type[Policy]:
         found = point.load()
     except Exception as error:  # whatever their module does
         reason = f"{type(error).__name__}: {error}"
+        if module in POLICIES:
+            reason += f"; {module!r} alone is a shipped policy, whose switches and params are keys of global_scheduler"
+        elif isinstance(error, ModuleNotFoundError):
+            reason += "; modules are looked for in the current folder and on PYTHONPATH"
         raise ParrotError("bad_request", f"global_scheduler.policy {name!r} cannot be loaded: {reason}", policy=name) from error
     fault = fault_of(found)
     if fault:
