@@ -372,9 +372,7 @@ async def serve(
     takes_text = description.engine_type == "openai"
     openai = OpenAIRoutes(loop, tokenizer, context_ids, description)
     app = EngineServer(loop, tasks, Primitives(loop, tokenizer, context_ids, takes_text), openai).application()
-    runner = web.AppRunner(
-        app, handler_cancellation=True, access_log=None, logger=connections_log, shutdown_timeout=STOP_S
-    )
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, logger=connections_log, shutdown_timeout=STOP_S)
     await runner.setup()
     for listening in sockets:
         await web.SockSite(runner, listening, ssl_context=tls).start()
