@@ -103,7 +103,7 @@ class ServeCoreMachine(ServeCorePlay):
             assert task.call.lane is lane
             assert engine.id in lane.engines
             assert engine.state == "live"
-            assert self.now - task.ready_s >= self.config.global_scheduler.patience
+            assert task.ready_s + self.config.global_scheduler.patience <= self.now
             assert not admits(engine, task)
 
     @invariant()
