@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -53,10 +53,12 @@ from parrot.protocol.openai_checks import (
     decode,
     refusal,
     sampling_of,
+    seeded,
 )
 from parrot.protocol.openai_errors import refusal_of
 from parrot.protocol.outcomes import Visible, outcome_of
 from parrot.sse import EVENT_STREAM, StreamWriter
+from parrot.together import all_of
 from parrot.tokenizer import Tokenizer
 from parrot.tokenizer.chat import asked_conversation, fill_of
 
@@ -114,7 +116,7 @@ class OpenAIRoutes:
         most = self._most([prompt], asked.max_completion_tokens or asked.max_tokens or CHAT_MAX_TOKENS)
         options = chat_options_of(asked) if self._takes_text else None  # else the prompt has them
         sampling = sampling_of(asked, most, chat_logprobs(asked), options)
-        answers = ChatAnswers(*self._head("chatcmpl", asked), _with_usage(asked))
+        answers = ChatAnswers(*self._head("chatcmpl", asked), asked.wants_usage)
         return await self._serve(request, asked, [prompt], sampling, answers)
 
     async def _completion(self, request: web.Request) -> web.StreamResponse:
@@ -127,7 +129,7 @@ class OpenAIRoutes:
         if asked.echo:
             texts = [each if isinstance(each, str) else self._tokenizer.decode(each) for each in given]
             echoes = [text for text in texts for _ in range(asked.n or 1)]
-        answers = CompletionAnswers(*self._head("cmpl", asked), _with_usage(asked), echoes)
+        answers = CompletionAnswers(*self._head("cmpl", asked), asked.wants_usage, echoes)
         return await self._serve(request, asked, prompts, sampling, answers)
 
     # ---------------------------------------------------------------------------------------------------- the request
@@ -201,7 +203,7 @@ class OpenAIRoutes:
         async with self._choices(prompts, n, sampling) as jobs:
             if asked.stream:
                 return await self._stream(request, asked, jobs, prompts, sampling, answers)
-            finished = await _all([_end_of(job) for job in jobs])
+            finished = await all_of([_end_of(job) for job in jobs])
             outcomes = [_outcome(asked, end, sampling)._replace(logprobs=logprobs) for end, logprobs in finished]
             usage = _usage([end for end, _ in finished], prompts, n)
             answer = answers.whole(outcomes, usage)
@@ -222,7 +224,7 @@ class OpenAIRoutes:
                 for choice in range(n):
                     output = self._ids.new_primitive()
                     contexts.append(output)
-                    job = self._job(prompt, shared, output, _seeded(sampling, choice))
+                    job = self._job(prompt, shared, output, seeded(sampling, choice, secrets.randbits(31)))
                     jobs.append(job)
                     self._loop.submit(job)
             yield jobs
@@ -286,8 +288,8 @@ class OpenAIRoutes:
                     return events[-1]
 
         try:
-            ended = await _all([choice(index, job) for index, job in enumerate(jobs)])
-            last = event(answers.usage(_usage(ended, prompts, asked.n or 1))) if _with_usage(asked) else b""
+            ended = await all_of([choice(index, job) for index, job in enumerate(jobs)])
+            last = event(answers.usage(_usage(ended, prompts, asked.n or 1))) if asked.wants_usage else b""
             await writer.write(last + DONE)
             return await writer.end()
         except ParrotError as error:
@@ -318,16 +320,6 @@ def _with_ids(choice: CompletionChoice, end: Finished) -> CompletionChoice:
     return msgspec.structs.replace(choice, token_ids=list(end.ids))
 
 
-def _with_usage(asked: Request) -> bool:
-    return bool(asked.stream_options is not None and asked.stream_options.include_usage)
-
-
-def _seeded(sampling: SamplingConfig, choice: int) -> SamplingConfig:
-    """Choices of one prompt differ: a seed is drawn where none is given, else they count from the given one."""
-    seed = secrets.randbits(31) if sampling.seed is None else sampling.seed + choice
-    return msgspec.structs.replace(sampling, seed=seed)
-
-
 async def _taken(job: Job) -> Sequence[Any]:
     """The next events of the job, some. Raises ParrotError for a failure among them."""
     events = await job.stream.take()
@@ -350,16 +342,6 @@ async def _end_of(job: Job) -> tuple[Finished, list[TokenLogprob] | None]:
                     logprobs += each.logprobs
         if isinstance(events[-1], Finished):
             return events[-1], logprobs
-
-
-async def _all(work: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """All results, in order; the first failure ends the others."""
-    tasks = [asyncio.ensure_future(each) for each in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 def _tagged(asked: Request, sampling: SamplingConfig) -> bool:

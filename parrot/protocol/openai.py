@@ -123,6 +123,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     output_length: int | None = None  #: emulated and dummy-weight engines alone, as in SamplingConfig
     parrot: Extension | None = None
 
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a streamed answer ends with the tokens that were counted."""
+        return bool(self.stream and self.stream_options is not None and self.stream_options.include_usage)
+
 
 class ChatRequest(Request, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/chat/completions"""

@@ -166,6 +166,14 @@ def sampling_of(request: Request, max_tokens: int, logprobs: int | None, options
     )
 
 
+def seeded(sampling: SamplingConfig, choice: int, drawn: int) -> SamplingConfig:
+    """The sampling of one of several choices, each of which draws differently: counted from the client's seed, or `drawn`, for
+    every attempt of it alike."""
+    if sampling.seed is None:
+        return msgspec.structs.replace(sampling, seed=drawn)
+    return sampling if choice == 0 else msgspec.structs.replace(sampling, seed=(sampling.seed + choice) % 2**63)
+
+
 # ------------------------------------------------------------------------------------------------------------- a chat
 
 

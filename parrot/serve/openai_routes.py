@@ -7,13 +7,11 @@ the guide.
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import msgspec
 from aiohttp import web
 
 from parrot.protocol.api import Criteria, ModelInfo, SamplingConfig, TaskReport, parse_criteria
@@ -48,6 +46,7 @@ from parrot.protocol.openai_checks import (
     decode,
     refusal,
     sampling_of,
+    seeded,
 )
 from parrot.protocol.openai_errors import refusal_of
 from parrot.protocol.outcomes import Visible, outcome_of
@@ -62,6 +61,7 @@ from parrot.serve.texts import Piece
 from parrot.serve.tokenization import Tokenization
 from parrot.serve.wire import answer, body_of
 from parrot.sse import EVENT_STREAM, StreamWriter
+from parrot.together import all_of
 
 
 class Work(NamedTuple):
@@ -129,7 +129,7 @@ class OpenAIRoutes:
         check_chat(body)
         model = self._models.find(body.model)
         prompt = chat_prompt(body, model)
-        answers = ChatAnswers(f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), body.model, _with_usage(body))
+        answers = ChatAnswers(f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), body.model, body.wants_usage)
         limit = body.max_completion_tokens or body.max_tokens
         name = "chat.completions"
         work = await self._work(body, model, [prompt], limit, chat_logprobs(body), name, answers)
@@ -151,7 +151,7 @@ class OpenAIRoutes:
         prompts = [completion_prompt(each, model, inputs) for each in given]
         n = body.n or 1
         echoes = [prompt.text for prompt in prompts for _ in range(n)] if body.echo else []
-        answers = CompletionAnswers(f"cmpl-{secrets.token_hex(12)}", int(time.time()), body.model, _with_usage(body), echoes)
+        answers = CompletionAnswers(f"cmpl-{secrets.token_hex(12)}", int(time.time()), body.model, body.wants_usage, echoes)
         limit = body.max_tokens or COMPLETION_MAX_TOKENS
         work = await self._work(body, model, prompts, limit, body.logprobs, "completions", answers)
         return await self._answer(request, identity, work)
@@ -180,7 +180,7 @@ class OpenAIRoutes:
             share = prompt.shareable and extension.cache_prefix
             for _ in range(n):
                 output = extension.output or "answer"
-                wanted.append(Wanted(segments, own, _seeded(sampling, len(wanted)), output, share))
+                wanted.append(Wanted(segments, own, seeded(sampling, len(wanted), secrets.randbits(31)), output, share))
         criteria = parse_criteria(extension.criteria)
         manner = Manner(
             body.model,
@@ -205,7 +205,7 @@ class OpenAIRoutes:
             if work.request.stream:
                 writer = StreamWriter(request, EVENT_STREAM, self._reader_timeout_s)
                 return await self._stream(writer, asking, work, told)
-            outcomes = await _all(self._outcome(asking, choice, work) for choice in asking.choices)
+            outcomes = await all_of(self._outcome(asking, choice, work) for choice in asking.choices)
             reports = await asking.reports()
             finished = [_finished(outcome, report, work) for outcome, report in zip(outcomes, reports, strict=True)]
             return answer(work.answers.whole(finished, _usage(reports, work), told))
@@ -255,11 +255,11 @@ class OpenAIRoutes:
         """Errors before the first event are ordinary refusals, later ones the stream's last event."""
         try:
             streams = [_ChoiceStream(writer, asking, index, work, told) for index in range(len(asking.choices))]
-            filtered = await _all(each.text() for each in streams)
+            filtered = await all_of(each.text() for each in streams)
             reports = await asking.reports()
             for each, report, is_filtered in zip(streams, reports, filtered, strict=True):
                 await each.finish("content_filter" if is_filtered else report.reason)
-            if _with_usage(work.request):
+            if work.request.wants_usage:
                 await writer.write(event(work.answers.usage(_usage(reports, work))))
             await writer.write(DONE)
         except ParrotError as error:
@@ -334,36 +334,11 @@ class _ChoiceStream:
         await self._writer.write(b"".join([*data, *map(event, chunks)]))
 
 
-async def _all(works: Any) -> list[Any]:
-    """The results of all, in order. The first error is raised, and the others are given up."""
-    tasks = list(works)
-    if len(tasks) == 1:
-        return [await tasks[0]]
-    futures = [asyncio.ensure_future(work) for work in tasks]
-    try:
-        return list(await asyncio.gather(*futures))
-    finally:
-        for future in futures:
-            future.cancel()
-        await asyncio.gather(*futures, return_exceptions=True)
-
-
-def _with_usage(request: Request) -> bool:
-    return bool(request.stream and request.stream_options is not None and request.stream_options.include_usage)
-
-
 def _sampling(
     body: Request, model: ServedModel, prompt: Prompt, pieces: Sequence[Piece], limit: int | None, logprobs: int | None
 ) -> SamplingConfig:
     room = max(1, model.max_seq_len - known_tokens(pieces, model.tokenizer.name))
     return sampling_of(body, min(limit or CHAT_MAX_TOKENS, room), logprobs, dict(prompt.options))
-
-
-def _seeded(sampling: SamplingConfig, choice: int) -> SamplingConfig:
-    """Each choice draws differently; drawn here where the client leaves it open, so that every attempt samples alike."""
-    if sampling.seed is None:
-        return msgspec.structs.replace(sampling, seed=secrets.randbits(31))
-    return sampling if choice == 0 else msgspec.structs.replace(sampling, seed=(sampling.seed + choice) % 2**63)
 
 
 def _logprobs(choice: Choice, work: Work) -> list[Any] | None:

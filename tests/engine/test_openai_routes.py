@@ -184,6 +184,7 @@ async def test_an_engine_behind_an_endpoint_passes_the_roles_on_and_its_counts_b
         ("chat/completions", {"model": "fake", "messages": HELLO, "parrot": {"criteria": "latency"}}, 400, None, "parrot"),
         ("chat/completions", {"model": "fake", "messages": HELLO, "stop": list("abcde")}, 400, None, "stop"),
         ("completions", {"model": "fake", "prompt": [[1], []]}, 400, None, "prompt[1]"),
+        ("completions", {"model": "fake", "prompt": [[1], [2**62]]}, 400, None, "prompt[1]"),
         ("completions", {"model": "fake", "prompt": "   "}, 400, None, "prompt"),
         ("completions", {"model": "fake", "prompt": "x " * 5000}, 400, "context_length_exceeded", None),
         ("completions", {"model": "fake", "prompt": "x", "output_length": 3}, 400, "bad_sampling", None),
@@ -202,6 +203,17 @@ async def test_what_is_refused_is_refused_in_openai_s_shape_streamed_or_not(
         assert code is None or told["error"]["code"] == code
         assert param is None or told["error"]["param"] == param
         await nothing_is_left(engine)
+
+
+async def test_choices_count_on_from_the_largest_seed() -> None:
+    async with fake_engine() as engine, client_of(engine.url) as client:
+        engine.runner.gate.clear()
+        asked = {"model": "fake", "prompt": "x", "max_tokens": 2, "n": 2, "seed": 2**63 - 1}
+        asking = asyncio.create_task(client.completions.create(**asked))
+        await eventually(lambda: len(engine.runner.tasks) == 2)
+        assert [sampling.seed for _, sampling in engine.runner.tasks.values()] == [2**63 - 1, 0]
+        engine.runner.gate.set()
+        assert [choice.index for choice in (await asking).choices] == [0, 1]
 
 
 async def test_a_body_that_is_not_encoded_as_it_says_is_400_and_leaves_no_traceback(caplog: pytest.LogCaptureFixture) -> None:
