@@ -35,7 +35,7 @@ class Cluster(NamedTuple):
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     pytest.importorskip("torch", reason="torch is not installed")
     try:
-        resolve_model(MODEL, "model")
+        resolve_model(MODEL)
     except ConfigurationError as error:
         pytest.skip(f"the model is not here: {error}")
     folder = tmp_path_factory.mktemp("clients")

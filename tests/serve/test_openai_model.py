@@ -19,7 +19,7 @@ openai = pytest.importorskip("openai", reason="the package openai is not install
 pytest.importorskip("torch", reason="torch is not installed")
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 try:
-    resolve_model(MODEL, "model")
+    resolve_model(MODEL)
 except ConfigurationError as error:
     pytest.skip(f"the model is not here: {error}", allow_module_level=True)
 

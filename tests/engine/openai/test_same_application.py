@@ -32,7 +32,7 @@ from tests.sim.clusters import engine as simulated_engine
 pytest.importorskip("torch", reason="torch is not installed")
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 try:
-    resolve_model(MODEL, "model")
+    resolve_model(MODEL)
 except ConfigurationError as error:
     pytest.skip(f"the model is not here: {error}", allow_module_level=True)
 
