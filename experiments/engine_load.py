@@ -101,7 +101,8 @@ def _body(load: Load, number: int) -> bytes:
         FillSpec(context, random.Random(context).choices(range(3, load.vocabulary), k=tokens))
         for context, tokens in request.chain
     )
-    sampling = SamplingConfig(temperature=0.0, max_gen_length=request.output_tokens, output_length=request.output_tokens)
+    # No end token ends it: whatever the weights, it has the length that it may have.
+    sampling = SamplingConfig(temperature=0.0, max_gen_length=request.output_tokens, ignore_tokenizer_eos=True)
     task = TaskId(1, number, 0)
     return msgspec.json.encode(TaskRequest(0, 0, task, 1, chain, GenerateSpec(1_000_000_000 + number, sampling)))
 
