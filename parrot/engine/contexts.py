@@ -110,8 +110,14 @@ class Context:
         return nodes
 
 
+@mypyc_attr(acyclic=True)
 class ContextTree:
     """All contexts of an engine. Sums are kept as they change: no question costs a walk."""
+
+    __slots__ = (
+        "_clock", "_evicted", "_index", "_looked", "_nameless", "_oldest", "held_tokens", "pool", "retained_blocks",
+        "stored_tokens",
+    )  # fmt: skip
 
     def __init__(self, pool: BlockPool) -> None:
         self.pool = pool

@@ -16,8 +16,11 @@ With `pipeline_depth` batches issued ahead, rows are issued as if nothing had en
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
+from functools import lru_cache
 from operator import attrgetter
 from typing import Final
+
+from mypy_extensions import mypyc_attr
 
 from parrot.engine.admission import Need, check_form, claim_output, found_of, given_links, need_of
 from parrot.engine.batches import Batch, EngineLimits, EngineTask, Link, Progress, Refused, Row, Span
@@ -30,6 +33,28 @@ from parrot.engine.running import DECODING, DRAINING, ENDED, FILLING, WAITING, T
 _ticket: Final = attrgetter("ticket")
 
 __all__ = ["Batch", "EngineCore", "EngineLimits", "EngineTask", "Link", "Progress", "Refused", "Row", "Span"]
+
+
+@mypyc_attr(acyclic=True)
+class _Bounds:
+    """What limits come to, read a dozen times an iteration."""
+
+    __slots__ = ("batched", "chunk", "depth", "held", "running", "task_tokens", "tasks")
+
+    def __init__(self, limits: EngineLimits) -> None:
+        self.running = min(limits.max_batch_size, limits.max_num_batched_tokens)
+        self.depth = limits.pipeline_depth
+        self.held = limits.max_total_tokens
+        self.batched = limits.max_num_batched_tokens
+        self.chunk = limits.fill_chunk_size
+        self.tasks = limits.tasks_capacity
+        self.task_tokens = limits.largest_task
+
+
+@lru_cache(maxsize=64)
+def _bounds_of(limits: EngineLimits) -> _Bounds:
+    """Engines with the same limits share them: of a thousand, none would find its own at hand."""
+    return _Bounds(limits)
 
 
 class EngineCore:
@@ -51,13 +76,7 @@ class EngineCore:
         self._joining: tuple[Task, ...] = ()  # decode from the batch after the one that is being made on
         self._lingering: tuple[Task, ...] = ()  # ended, while a batch in flight touches what they used
         self.in_flight: tuple[Batch, ...] = ()  #: issued and not complete, oldest first; to be read only
-        self._running_most = min(limits.max_batch_size, limits.max_num_batched_tokens)
-        self._depth = limits.pipeline_depth
-        self._most_held = limits.max_total_tokens
-        self._most_batched = limits.max_num_batched_tokens
-        self._chunk_size = limits.fill_chunk_size
-        self._tasks_capacity = limits.tasks_capacity
-        self._largest_task = limits.largest_task
+        self._bounds = _bounds_of(limits)
         self._arrivals = 0
         self._number = 0
         self._stuck = False  # the head of the queue has no room, and nothing was let go since that was found
@@ -79,14 +98,14 @@ class EngineCore:
         """As `submit`, for who keeps more of a task than the core does."""
         if task.key in self._tasks:
             raise Refused("conflict", f"task {task.key!r} is on this engine already")
-        if len(self._tasks) >= self._tasks_capacity:
+        if len(self._tasks) >= self._bounds.tasks:
             raise Refused("engine_rejected", f"the engine has {len(self._tasks)} tasks; its tasks_capacity is no more")
         if task.parent_id is not None:
             before = given_links(task.parent_id, self._contexts)
             task.links, task.given = (*before, *task.links), len(before)
         for link in task.links:
             task.prompt += link.tokens
-        check_form(task, self.limits, self._largest_task)
+        check_form(task, self.limits, self._bounds.task_tokens)
         found_of(task.links, self._contexts)
         if task.output_id is not None:
             claim_output(task.output_id, task.links, self._outputs, self._contexts)
@@ -125,6 +144,11 @@ class EngineCore:
 
     # ---------------------------------------------------------------------------------------------- what is asked
 
+    @property
+    def largest_task(self) -> int:
+        """As `EngineLimits.largest_task`."""
+        return self._bounds.task_tokens
+
     def task(self, key: Hashable) -> Task | None:
         """The core's own task, to be read only."""
         return self._tasks.get(key)
@@ -136,7 +160,7 @@ class EngineCore:
     @property
     def can_issue(self) -> bool:
         """Whether `pipeline_depth` lets another batch be issued now."""
-        return len(self.in_flight) <= self._depth
+        return len(self.in_flight) <= self._bounds.depth
 
     @property
     def waits(self) -> bool:
@@ -208,7 +232,7 @@ class EngineCore:
 
     def next_batch(self, now: float) -> Batch | None:
         """What to compute next; None when there is nothing, or pipeline_depth forbids to issue before a completion."""
-        if len(self.in_flight) > self._depth or not self._make_decode_room():
+        if len(self.in_flight) > self._bounds.depth or not self._make_decode_room():
             return None
         number = self._number + 1
         lockstep = self._lockstep
@@ -342,13 +366,13 @@ class EngineCore:
         which ends first, that batch's included."""
         lockstep = self._lockstep
         rows = len(lockstep.members)
-        if len(self.in_flight) <= self._depth or self._filling or (self._waiting and not self._stuck) or not rows:
+        if len(self.in_flight) <= self._bounds.depth or self._filling or (self._waiting and not self._stuck) or not rows:
             return 1
         members = lockstep.members
         for issued in self.in_flight:
             if issued.decoders is not members or issued.fills:
                 return 1
-        steps = min(remaining - 1, (self._most_held - self._contexts.held_tokens) // rows)
+        steps = min(remaining - 1, (self._bounds.held - self._contexts.held_tokens) // rows)
         return 1 + lockstep.horizon(steps) if steps > 0 else 1
 
     def advance(self, k: int) -> None:
@@ -363,7 +387,7 @@ class EngineCore:
 
     def _make_decode_room(self) -> bool:
         """Room for one more token of every decoding task. False: there is none before a batch in flight is complete."""
-        while not self._lockstep.make_room(self._most_held):
+        while not self._lockstep.make_room(self._bounds.held):
             if self.in_flight:
                 return False
             alone = self._running == 1
@@ -404,7 +428,7 @@ class EngineCore:
 
     def _fill_rows(self, number: int, copies: list[tuple[int, int]]) -> tuple[tuple[Row, ...], bool]:
         """The fills of this iteration, running ones first, then newly admitted ones, and whether one runs alone."""
-        left = self._most_batched - len(self._lockstep.members)
+        left = self._bounds.batched - len(self._lockstep.members)
         running, place = self._filling, 0
         fills: list[Row] = []
         while True:
@@ -431,8 +455,8 @@ class EngineCore:
         """The first of the waiting tasks, admitted to this iteration, which has so many fills and room for `left` more tokens.
         None: nobody waits, or who comes next must go on waiting."""
         rows = len(self._lockstep.members)
-        while self._waiting and rows + fills < self._running_most:
-            if self._stuck or self._running >= self._running_most:
+        while self._waiting and rows + fills < self._bounds.running:
+            if self._stuck or self._running >= self._bounds.running:
                 self._stuck = True
                 return None
             task = self._waiting[0]
@@ -462,8 +486,8 @@ class EngineCore:
 
     def _chunk(self, ready: int, budget: int, alone: bool) -> int:
         """How much of a fill of `ready` tokens is computed; more than `budget` means that it runs alone, where it may."""
-        if self._chunk_size > 0:
-            chunk = self._chunk_size if self._chunk_size < ready else ready
+        if self._bounds.chunk > 0:
+            chunk = self._bounds.chunk if self._bounds.chunk < ready else ready
             return chunk if chunk < budget else budget
         return ready if ready <= budget or alone else 0
 
@@ -488,7 +512,7 @@ class EngineCore:
         spare = self._running + 1
         return (
             need.blocks + spare <= self._contexts.available - need.reclaimed
-            and self._contexts.held_tokens + need.tokens + spare <= self._most_held
+            and self._contexts.held_tokens + need.tokens + spare <= self._bounds.held
         )
 
     def _admit(self, task: Task, need: Need) -> None:

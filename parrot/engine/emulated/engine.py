@@ -38,11 +38,8 @@ class EmulatedEngine(TimedEngine):
         self.latency = latency
         self._observe = observe
         self._coverage = coverage
-        self._overhead_s = latency.profile.task_overhead_s
-        self._graph_rows = max((cost.max_rows for cost in latency.profile.fixed if cost.graph), default=0)
         self._arriving: tuple[Job, ...] = ()
         self._arriving_s = NEVER  # when the first of them is there
-        self._largest_task = limits.largest_task
         self._events: list[EmulatedEvent] | None = None  # to be told
         self._evicted: tuple[int, ...] = ()  # told by no event yet
         self._wake = NEVER  # when to try to issue a batch, apart from edges
@@ -61,7 +58,7 @@ class EmulatedEngine(TimedEngine):
     def submit(self, task: EngineTask, output_tokens: int, now: float, stream: bool = False) -> None:
         """A task, and how many tokens it would generate if max_gen_length allowed (ignored for one that only fills).
         Whether it is taken is told by an event."""
-        task = task.fitted(self._largest_task)
+        task = task.fitted(self.core.largest_task)
         if task.generate_context_id is not None:
             output = max(max(1, task.forced_tokens), min(output_tokens, task.max_gen_length))
             if task.forced_tokens >= task.max_gen_length:  # nothing is left to say: it ends when its output is filled
@@ -74,7 +71,7 @@ class EmulatedEngine(TimedEngine):
             message = f"task {task.key!r} is on this engine already"
             self._add(EmulatedEvent("failed", task.key, now, code="conflict", message=message))
             return
-        job = Job(task, output, stream, now + self._overhead_s)
+        job = Job(task, output, stream, now + self.latency.task_overhead_s)
         if not self._arriving:
             self._arriving_s = job.arrives_at
         self._arriving = (*self._arriving, job)
@@ -220,7 +217,7 @@ class EmulatedEngine(TimedEngine):
             self._k += 1
         else:
             shape = batch.shape
-            graph = shape.decode_rows <= self._graph_rows
+            graph = shape.decode_rows <= self.latency.graph_rows
             self._t0, self._run, self._k = at, self.latency.decode_run(shape, graph), 1
 
     def _look_ahead(self) -> None:

@@ -66,6 +66,7 @@ def largest_since(gaps: Gap | None, step: int) -> float:
     return largest_s
 
 
+@mypyc_attr(acyclic=True)
 class Decoding:
     """The jobs that decode. Decode iterations are numbered as `EngineCore.decoded` counts them."""
 
