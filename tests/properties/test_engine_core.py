@@ -13,6 +13,7 @@ import hypothesis.strategies as st
 from hypothesis import HealthCheck, assume, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from parrot.engine.blocks import NumberedBlocks
 from parrot.engine.core import Batch, EngineCore, EngineLimits, EngineTask, Link, Refused
 
 LIMITS = st.builds(
@@ -77,7 +78,8 @@ def check_blocks(core: EngineCore) -> None:
         assert len(set(context.blocks)) == len(context.blocks)
         assert context.computed <= min(context.size, context.tokens)
         room = -(-(context.start + context.size) // core.limits.block_size) - context.start // core.limits.block_size
-        assert len(context.blocks) == (room if context.size else 0)
+        assert len(context.blocks) == context.num_blocks == (room if context.size else 0)
+    assert isinstance(core.pool, NumberedBlocks)
     assert all(core.pool.references(block) == count for block, count in holders.items())
     assert core.pool.free + len(holders) + core.limbo_blocks == core.limits.num_blocks
     unused = {block for context in contexts if not context.users for block in context.blocks}
@@ -85,6 +87,15 @@ def check_blocks(core: EngineCore) -> None:
     assert core.contexts.retained_blocks == len(unused)
     assert core.held_tokens == sum(context.size for context in contexts if context.users)
     assert core.cached_tokens == sum(context.size for context in contexts)
+
+
+def check_counted(core: EngineCore, counted: EngineCore) -> None:
+    """A core whose blocks are only counted, told the same, has come to the same."""
+    for one, other in zip(core.contexts, counted.contexts, strict=True):
+        assert (one.id, one.size, one.computed, one.num_blocks) == (other.id, other.size, other.computed, other.num_blocks)
+        assert not other.blocks
+    assert (core.pool.free, core.limbo_blocks) == (counted.pool.free, counted.limbo_blocks)
+    assert (core.held_tokens, core.contexts.available) == (counted.held_tokens, counted.contexts.available)
 
 
 def check_batch(core: EngineCore, batch: Batch) -> None:
@@ -115,8 +126,9 @@ class EngineCoreMachine(RuleBasedStateMachine):
     @initialize(limits=LIMITS)
     def start(self, limits: EngineLimits) -> None:
         self.core = EngineCore(limits)
+        self.counted = EngineCore(limits, numbered=False)
         self.device = Device(self.core)
-        self.issued: deque[Batch] = deque()
+        self.issued: deque[tuple[Batch, Batch]] = deque()  # of both cores
         self.chains: list[tuple[Link, ...]] = []  # chains that exist or did
         self.tasks: dict[int, EngineTask] = {}
         self.known: Counter[int] = Counter()
@@ -138,11 +150,15 @@ class EngineCoreMachine(RuleBasedStateMachine):
         forced = data.draw(st.sampled_from([0, 0, 0, most - 1]))
         task = EngineTask(self.new_id(), links, output, most, forced)
         prompt = sum(link.tokens for link in links)
-        code = ""
-        try:
-            assert self.core.submit(task, 0.0) == prompt
-        except Refused as refusal:
-            code = refusal.code
+        codes = []
+        for core in (self.core, self.counted):
+            code = ""
+            try:
+                assert core.submit(task, 0.0) == prompt
+            except Refused as refusal:
+                code = refusal.code
+            codes.append(code)
+        assert codes == [code, code]
         full = len(self.tasks) >= self.core.limits.tasks_capacity
         large = prompt + (most if output else 0) > self.core.limits.largest_task
         assert code in ("engine_rejected" * full, "task_too_large" * large, "bad_request" * (not prompt))
@@ -155,19 +171,22 @@ class EngineCoreMachine(RuleBasedStateMachine):
 
     @rule()
     def issue(self) -> None:
-        batch = self.core.next_batch(0.0)
+        batch, counted = self.core.next_batch(0.0), self.counted.next_batch(0.0)
         assert batch is not None or self.issued or not self.tasks, "work, nothing in flight, and nothing to do"
-        if batch is not None:
+        assert (batch is None) == (counted is None)
+        if batch is not None and counted is not None:
+            assert list(map(repr, batch.rows)) == list(map(repr, counted.rows))
+            assert (batch.shape, batch.admitted) == (counted.shape, counted.admitted)
             assert len(self.issued) <= self.core.limits.pipeline_depth
             check_batch(self.core, batch)
             self.device.execute(batch)
-            self.issued.append(batch)
+            self.issued.append((batch, counted))
 
     @precondition(lambda self: self.issued)
     @rule(data=st.data())
     def complete(self, data: st.DataObject) -> None:
         ended: dict[int, int] = {}
-        for row in self.issued[0].rows:
+        for row in self.issued[0][0].rows:
             if row.samples and row.key in self.tasks:
                 self.known[row.key] += 1
                 if data.draw(st.integers(0, 4)) == 0:
@@ -175,8 +194,10 @@ class EngineCoreMachine(RuleBasedStateMachine):
         self.settle(ended)
 
     def settle(self, ended: dict[int, int]) -> None:
-        batch = self.issued.popleft()
+        batch, counted = self.issued.popleft()
         progress = self.core.complete(batch, ended, 0.0)
+        same = self.counted.complete(counted, ended, 0.0)
+        assert (progress.first_tokens, progress.finished) == (same.first_tokens, same.finished)
         for key in progress.finished:
             task = self.tasks.pop(key)
             self.finished += 1
@@ -189,8 +210,9 @@ class EngineCoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.issued)
     @rule()
     def fail(self) -> None:
-        batch = self.issued.popleft()
+        batch, counted = self.issued.popleft()
         lost = self.core.fail(batch)
+        assert lost == self.counted.fail(counted)
         self.device.lose(batch.number)
         for key in lost:
             del self.tasks[key]
@@ -201,6 +223,7 @@ class EngineCoreMachine(RuleBasedStateMachine):
     def abort(self, data: st.DataObject) -> None:
         key = data.draw(st.sampled_from(sorted(self.tasks)))
         assert self.core.abort(key)
+        assert self.counted.abort(key)
         assert not self.core.abort(key)
         del self.tasks[key]
         self.gone += 1
@@ -209,16 +232,20 @@ class EngineCoreMachine(RuleBasedStateMachine):
     def free(self, data: st.DataObject) -> None:
         assume(self.chains)
         chain = data.draw(st.sampled_from(self.chains))
-        self.core.free_contexts([link.context_id for link in chain[data.draw(st.integers(0, len(chain))) :]])
+        ids = [link.context_id for link in chain[data.draw(st.integers(0, len(chain))) :]]
+        assert self.core.free_contexts(ids) == self.counted.free_contexts(ids)
 
     @rule()
     def take_evicted(self) -> None:
-        for context_id in self.core.take_evicted():
+        evicted = self.core.take_evicted()
+        assert evicted == self.counted.take_evicted()
+        for context_id in evicted:
             assert context_id <= self.next_id
 
     @invariant()
     def blocks(self) -> None:
         check_blocks(self.core)
+        check_counted(self.core, self.counted)
 
     @invariant()
     def conservation(self) -> None:
@@ -238,7 +265,7 @@ class EngineCoreMachine(RuleBasedStateMachine):
                 break
             self.issue()
             if self.issued:
-                for row in self.issued[0].rows:
+                for row in self.issued[0][0].rows:
                     self.known[row.key] += row.samples and row.key in self.tasks
                 self.settle({})
         assert not self.core.has_work
