@@ -115,20 +115,22 @@ class Batch:
     """
 
     __slots__ = (
-        "_kv", "_kv_unique", "_pairs", "_prefill", "begun", "copies", "decoders", "fills", "number", "preempted", "step",
+        "_kv", "_kv_unique", "_pairs", "_prefill", "_rows", "begun", "copies", "decoders", "fills", "number", "preempted",
+        "step",
     )  # fmt: skip
 
     def __init__(
         self,
         number: int,
         step: int,
+        rows: int,
         decoders: tuple[Task, ...],
         fills: tuple[Row, ...],
         copies: tuple[tuple[int, int], ...],
         kv: int,
         kv_unique: int,
     ) -> None:
-        """`kv`, `kv_unique`: as the shape's `decode_kv`."""
+        """`rows`: how many decode. `kv`, `kv_unique`: as the shape's `decode_kv`."""
         self.number = number
         self.step = step
         self.decoders = decoders
@@ -136,6 +138,7 @@ class Batch:
         self.copies = copies
         self.begun: tuple[Task, ...] = ()
         self.preempted: tuple[Hashable, ...] = ()
+        self._rows = rows
         self._kv = kv
         self._kv_unique = kv_unique
         self._prefill = self._pairs = 0
@@ -147,7 +150,7 @@ class Batch:
     @property
     def shape(self) -> BatchShape:
         """What its duration depends on: an object of the caller's own."""
-        return BatchShape(len(self.decoders), len(self.fills), self._prefill, self._pairs, self._kv, self._kv_unique)
+        return BatchShape(self._rows, len(self.fills), self._prefill, self._pairs, self._kv, self._kv_unique)
 
     @property
     def admitted(self) -> tuple[tuple[Hashable, int], ...]:
@@ -175,7 +178,7 @@ class Batch:
         self.number += k
         self.step += k
         self.copies = self.begun = self.preempted = ()
-        more = k * len(self.decoders)
+        more = k * self._rows
         self._kv += more
         self._kv_unique += more
 

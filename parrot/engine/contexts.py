@@ -19,7 +19,7 @@ from collections.abc import Hashable, Iterable, Iterator
 from operator import attrgetter
 from typing import Final
 
-from mypy_extensions import mypyc_attr
+from mypy_extensions import i32, mypyc_attr
 
 from parrot.engine.blocks import NO_BLOCKS, BlockPool
 
@@ -39,7 +39,7 @@ class Context:
     """
 
     __slots__ = (
-        "blocks", "children", "computed", "copy_from", "decoders", "filled_in", "filler", "freed", "id", "lender", "lends",
+        "blocks", "borrows", "children", "computed", "copy_from", "decoders", "filled_in", "filler", "freed", "id", "lends",
         "num_blocks", "parent", "size", "stamp", "start", "task", "tokens", "users",
     )  # fmt: skip
 
@@ -50,15 +50,15 @@ class Context:
         self.tokens: int = tokens
         self.computed = 0
         self.size = 0
-        self.users = 0  # running tasks whose chain it is in
-        self.children = 0
+        self.users: i32 = 0  # running tasks whose chain it is in
+        self.decoders: i32 = 0  # those of them that decode
+        self.children: i32 = 0
+        self.freed = False  # nobody will ask for it again: it goes with its last user and child
+        self.borrows = False  # our first block is our predecessor's last
+        self.lends = False  # a context goes on in our last block
         self.stamp = 0  # when it was last used; below 0: it is gone
         self.num_blocks = 0
-        self.lender: Context | None = None  # the predecessor whose last block is our first
-        self.freed = False  # nobody will ask for it again: it goes with its last user and child
-        self.lends = False  # a context goes on in our last block
         self.task: Hashable = None  # the key of the task whose output it is, until that ends
-        self.decoders = 0  # those of its users that decode
         self.filler = NOBODY  # who computes it at present
         self.filled_in = -1  # the batch that last computed some of it
         self.copy_from = NO_COPY  # our first block begins as a copy of this one, still to be made
@@ -76,7 +76,7 @@ class Context:
     @property
     def owned(self) -> int:
         """Its blocks that nobody held before it."""
-        return self.num_blocks - (self.lender is not None)
+        return self.num_blocks - self.borrows
 
     def add_blocks(self, count: int, blocks: array[int]) -> None:
         """They come behind those that it has; `blocks` is the context's from now on."""
@@ -182,7 +182,7 @@ class ContextTree:
             before = context.predecessor()
             assert before is not None, "a context that starts inside a block has a predecessor"
             if not before.lends:
-                before.lends, context.lender = True, before
+                before.lends = context.borrows = True
                 context.add_blocks(1, self.pool.share(before.blocks))
             else:
                 context.add_blocks(1, self._take(1))
@@ -213,10 +213,11 @@ class ContextTree:
         else:
             context.blocks = NO_BLOCKS
             context.copy_from = NO_COPY
-            if context.lender is not None:
+            if context.borrows:
+                before = context.predecessor()
+                assert before is not None, "it is there as long as we are"
+                before.lends = context.borrows = False
                 dropped = self.pool.unshare(dropped)
-                context.lender.lends = False
-                context.lender = None
         self._resize(context, size)
         return dropped
 

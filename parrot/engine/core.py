@@ -68,7 +68,7 @@ class EngineCore:
         self._lockstep = Lockstep(self._contexts)
         self._tasks: dict[Hashable, Task] = {}
         self._outputs: set[int] = set()
-        self._waiting: list[Task] = []
+        self._waiting: list[Task] | None = None  # None: nobody
         # What is empty most of the time is the empty tuple then, which all engines share: an edge looks at each of these, and
         # of a thousand engines none would find its own at hand.
         self._filling: tuple[Task, ...] = ()
@@ -113,7 +113,7 @@ class EngineCore:
         self._arrivals += 1
         task.arrival = self._arrivals
         self._tasks[task.key] = task
-        self._waiting.append(task)
+        self._wait(task, behind=True)
 
     def abort(self, key: Hashable) -> bool:
         """Gives a task up; what it has filled stays. False: there is no such task."""
@@ -165,7 +165,7 @@ class EngineCore:
     @property
     def waits(self) -> bool:
         """Whether a task waits for room."""
-        return bool(self._waiting)
+        return self._waiting is not None
 
     @property
     def num_total_tasks(self) -> int:
@@ -173,7 +173,7 @@ class EngineCore:
 
     @property
     def num_running_tasks(self) -> int:
-        return len(self._tasks) - len(self._waiting)
+        return len(self._tasks) - (len(self._waiting) if self._waiting is not None else 0)
 
     @property
     def held_tokens(self) -> int:
@@ -236,26 +236,28 @@ class EngineCore:
             return None
         number = self._number + 1
         lockstep = self._lockstep
-        decoders = lockstep.members
-        kv, kv_unique = lockstep.kv + len(decoders), lockstep.kv_unique + len(decoders)
+        rows = lockstep.rows
         copies: list[tuple[int, int]] = []
         fills: tuple[Row, ...] = ()
-        if self._filling or (self._waiting and not self._stuck):
+        if self._may_fill:
             fills, alone = self._fill_rows(number, copies)
             if alone:
-                decoders, kv, kv_unique = (), 0, 0
-        if decoders:
+                rows = 0
+        if rows:
+            kv, kv_unique, decoders = lockstep.kv + rows, lockstep.kv_unique + rows, lockstep.members
             for task in lockstep.step(copies):
                 self._drain(task)
         elif not fills:
             return None
+        else:
+            kv, kv_unique, decoders = 0, 0, ()
         if self._joining:
             lockstep.join(self._joining)
             self._joining = ()
         for row in fills:
             row.task.in_flight += 1
-        step = lockstep.steps if decoders else 0
-        batch = Batch(number, step, decoders, fills, tuple(copies) if copies else (), kv, kv_unique)
+        step = lockstep.steps if rows else 0
+        batch = Batch(number, step, rows, decoders, fills, tuple(copies) if copies else (), kv, kv_unique)
         self._number = number
         if self._admitted:
             batch.begun, self._admitted = self._admitted, ()
@@ -279,7 +281,7 @@ class EngineCore:
         self._pop(batch)
         begun: list[Task] = []
         finished: list[Task] = []
-        if batch.decoders:
+        if batch.step:
             self._lockstep.done += 1
         filling: list[Task] = []
         for row in batch.fills:
@@ -320,7 +322,7 @@ class EngineCore:
         there, and all their tasks are given up. Their keys. Later batches are still to be completed."""
         issued = self.in_flight
         self._pop(batch)
-        if batch.decoders:
+        if batch.step:
             self._lockstep.done += 1
         for row in batch.fills:
             row.task.in_flight -= 1
@@ -346,7 +348,7 @@ class EngineCore:
 
     def next_end(self) -> int:
         """The next decode iteration that brings a task the last of the tokens that are expected of it; 0: none decodes."""
-        end = self._lockstep.next_end()
+        end = self._lockstep.next_end
         for task in self._maxed:
             if task.state == DRAINING and (not end or task.ends < end):
                 end = task.ends
@@ -365,8 +367,8 @@ class EngineCore:
         but the last nothing can end, be admitted or be preempted. `remaining`: tokens still to be sampled by that of them
         which ends first, that batch's included."""
         lockstep = self._lockstep
-        rows = len(lockstep.members)
-        if len(self.in_flight) <= self._bounds.depth or self._filling or (self._waiting and not self._stuck) or not rows:
+        rows = lockstep.rows
+        if len(self.in_flight) <= self._bounds.depth or self._may_fill or not rows:
             return 1
         members = lockstep.members
         for issued in self.in_flight:
@@ -420,7 +422,7 @@ class EngineCore:
         task.cursor = 0
         task.state = WAITING
         task.last_step = 0
-        self._waiting.insert(0, task)
+        self._wait(task, behind=False)
         self._preempted = (*self._preempted, task.key)
         self._stuck = False
 
@@ -428,7 +430,7 @@ class EngineCore:
 
     def _fill_rows(self, number: int, copies: list[tuple[int, int]]) -> tuple[tuple[Row, ...], bool]:
         """The fills of this iteration, running ones first, then newly admitted ones, and whether one runs alone."""
-        left = self._bounds.batched - len(self._lockstep.members)
+        left = self._bounds.batched - self._lockstep.rows
         running, place = self._filling, 0
         fills: list[Row] = []
         while True:
@@ -454,8 +456,8 @@ class EngineCore:
     def _admit_next(self, left: int, fills: int) -> Task | None:
         """The first of the waiting tasks, admitted to this iteration, which has so many fills and room for `left` more tokens.
         None: nobody waits, or who comes next must go on waiting."""
-        rows = len(self._lockstep.members)
-        while self._waiting and rows + fills < self._bounds.running:
+        rows = self._lockstep.rows
+        while self._waiting is not None and rows + fills < self._bounds.running:
             if self._stuck or self._running >= self._bounds.running:
                 self._stuck = True
                 return None
@@ -480,9 +482,13 @@ class EngineCore:
         return None
 
     @property
+    def _may_fill(self) -> bool:
+        return bool(self._filling) or (self._waiting is not None and not self._stuck)
+
+    @property
     def _running(self) -> int:
         """Tasks that fill or decode."""
-        return len(self._filling) + len(self._lockstep.members) + len(self._joining)
+        return len(self._filling) + self._lockstep.rows + len(self._joining)
 
     def _chunk(self, ready: int, budget: int, alone: bool) -> int:
         """How much of a fill of `ready` tokens is computed; more than `budget` means that it runs alone, where it may."""
@@ -507,6 +513,18 @@ class EngineCore:
         if gen.tokens < task.max_gen:
             self._joining = (*self._joining, task)
 
+    def _wait(self, task: Task, behind: bool) -> None:
+        """Into the queue, behind all others or before them."""
+        if self._waiting is None:
+            self._waiting = []
+        self._waiting.insert(len(self._waiting) if behind else 0, task)
+
+    def _wait_no_more(self, task: Task) -> None:
+        assert self._waiting is not None
+        self._waiting.remove(task)
+        if not self._waiting:
+            self._waiting = None
+
     def _has_room(self, need: Need) -> bool:
         """Room for a task beside others, and for one more token of each: nothing is admitted to be preempted at once."""
         spare = self._running + 1
@@ -517,7 +535,7 @@ class EngineCore:
 
     def _admit(self, task: Task, need: Need) -> None:
         contexts = self._contexts
-        del self._waiting[0]
+        self._wait_no_more(task)
         chain = need.found
         parent = chain[-1] if chain else None
         for place in range(len(chain), len(task.links)):
@@ -581,7 +599,7 @@ class EngineCore:
         """The task is given up, and its output with it."""
         waits = task.state == WAITING
         if waits:
-            self._waiting.remove(task)
+            self._wait_no_more(task)
         else:
             self._leave(task)
         if task.gen is not None and self._contexts.get(task.gen.id) is task.gen:

@@ -30,14 +30,17 @@ class Lockstep:
 
     __slots__ = (
         "_block_size", "_contexts", "_copying", "_ends", "_fresh", "_phase", "_room", "_tickets", "done", "kv", "kv_unique",
-        "members", "steps",
+        "members", "next_end", "rows", "steps",
     )  # fmt: skip
 
     def __init__(self, contexts: ContextTree) -> None:
         #: The tasks in the order in which they joined: the same object as long as nobody joins or leaves.
         self.members: tuple[Task, ...] = ()
+        self.rows = 0  #: how many they are: an edge asks for it, and has no need of them
         self.steps = 0
         self.done = 0
+        #: The next iteration that brings a task the last of the tokens expected of it; 0: nobody decodes.
+        self.next_end = 0
         self.kv = 0
         self.kv_unique = 0
         self._room = 0  # iterations for which there is room: `steps`, or one more (a fill that runs alone came between)
@@ -73,6 +76,8 @@ class Lockstep:
                 context.decoders += 1
         self.members += tasks
         self._fresh += tasks
+        self.rows += len(tasks)
+        self.next_end = self._ends[-1].ends
 
     def leave(self, task: Task) -> None:
         """The task gets no more rows."""
@@ -84,6 +89,8 @@ class Lockstep:
         while self._ends[place] is not task:
             place += 1
         del self._ends[place]
+        self.rows -= 1
+        self.next_end = self._ends[-1].ends if self._ends else 0
         if self._fresh and task in self._fresh:
             self._fresh = tuple([other for other in self._fresh if other is not task])
         else:
@@ -111,14 +118,12 @@ class Lockstep:
     def _phase_of(self, task: Task, gen: Context) -> int:
         return (gen.start + gen.size - task.roomed) % self._block_size
 
-    def next_end(self) -> int:
-        """The next iteration that brings a task the last of the tokens expected of it; 0: nobody decodes."""
-        return self._ends[-1].ends if self._ends else 0
-
     def ending(self, step: int) -> list[Task]:
         """Those whose last of these tokens a row of iteration `step` brings, or one before; in the order of their joining."""
-        ends = self._ends
         found: list[Task] = []
+        if step < self.next_end:
+            return found
+        ends = self._ends
         place = len(ends) - 1
         while place >= 0 and ends[place].ends <= step:
             if ends[place].ends > ends[place].joined:  # else its fill brings it
@@ -165,7 +170,7 @@ class Lockstep:
         contexts, fresh = self._contexts, self._fresh
         growing = old = blocks = 0
         if self._room == self.steps:
-            growing = len(self.members)
+            growing = self.rows
             old = growing - len(fresh)
             if old:
                 blocks = owed = self._phase[-self._room % self._block_size]
@@ -210,16 +215,18 @@ class Lockstep:
         if needed := self._blocks(count):
             self._contexts.owe(needed)
         self._room += count
-        self._contexts.held_tokens += count * len(self.members)
-        self._contexts.stored_tokens += count * len(self.members)
+        self._contexts.held_tokens += count * self.rows
+        self._contexts.stored_tokens += count * self.rows
         self.done += count
         return self._step(count)
 
     def _step(self, count: int) -> list[Task]:
         self.steps += count
-        self.kv += count * len(self.members)
-        self.kv_unique += count * len(self.members)
+        self.kv += count * self.rows
+        self.kv_unique += count * self.rows
         last: list[Task] = []
+        if self.steps < self.next_end:
+            return last
         ends = self._ends
         place = len(ends) - 1
         while place >= 0 and ends[place].ends <= self.steps:
@@ -233,15 +240,16 @@ class Lockstep:
 
     def horizon(self, most: int) -> int:
         """Of the next `most` iterations, how many can be issued before a task gets its last row or room runs out."""
-        ends = self._ends
-        place = len(ends) - 1
-        while place >= 0 and ends[place].ends - self.steps < most:
-            most = min(most, _last_row(ends[place]) - self.steps)
-            place -= 1
+        if self.next_end - self.steps < most:
+            ends = self._ends
+            place = len(ends) - 1
+            while place >= 0 and ends[place].ends - self.steps < most:
+                most = min(most, _last_row(ends[place]) - self.steps)
+                place -= 1
         if most <= 0:
             return 0
         available = self._contexts.available
-        if len(self.members) * -(-most // self._block_size) <= available:
+        if self.rows * -(-most // self._block_size) <= available:
             return most
         low, high = 0, most
         while low < high:
@@ -256,7 +264,7 @@ class Lockstep:
         """Blocks that the room of the next `count` iterations takes."""
         size, phase = self._block_size, self._phase
         whole, rest = count // size, count % size
-        blocks = whole * len(self.members)
+        blocks = whole * self.rows
         if rest:
             place = -self._room % size  # the phases that take a block lie there and before, around the corner
             for _ in range(rest):

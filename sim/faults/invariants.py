@@ -154,9 +154,9 @@ def check_blocks(witness: Witness, name: str, core: EngineCore) -> None:
     contexts = list(core.contexts)
     total = core.pool.free + sum(context.owned for context in contexts) + core.limbo_blocks
     witness.expect("blocks", total == core.limits.num_blocks, f"{name}: {total} of {core.limits.num_blocks} blocks are there")
-    lenders = [context.lender for context in contexts if context.lender is not None]
-    lent = len(lenders) == sum(context.lends for context in contexts) and all(lender.lends for lender in lenders)
-    witness.expect("blocks", lent, f"{name}: contexts go on in blocks that were not lent to them")
+    lenders = [context.predecessor() for context in contexts if context.borrows]
+    once = len(lenders) == len(set(lenders)) and set(lenders) == {context for context in contexts if context.lends}
+    witness.expect("blocks", once, f"{name}: the blocks that contexts go on in are not those that were lent, each once")
 
 
 def check_agreement(witness: Witness, known: Engine, engine: EmulatedEngine, ids: ContextIds) -> None:

@@ -261,7 +261,7 @@ class EmulatedEngine(TimedEngine):
             self._k += quiet
         ended: dict[Task, int] = {}
         sampled: list[Job] = []
-        if batch.decoders:
+        if batch.step:
             for task in core.ending(batch.step):
                 ended[task] = task.expected
         for row in batch.fills:
@@ -293,7 +293,7 @@ class EmulatedEngine(TimedEngine):
             self._note(batch, count)
         if self._coverage is not None:
             self._coverage.note(batch.shape, count - 1)
-        if batch.decoders:
+        if batch.step:
             self._decoding.went(batch.step, count, self._run, self._t0, self._k)
 
     def _finish(self, job: Job, at: float) -> None:
