@@ -75,7 +75,8 @@ class EngineCore:
         self._maxed: tuple[Task, ...] = ()  # tasks at max_gen_length; their last_step ends each
         self._joining: tuple[Task, ...] = ()  # decode from the batch after the one that is being made on
         self._lingering: tuple[Task, ...] = ()  # ended, while a batch in flight touches what they used
-        self.in_flight: tuple[Batch, ...] = ()  #: issued and not complete, oldest first; to be read only
+        self.oldest: Batch | None = None  #: of the batches that are issued and not complete; to be read only
+        self._later: tuple[Batch, ...] = ()  # the others of these
         self._bounds = _bounds_of(limits)
         self._arrivals = 0
         self._number = 0
@@ -155,12 +156,12 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._tasks or self.in_flight)
+        return bool(self._tasks) or self.oldest is not None
 
     @property
     def can_issue(self) -> bool:
         """Whether `pipeline_depth` lets another batch be issued now."""
-        return len(self.in_flight) <= self._bounds.depth
+        return self.oldest is None or len(self._later) < self._bounds.depth
 
     @property
     def waits(self) -> bool:
@@ -232,7 +233,7 @@ class EngineCore:
 
     def next_batch(self, now: float) -> Batch | None:
         """What to compute next; None when there is nothing, or pipeline_depth forbids to issue before a completion."""
-        if len(self.in_flight) > self._bounds.depth or not self._make_decode_room():
+        if not self.can_issue or not self._make_decode_room():
             return None
         number = self._number + 1
         lockstep = self._lockstep
@@ -264,7 +265,10 @@ class EngineCore:
         if self._preempted:
             batch.preempted, self._preempted = self._preempted, ()
             self._preempted_untold += batch.preempted
-        self.in_flight = (*self.in_flight, batch)
+        if self.oldest is None:
+            self.oldest = batch
+        else:
+            self._later = (*self._later, batch)
         return batch
 
     def complete(self, batch: Batch, ended: Mapping[Hashable, int], now: float) -> Progress:
@@ -320,7 +324,7 @@ class EngineCore:
     def fail(self, batch: Batch) -> tuple[Hashable, ...]:
         """The oldest batch in flight could not be computed: what it and those issued after it should have filled is not
         there, and all their tasks are given up. Their keys. Later batches are still to be completed."""
-        issued = self.in_flight
+        issued = (batch, *self._later)
         self._pop(batch)
         if batch.step:
             self._lockstep.done += 1
@@ -367,11 +371,12 @@ class EngineCore:
         but the last nothing can end, be admitted or be preempted. `remaining`: tokens still to be sampled by that of them
         which ends first, that batch's included."""
         lockstep = self._lockstep
-        rows = lockstep.rows
-        if len(self.in_flight) <= self._bounds.depth or self._may_fill or not rows:
+        rows, members, oldest = lockstep.rows, lockstep.members, self.oldest
+        if oldest is None or self.can_issue or self._may_fill or not rows:
             return 1
-        members = lockstep.members
-        for issued in self.in_flight:
+        if oldest.decoders is not members or oldest.fills:
+            return 1
+        for issued in self._later:
             if issued.decoders is not members or issued.fills:
                 return 1
         steps = min(remaining - 1, (self._bounds.held - self._contexts.held_tokens) // rows)
@@ -382,7 +387,9 @@ class EngineCore:
         self._number += k
         for task in self._lockstep.advance(k):
             self._drain(task)
-        for issued in self.in_flight:
+        if self.oldest is not None:
+            self.oldest.shift(k)
+        for issued in self._later:
             issued.shift(k)
 
     # ------------------------------------------------------------------------------------------------ decode rows
@@ -390,7 +397,7 @@ class EngineCore:
     def _make_decode_room(self) -> bool:
         """Room for one more token of every decoding task. False: there is none before a batch in flight is complete."""
         while not self._lockstep.make_room(self._bounds.held):
-            if self.in_flight:
+            if self.oldest is not None:
                 return False
             alone = self._running == 1
             self._preempt(max((*self._filling, *self._lockstep.members), key=lambda task: task.arrival))
@@ -470,7 +477,7 @@ class EngineCore:
                 continue
             if fills and self._chunk(task.target - need.start, left, False) == 0:
                 return None
-            if fills or self._filling or rows or self._joining or self.in_flight:
+            if fills or self._filling or rows or self._joining or self.oldest is not None:
                 if not self._has_room(need):
                     self._stuck = True
                     return None
@@ -562,10 +569,13 @@ class EngineCore:
     # ------------------------------------------------------------------------------------------------------- ends
 
     def _pop(self, batch: Batch) -> None:
-        if not self.in_flight or self.in_flight[0].number != batch.number:
-            oldest = self.in_flight[0].number if self.in_flight else None
+        if self.oldest is None or self.oldest.number != batch.number:
+            oldest = self.oldest.number if self.oldest is not None else None
             raise ValueError(f"batch {batch.number} is not the oldest in flight, which is {oldest}")
-        self.in_flight = self.in_flight[1:]
+        if self._later:
+            self.oldest, self._later = self._later[0], self._later[1:]
+        else:
+            self.oldest = None
 
     def _leave(self, task: Task) -> None:
         """The task is issued no more rows: it drains."""

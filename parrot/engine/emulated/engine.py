@@ -47,10 +47,10 @@ class EmulatedEngine(TimedEngine):
         self._busy = False
         self._ends_at = NEVER  # the end of the next iteration to be served by itself: `_last` when jumping, `_k` when stepping
         self._t0 = 0.0
-        self._run = DecodeRun(0.0, 0.0)
+        self._first_s = 0.0  # of `_run`, of which these say all: an edge has no need of an object more
+        self._growth_s = 0.0
         self._k = 0
         self._last = 0
-        self._previous: tuple[Task, ...] | None = None  # of the decode batch that ended at the present edge
         self._decoding = Decoding()
 
     # ------------------------------------------------------------------------------------------------ what is told
@@ -175,7 +175,7 @@ class EmulatedEngine(TimedEngine):
                 self._complete(at)
             else:
                 self._skip_to(at)
-                self._issue(at)
+                self._issue(at, None)
 
     # ------------------------------------------------------------------------------------------------- iterations
 
@@ -189,8 +189,9 @@ class EmulatedEngine(TimedEngine):
         kind: Kind = "rejected" if refusal.code == "engine_rejected" else "failed"
         self._tell(EmulatedEvent(kind, key, at, code=refusal.code, message=refusal.message))
 
-    def _issue(self, at: float) -> None:
-        """Issues what the core has, as far ahead as it may."""
+    def _issue(self, at: float, previous: tuple[Task, ...] | None) -> None:
+        """Issues what the core has, as far ahead as it may. `previous`: who decoded in the batch that ended at this edge, if
+        nothing else was in it."""
         self._wake = NEVER
         core = self.core
         while core.can_issue and (batch := core.next_batch(at)) is not None:
@@ -199,32 +200,38 @@ class EmulatedEngine(TimedEngine):
                     self._decoding.leave(job)
             for task in batch.begun:
                 self._tell(EmulatedEvent("started", task.key, at, task.cached))
+            batch.begun = ()  # told
             if not self._busy:
-                self._start(batch, at)
+                self._start(batch, at, previous)
         if core.failed:
             for key, refusal in core.take_failed():
                 self._refuse(key, refusal, at)
-        self._previous = None
         if self._busy:
             self._look_ahead()
 
-    def _start(self, batch: Batch, at: float) -> None:
+    @property
+    def _run(self) -> DecodeRun:
+        return DecodeRun(self._first_s, self._growth_s)
+
+    def _start(self, batch: Batch, at: float, previous: tuple[Task, ...] | None) -> None:
         """The batch begins to be computed: as the next of its run, or as the first of a new one. Its end is looked for next."""
         self._busy = True
-        if batch.fills:
-            self._t0, self._run, self._k = at, DecodeRun(self.latency.duration(batch.shape), 0.0), 1
-        elif batch.decoders is self._previous:
+        if not batch.fills and batch.decoders is previous:
             self._k += 1
+            return
+        self._t0, self._k, self._growth_s = at, 1, 0.0
+        shape = batch.shape
+        if batch.fills:
+            self._first_s = self.latency.duration(shape)
         else:
-            shape = batch.shape
-            graph = shape.decode_rows <= self.latency.graph_rows
-            self._t0, self._run, self._k = at, self.latency.decode_run(shape, graph), 1
+            run = self.latency.decode_run(shape, shape.decode_rows <= self.latency.graph_rows)
+            self._first_s, self._growth_s = run.first_s, run.growth_s
 
     def _look_ahead(self) -> None:
         """Finds the next edge at which anything can change."""
         core, k = self.core, self._k
         last = k
-        if not core.in_flight[0].fills and not self._decoding.streaming:
+        if core.oldest is not None and not core.oldest.fills and not self._decoding.streaming:
             end = core.next_end()
             if end:
                 last += core.decode_horizon(end - core.decoded) - 1
@@ -246,14 +253,16 @@ class EmulatedEngine(TimedEngine):
     def _skip(self, count: int) -> None:
         """Ends `count` quiet iterations."""
         if count:
-            self._pass_over(self.core.in_flight[0], count)
+            assert self.core.oldest is not None
+            self._pass_over(self.core.oldest, count)
             self.core.advance(count)
             self._k += count
 
     def _complete(self, at: float) -> None:
         """The edge that was looked ahead to: ends the iteration under way, and the quiet ones before it."""
         core, decoding = self.core, self._decoding
-        batch = core.in_flight[0]
+        batch = core.oldest
+        assert batch is not None
         quiet = self._last - self._k if self.jumps else 0
         self._pass_over(batch, quiet + 1)
         if quiet:
@@ -282,10 +291,10 @@ class EmulatedEngine(TimedEngine):
             if job not in ended:
                 decoding.join(job)
         self._busy, self._ends_at = False, NEVER
-        self._previous = batch.decoders if not batch.fills else None
-        if core.in_flight:
-            self._start(core.in_flight[0], at)
-        self._issue(at)
+        previous = batch.decoders if not batch.fills else None
+        if core.oldest is not None:
+            self._start(core.oldest, at, previous)
+        self._issue(at, previous)
 
     def _pass_over(self, batch: Batch, count: int) -> None:
         """`count` iterations, the first of them the one under way, end: what the observer and the gaps see of them."""
