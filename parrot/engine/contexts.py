@@ -265,10 +265,11 @@ class ContextTree:
                 context.freed = False
             context.users += 1
 
-    def release(self, chain: tuple[Context, ...]) -> None:
-        """A running task no longer uses these contexts, head first. What was not computed is given up; the rest stays."""
-        for place in range(len(chain) - 1, -1, -1):
-            context = chain[place]
+    def release(self, deepest: Context) -> None:
+        """A running task no longer uses this context and those above it. What was not computed is given up; the rest stays."""
+        above: Context | None = deepest
+        while above is not None:
+            context, above = above, above.parent
             self._clock += 1
             context.users -= 1
             context.stamp = self._clock

@@ -338,7 +338,7 @@ class EngineCore:
             for row in unfilled.rows:
                 starts.setdefault(row.task, row.start)
         for task, start in starts.items():
-            for context in task.chain:
+            for context in task.deepest.path() if task.deepest is not None else ():
                 if context.filled_in >= batch.number:
                     context.computed = min(context.computed, max(0, start - context.start))
         for task in self._filling:
@@ -423,9 +423,10 @@ class EngineCore:
         self._leave(task)
         if task.gen is not None:
             task.gen.tokens = task.known
-        task.links = tuple([Link(context.id, context.tokens) for context in task.chain if context is not task.gen])
-        self._contexts.release(task.chain)
-        task.chain = ()
+        assert task.deepest is not None
+        task.links = tuple([Link(c.id, c.tokens) for c in task.deepest.path() if c is not task.gen])
+        self._contexts.release(task.deepest)
+        task.deepest, task.chain = None, ()
         task.cursor = 0
         task.state = WAITING
         task.last_step = 0
@@ -558,7 +559,7 @@ class EngineCore:
         contexts.use(chain)
         for context in chain:
             contexts.grow(context, context.tokens)
-        task.chain, task.links = tuple(chain), ()
+        task.deepest, task.chain, task.links = chain[-1], tuple(chain), ()
         task.state = FILLING
         self._filling = (*self._filling, task)
         if not task.admitted:
@@ -636,9 +637,10 @@ class EngineCore:
         """Lets go of what an ended task used. False: a batch in flight touches it."""
         if task.in_flight or task.last_step > self._lockstep.done:
             return False
-        self._contexts.release(task.chain)
+        if task.deepest is not None:
+            self._contexts.release(task.deepest)
+            task.deepest, task.chain = None, ()
         if task.limbo:
             self.pool.give(task.limbo, task.limbo_blocks)
-        task.chain = ()
         self._stuck = False
         return True

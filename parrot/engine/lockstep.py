@@ -74,6 +74,7 @@ class Lockstep:
                 if not context.decoders:
                     self.kv_unique += context.computed
                 context.decoders += 1
+            task.chain = ()
         self.members += tasks
         self._fresh += tasks
         self.rows += len(tasks)
@@ -98,10 +99,12 @@ class Lockstep:
         if self.steps > task.joined:
             task.last_step = self.steps
         self.kv -= gen.start + gen.computed
-        for context in task.chain:
+        context: Context | None = gen
+        while context is not None:
             context.decoders -= 1
             if not context.decoders:
                 self.kv_unique -= context.computed
+            context = context.parent
 
     def _place(self, step: int) -> int:
         """Of the first of `_ends` that ends with iteration `step` or before."""

@@ -23,9 +23,9 @@ class Task:
     """A task from its submission until its contexts are let go."""
 
     __slots__ = (
-        "admitted", "arrival", "cached", "chain", "cursor", "ends", "expected", "first_token", "forced", "gen", "given",
-        "in_flight", "joined", "key", "known", "last_step", "limbo", "limbo_blocks", "links", "max_gen", "origin", "output_id",
-        "parent_id", "prompt", "roomed", "settled", "state", "ticket",
+        "admitted", "arrival", "cached", "chain", "cursor", "deepest", "ends", "expected", "first_token", "forced", "gen",
+        "given", "in_flight", "joined", "key", "known", "last_step", "limbo", "limbo_blocks", "links", "max_gen", "origin",
+        "output_id", "parent_id", "prompt", "roomed", "settled", "state", "ticket",
     )  # fmt: skip
 
     def __init__(self, spec: EngineTask, expected: int) -> None:
@@ -46,7 +46,8 @@ class Task:
         self.first_token = False
         self.cached = 0  # tokens of its prompt that were found in memory
         self.in_flight = 0  # batches in flight that fill some of it
-        self.chain: tuple[Context, ...] = ()
+        self.deepest: Context | None = None  # of the contexts that it uses: of its chain
+        self.chain: tuple[Context, ...] = ()  # head first, as long as it fills
         self.gen: Context | None = None
         self.cursor = 0  # contexts of the chain before it are computed
         self.limbo = 0  # blocks given up that a batch in flight may still write

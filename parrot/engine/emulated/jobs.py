@@ -52,9 +52,13 @@ class Gap:
 def with_gap(gaps: Gap | None, step: int, gap_s: float) -> Gap:
     """`gaps` and the largest of those up to iteration `step` that were not added before. Those that no later one falls short of
     go: nobody can ask for them any more."""
-    while gaps is not None and gaps.gap_s <= gap_s:
-        gaps = gaps.before
-    return Gap(step, gap_s, gaps)
+    if gaps is None or gaps.gap_s > gap_s:
+        return Gap(step, gap_s, gaps)
+    before = gaps.before
+    while before is not None and before.gap_s <= gap_s:
+        before = before.before
+    gaps.step, gaps.gap_s, gaps.before = step, gap_s, before
+    return gaps
 
 
 def largest_since(gaps: Gap | None, step: int) -> float:
