@@ -171,6 +171,24 @@ def test_out_of_blocks_the_oldest_retained_context_goes_first() -> None:
     assert core.take_evicted() == ()
 
 
+def test_what_is_used_again_is_given_up_after_what_is_not() -> None:
+    core = EngineCore(limits(num_blocks=6))
+    for number, key in enumerate("abc", start=1):
+        core.submit(task(key, (number, 8)), 0.0)
+        step(core)
+    core.submit(task("d", (4, 8)), 0.0)  # the order is made for it
+    step(core)
+    assert core.take_evicted() == (1,)
+    core.submit(task("e", (2, 8), (5, 0)), 0.0)
+    step(core)
+    core.submit(task("f", (6, 16)), 0.0)
+    step(core)
+    assert core.take_evicted() == (3, 4)
+    core.submit(task("g", (7, 8)), 0.0)
+    step(core)
+    assert core.take_evicted() == (5, 2)  # a child before its parent
+
+
 def test_a_task_alone_that_copies_leave_no_room_begins_anew() -> None:
     core = EngineCore(limits(num_blocks=4))
     core.submit(task("a", (1, 10), (2, 2)), 0.0)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
 
-from parrot.engine.core import EngineLimits, EngineTask, Link
+from parrot.engine.contexts import Context
+from parrot.engine.core import Batch, EngineLimits, EngineTask, Link
 from parrot.engine.emulated.engine import EmulatedEngine, EmulatedEvent, Iterations
+from parrot.engine.running import Task
 from parrot.latency import FixedCost, LatencyModel, LatencyProfile
 
 
@@ -95,6 +98,29 @@ def test_an_aborted_task_is_told_of_no_more() -> None:
     assert not emulated.abort("a", 1.5)
     assert run(emulated) == []
     assert not emulated.core.has_work
+
+
+def test_what_has_ended_is_gone_without_the_garbage_collector() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        before = {id(thing) for thing in gc.get_objects() if isinstance(thing, Task | Context | Batch)}
+        emulated = engine()
+        emulated.submit(chat("a", 1), 9, 0.0)
+        emulated.submit(EngineTask("b", (Link(1, 8), Link(3, 3)), 4, 20), 9, 0.0)
+        emulated.submit(EngineTask("c", (Link(1, 8), Link(3, 3)), 5, 20), 9, 0.0)  # goes on in a copy of the block
+        emulated.submit(chat("d", 6), 9, 0.0)
+        emulated.advance(3.0)
+        emulated.abort("c", 3.5)  # while it decodes
+        emulated.submit(chat("e", 8), 9, 4.0)
+        emulated.abort("e", 4.0)  # before it arrives
+        run(emulated)
+        emulated.free_contexts(range(10), 99.0)
+        assert not emulated.core.cached_tokens
+        left = [thing for thing in gc.get_objects() if isinstance(thing, Task | Context | Batch)]
+        assert [thing for thing in left if id(thing) not in before] == []
+    finally:
+        gc.enable()
 
 
 def test_a_late_shell_loses_no_event_and_no_time() -> None:
