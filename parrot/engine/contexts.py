@@ -125,7 +125,7 @@ class ContextTree:
         self.stored_tokens = 0  # room held by all
         self.retained_blocks = 0  # what evicting every context that is not in use would free
         self._index: dict[int, Context] = {}
-        self._nameless: dict[Context, None] = {}  # their id may name another by now
+        self._nameless: dict[Context, None] | None = None  # their id may name another by now
         self._evicted: list[int] | None = None
         # Those that were retained at `_looked`, the least recently used last. It is made when one must be given up and nothing
         # is left of the one before: what was let go since comes behind, so that its cost is one of letting go.
@@ -138,7 +138,7 @@ class ContextTree:
 
     def __iter__(self) -> Iterator[Context]:
         yield from self._index.values()
-        yield from self._nameless
+        yield from self._nameless or ()
 
     def get(self, context_id: int) -> Context | None:
         return self._index.get(context_id)
@@ -160,7 +160,7 @@ class ContextTree:
         context.freed = True
         if self._index.get(context.id) is context:
             del self._index[context.id]
-            self._nameless[context] = None
+            self._nameless = {**(self._nameless or {}), context: None}
 
     # ---------------------------------------------------------------------------------------------------- room
 
@@ -330,8 +330,9 @@ class ContextTree:
     def _remove(self, context: Context) -> None:
         """Takes a context that is counted nowhere any more out of the tree, and the freed ancestors that it kept alive."""
         while True:
-            if self._nameless and context in self._nameless:
+            if self._nameless is not None and context in self._nameless:
                 del self._nameless[context]
+                self._nameless = self._nameless or None
             else:
                 del self._index[context.id]
             self.cut(context, 0)
