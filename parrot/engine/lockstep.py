@@ -85,7 +85,10 @@ class Lockstep:
         self.settle(task)
         gen = task.gen
         assert gen is not None
-        self.members = tuple([other for other in self.members if other is not task])
+        members, place = self.members, 0
+        while members[place] is not task:
+            place += 1
+        self.members = members[:place] + members[place + 1 :]
         place = self._place(task.ends)
         while self._ends[place] is not task:
             place += 1
