@@ -98,13 +98,13 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def engine(
-    folder: Path, name: str, dtype: torch.dtype, given: EngineLimits, *, device: str = "cuda", rows: int = 16, longest: int = 2048
+    folder: Path, name: str, dtype: torch.dtype, given: EngineLimits, *, device: str = "cuda", rows: int = 16, most: int = 2048
 ) -> Recording:
     config = model_config("tiny", config_at(ModelFiles(folder)))
     place = torch.device(device)
     decoder = load_decoder(config, Checkpoint("tiny", folder), dtype, place)
     cache = KVCache(config, given.num_blocks, given.block_size, dtype, place, spare_page=True)
-    attention = load_attention(name, config, cache, rows, longest)
+    attention = load_attention(name, config, cache, rows, most)
     graphs = device == "cuda" and bool(attention.buckets)
     return Recording(decoder, cache, attention, load_tokenizer("synthetic"), graphs=graphs)
 
@@ -184,7 +184,7 @@ def test_logits_behind_prompts_too_long_for_graphs_are_those_of_a_float32_refere
     kind = getattr(torch, dtype)
     given = limits(pipeline_depth=1, max_batch_size=16, num_blocks=2000, fill_chunk_size=chunk, max_num_batched_tokens=8192,
                    max_total_tokens=32000, max_seq_len=8192)  # fmt: skip
-    runner = engine(folder, name, kind, given, longest=8192)
+    runner = engine(folder, name, kind, given, most=8192)
     drive = Drive(runner, given)
     draw = random.Random(5)
     prefix = [draw.randrange(3, VOCABULARY) for _ in range(3100)]
@@ -197,7 +197,7 @@ def test_logits_behind_prompts_too_long_for_graphs_are_those_of_a_float32_refere
 
     submit(0, 20, behind=True)
     submit(1, 33, behind=True)
-    while not any(0 == key for key, _ in runner.seen):
+    while not any(key == 0 for key, _ in runner.seen):
         drive.step()
     submit(2, 2700, behind=True)
     submit(3, 4500, behind=False)

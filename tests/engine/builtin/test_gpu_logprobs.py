@@ -1,4 +1,4 @@
-"""On a GPU: log-probabilities are the reference's log-softmax, whatever the sampling, on every attention function, by graph or not."""
+"""On a GPU: log-probabilities are the reference's log-softmax, whatever the sampling made of them."""
 
 from __future__ import annotations
 
