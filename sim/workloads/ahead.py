@@ -6,6 +6,7 @@ Decides where programs wait until they arrive; they come back equal and in their
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from tempfile import SpooledTemporaryFile
 from typing import Final
@@ -15,16 +16,17 @@ import msgspec
 from sim.workloads.program import Program
 
 IN_MEMORY: Final = 16 << 20  #: bytes of encoded programs up to which no file is made: of small programs, some 60,000
-_PREFIX: Final = 4  #: bytes in front of a program, which say how many it has
+_BLOCK: Final = 16  #: programs that are encoded together, which takes half of the time that each alone takes
+_PREFIX: Final = 4  #: bytes in front of a block, which say how many it has
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(Program).decode
+_decode = msgspec.msgpack.Decoder(list[Program]).decode
 
 
 def read_ahead(
     programs: Iterator[Program], again: Callable[[], Iterator[Program]], in_memory: int = IN_MEMORY
 ) -> tuple[int, Iterator[Program]]:
-    """Reads `programs` to their end. How many there are, and the same again, one at a time.
+    """Reads `programs` to their end. How many there are, and the same again, a few at a time.
 
     again: begins them anew, for what cannot wait in a file. in_memory: bytes; more go to an unnamed temporary file. What
     reading `programs` raises goes through.
@@ -32,9 +34,9 @@ def read_ahead(
     file = SpooledTemporaryFile[bytes](in_memory)
     count, all_kept = 0, True
     try:
-        for program in programs:
-            count += 1
-            all_kept = all_kept and _append(file, program)
+        while block := list(itertools.islice(programs, _BLOCK)):
+            count += len(block)
+            all_kept = all_kept and _append(file, block)
         all_kept = all_kept and _rewind(file)
     except BaseException:
         _drop(file)
@@ -45,10 +47,10 @@ def read_ahead(
     return count, again()
 
 
-def _append(file: SpooledTemporaryFile[bytes], program: Program) -> bool:
-    """False: the disk has no room, or the program has no such form (a name that is not Unicode, a number above 64 bits)."""
+def _append(file: SpooledTemporaryFile[bytes], programs: list[Program]) -> bool:
+    """False: the disk has no room, or a program has no such form (a name that is not Unicode, a number above 64 bits)."""
     try:
-        body = _encode(program)
+        body = _encode(programs)
         file.write(len(body).to_bytes(_PREFIX, "little") + body)
     except (OSError, OverflowError, UnicodeEncodeError):
         return False
@@ -67,7 +69,7 @@ def _rewind(file: SpooledTemporaryFile[bytes]) -> bool:
 def _read(file: SpooledTemporaryFile[bytes]) -> Iterator[Program]:
     with file:
         while prefix := file.read(_PREFIX):
-            yield _decode(file.read(int.from_bytes(prefix, "little")))
+            yield from _decode(file.read(int.from_bytes(prefix, "little")))
 
 
 def _drop(file: SpooledTemporaryFile[bytes]) -> None:
