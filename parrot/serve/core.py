@@ -236,7 +236,7 @@ class ServeCore:
     def contents(self) -> Iterator[Content]:
         """All contents that live sessions name, with repetitions."""
         for session in self._sessions.values():
-            for variable in session.variables.values():
+            for variable in session.all_variables:
                 if variable.content is not None:
                     yield variable.content
             for call in session.calls:
@@ -287,9 +287,7 @@ class ServeCore:
             raise ParrotError("unauthorized", f"session {session_id}: session_auth is missing")
         if auth != session.auth:
             raise ParrotError("forbidden", f"session {session_id}: session_auth is wrong")
-        session.last_access_s = now
-        if not session.watched:
-            self._idle.touch(session, now)
+        self._idle.touch(session, now)
         return session
 
     def _no_session(self, session_id: int) -> ParrotError:
@@ -350,7 +348,7 @@ class ServeCore:
         self._remember_ended(session.id, session.state)
         if session.waiting_gets:
             error = ErrorInfo(f"session_{session.state}", f"session {session.id} is {session.state}")
-            for variable in session.variables.values():
+            for variable in session.all_variables:
                 for request in self._gets.settle(session, variable):
                     self._effects.append(Reply(request, None, error))
         if session.unfinished:
@@ -426,7 +424,7 @@ class ServeCore:
                 variable.content.key if variable.content is not None else None,
                 variable.error.message if variable.error is not None else None,
             )
-            for variable in session.variables.values()
+            for variable in session.all_variables
         ]
         self._effects.append(Reply(event.request, listed))
 
@@ -452,7 +450,7 @@ class ServeCore:
         failed = [task for task in variable.consumers or () if task.state == "waiting"]
         for task in failed:
             task.state = TASK[task.state, "fail"]
-            task.finished_s = now
+            task.finished_at = now
         self._idle.touch(session, now)
         return failed
 
@@ -576,7 +574,7 @@ class ServeCore:
         if failed is not None:
             assert failed.error is not None
             task.state = TASK[task.state, "fail"]
-            task.finished_s = now
+            task.finished_at = now
             self._task_failed(task, input_failed(failed, failed.error), now)
             return
         if task.call.session.deadlines is not None:
@@ -596,6 +594,7 @@ class ServeCore:
     def _enqueue(self, task: Task, now: float) -> None:
         session = task.call.session
         session.active += 1
+        self._idle.touch(session, now)
         self.scheduler.enqueue(task, now)
 
     # =============================================================================================== tasks end
@@ -614,7 +613,7 @@ class ServeCore:
         failed = [(task, error)]
         while failed:
             task, error = failed.pop()
-            if task.ready_s is not None:
+            if task.ready_at < math.inf:
                 session.active -= 1
             session.unfinished -= 1
             task.output.state = VARIABLE[task.output.state, "fail"]

@@ -40,35 +40,32 @@ class PendingGets:
             if len(self._timeouts) > 64 + 2 * len(self._gets):
                 self._timeouts = [entry for entry in self._timeouts if entry[1] in self._gets]
                 heapq.heapify(self._timeouts)
-        if variable.getters is None:
-            variable.getters = []
-        variable.getters.append(request)
+        variable.getters = (*variable.getters, request) if variable.getters else (request,)
         session.waiting_gets += 1
 
     def drop(self, request: int) -> PendingGet | None:
         """That get waits no longer; None when it did not."""
         pending = self._gets.pop(request, None)
         if pending is not None:
-            assert pending.variable.getters is not None
-            pending.variable.getters.remove(request)
+            pending.variable.getters = tuple([getter for getter in pending.variable.getters if getter != request])
             pending.session.waiting_gets -= 1
         return pending
 
-    def settle(self, session: Session, variable: Variable) -> list[int]:
+    def settle(self, session: Session, variable: Variable) -> tuple[int, ...]:
         """The requests that waited for `variable`, in the order in which they came; none of them waits any longer."""
         requests = variable.getters
         if not requests:
-            return []
+            return requests
         for request in requests:
             del self._gets[request]
         session.waiting_gets -= len(requests)
-        variable.getters = None
+        variable.getters = ()
         return requests
 
     def clear(self) -> None:
         """Nobody waits any longer: who asked is gone."""
         for pending in self._gets.values():
-            pending.variable.getters = None
+            pending.variable.getters = ()
             pending.session.waiting_gets = 0
         self._gets.clear()
         self._timeouts.clear()

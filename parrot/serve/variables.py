@@ -26,7 +26,7 @@ class Variable:
         self.error: ErrorInfo | None = None
         self.producer: Task | None = None
         self.consumers: list[Task] | None = None
-        self.getters: list[int] | None = None
+        self.getters: tuple[int, ...] = ()
         self.criteria: Criteria | None = None
 
     @property
