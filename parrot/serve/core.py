@@ -8,7 +8,7 @@ What runs where is the scheduler's affair (`scheduler.py`); this file is the fro
 from __future__ import annotations
 
 import math
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
@@ -31,13 +31,13 @@ from parrot.serve.graph import Call, Task, tasks_of
 from parrot.serve.rates import DrainRate
 from parrot.serve.reports import call_answer, input_failed, session_report
 from parrot.serve.scheduler import Scheduler
-from parrot.serve.sessions import IdleSessions, Session
+from parrot.serve.sessions import EndedSessions, IdleSessions, Session
 from parrot.serve.states import IN_FLIGHT, SESSION, TASK, VARIABLE
 from parrot.serve.submission import bind, check_form, check_room, check_variables
 from parrot.serve.tenants import Tenant
 from parrot.serve.variables import Variable
 
-#: How many ended sessions are remembered, so that a late call is told 410 and not 404.
+#: How many ended sessions are remembered at least, so that a late call is told 410 and not 404.
 REMEMBERED_SESSIONS = 65536
 
 #: After a failure in what time brings, or in placing, this long passes before the next try (seconds): its cause may stay.
@@ -63,8 +63,7 @@ class ServeCore:
         self.config = config
         self._effects: list[AnyEffect] = []
         self._sessions: dict[int, Session] = {}
-        self._ended: dict[int, str] = {}
-        self._ended_order: deque[int] = deque()  # those sessions, in the order of their end
+        self._ended = EndedSessions(REMEMBERED_SESSIONS)
         self._idle = IdleSessions(config.session_life_span)
         self._gets = PendingGets()
         self._opened: OrderedDict[str, tuple[int, float]] = OrderedDict()  # Idempotency-Key -> (session id, until)
@@ -174,7 +173,7 @@ class ServeCore:
 
     def recall_ended(self, session_id: int, state: str) -> None:
         """A session of an earlier life is over; late calls of it are told so."""
-        self._remember_ended(session_id, state)
+        self._ended.add(session_id, state)
 
     def _recall_end(self, event: ev.TaskFinished | ev.TaskGivenUp, t: float) -> None:
         session = self._sessions.get(event.task.session_id)
@@ -291,7 +290,7 @@ class ServeCore:
         return session
 
     def _no_session(self, session_id: int) -> ParrotError:
-        ended = self._ended.get(session_id)
+        ended = self._ended.state_of(session_id)
         if ended is None:
             return ParrotError("not_found", f"there is no session {session_id}", session_id=session_id)
         return ParrotError(f"session_{ended}", f"session {session_id} is {ended}", session_id=session_id)
@@ -345,7 +344,7 @@ class ServeCore:
         session.state = SESSION[session.state, by]
         self._idle.remove(session)
         del self._sessions[session.id]
-        self._remember_ended(session.id, session.state)
+        self._ended.add(session.id, session.state)
         if session.waiting_gets:
             error = ErrorInfo(f"session_{session.state}", f"session {session.id} is {session.state}")
             for variable in session.all_variables:
@@ -362,13 +361,6 @@ class ServeCore:
             self.scheduler.engines.leave(call.lane)
         session.forget()
         self._effects.append(_SESSION_ENDED(session.id, session.state))
-
-    def _remember_ended(self, session_id: int, state: str) -> None:
-        if session_id not in self._ended:
-            self._ended_order.append(session_id)
-        self._ended[session_id] = state
-        if len(self._ended_order) > REMEMBERED_SESSIONS:
-            del self._ended[self._ended_order.popleft()]
 
     def _describe_session(self, event: ev.DescribeSession, now: float) -> None:
         session = self._sessions.get(event.session_id)
@@ -642,11 +634,8 @@ class ServeCore:
         """The task that the event speaks of, if that attempt is the present one; stale events are dropped."""
         if event.epoch != self.scheduler.epoch:
             return None
-        task_id = event.task
-        session = self._sessions.get(task_id.session_id)
-        if session is None or (task := session.task(task_id)) is None:
-            return None
-        return task if task.attempt == event.attempt and task.state in IN_FLIGHT else None
+        task = self.scheduler.in_flight.get(event.task)
+        return task if task is not None and task.attempt == event.attempt else None
 
     def _task_started(self, event: ev.TaskStarted, now: float) -> None:
         if (task := self._in_flight(event)) is not None:

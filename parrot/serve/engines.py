@@ -6,7 +6,6 @@ bookkeeping of what it dispatched, exact and fresh, never scraped from an engine
 
 from __future__ import annotations
 
-from array import array
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator
@@ -134,15 +133,12 @@ class EngineIndex:
     A change of a load is taken note of, and takes effect when somebody asks: so an engine moves once, however often its load
     has changed, and an index that nobody asks costs nothing but a note. After more notes than it has engines, it is sorted
     anew.
-
-    Loads and engines are two sequences side by side. Loads that are whole numbers of 64 bits stand in an array, where finding
-    a place among a thousand looks at no other memory; others in a list.
     """
 
     def __init__(self, key: Callable[[Engine], Load]) -> None:
         self._key = key
-        self._loads: Any = array("q")  # sorted; or a list
-        self._engines: list[Engine] = []  # whose loads these are
+        self._loads: list[Load] = []  # sorted
+        self._engines: list[Engine] = []  # whose loads these are, side by side: a search looks at numbers alone
         self._load_of: dict[int, Load] = {}  # engine id -> the load by which it stands there
         self._by_id: dict[int, Engine] = {}
         self._noted: list[Engine] = []  # whose load may be another one since anybody asked
@@ -179,38 +175,34 @@ class EngineIndex:
             found = sorted([(key(engine), engine.id, engine) for engine in engines])
             self._load_of = {engine_id: load for load, engine_id, _ in found}
             engines[:] = [engine for _, _, engine in found]
-            self._loads = _sequence([load for load, _, _ in found])
+            self._loads = [load for load, _, _ in found]
             self._outdated = False
 
-    def _place(self, load: Load, engine_id: int) -> int:
-        """Where the engine of that load and id stands, or would."""
-        loads, engines = self._loads, self._engines
-        place: int = _bisect_left(loads, load)
-        if place == len(engines) or loads[place] != load:
-            return place
-        end: int = _bisect_right(loads, load, place)
-        while place < end:  # of those with the same load
-            middle = (place + end) // 2
-            if engines[middle].id < engine_id:
-                place = middle + 1
-            else:
-                end = middle
-        return place
-
     def _insert(self, engine: Engine, load: Load) -> None:
-        place = self._place(load, engine.id)
-        try:
-            self._loads.insert(place, load)
-        except (OverflowError, TypeError):
-            self._loads = list(self._loads)
-            self._loads.insert(place, load)
+        place = _bisect_left(self._loads, load)
+        if place < len(self._loads) and self._loads[place] == load:
+            place = self._place_among_equals(load, place, engine.id)
+        self._loads.insert(place, load)
         self._engines.insert(place, engine)
         self._load_of[engine.id] = load
 
     def _take_out(self, engine: Engine, load: Load) -> None:
-        place = self._place(load, engine.id)
+        place = _bisect_left(self._loads, load)
+        if self._engines[place] is not engine:
+            place = self._place_among_equals(load, place, engine.id)
         del self._loads[place]
         del self._engines[place]
+
+    def _place_among_equals(self, load: Load, first: int, engine_id: int) -> int:
+        """Where the engine of that id stands, or would, among those of one load. `first`: where these begin."""
+        engines, end = self._engines, _bisect_right(self._loads, load, first)
+        while first < end:
+            middle = (first + end) // 2
+            if engines[middle].id < engine_id:
+                first = middle + 1
+            else:
+                end = middle
+        return first
 
     def __iter__(self) -> Iterator[Engine]:
         """From the least to the most loaded. Do not change a load while iterating; place, then ask again."""
@@ -251,8 +243,7 @@ class EngineIndex:
     def up_to(self, load: Load) -> int:
         """How many have at most that load."""
         self._settle()
-        count: int = _bisect_right(self._loads, load)
-        return count
+        return _bisect_right(self._loads, load)
 
     def after(self, load: Load) -> Iterator[Engine]:
         """All of them, first those with more than that load; then, from the beginning, the others."""
@@ -263,13 +254,6 @@ class EngineIndex:
 
     def __len__(self) -> int:
         return len(self._engines)
-
-
-def _sequence(loads: list[Load]) -> Any:
-    try:
-        return array("q", loads)
-    except (OverflowError, TypeError):
-        return loads
 
 
 def _met(engines: list[Engine], ids: Collection[int]) -> Iterator[Engine]:

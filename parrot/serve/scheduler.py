@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Final
 
-from parrot.protocol.engine import EngineDescription
+from parrot.protocol.engine import EngineDescription, TaskId
 from parrot.protocol.errors import ErrorInfo
 from parrot.serve.claims import Claims
 from parrot.serve.config import ServeCoreConfig
@@ -78,6 +78,7 @@ class Scheduler:
         self.changed = False  # whether the policy has anything new to act on
         self.event = 0  # the place in its instant of the event that is being handled
         self._sequence = 0
+        self.in_flight: dict[TaskId, Task] = {}  #: all tasks that engines have
         self._stranded: OrderedDict[Task, float] = OrderedDict()  # no engine of their lane is live -> deadline
         self._pauses = Pauses(self.engines.live)
         self._drain = DrainRate()
@@ -304,6 +305,7 @@ class Scheduler:
         chain, parent, cached_links, new_tokens, generate_id = self._hold_chain(task, engine, self._owner(task))
         task.reserved = new_tokens + task.max_gen_length
         engine.tasks[task] = None
+        self.in_flight[task.id] = task
         engine.running += 1
         engine.reserved += task.reserved
         engine.prompt_tokens += task.placed_tokens
@@ -582,6 +584,7 @@ class Scheduler:
         assert engine is not None
         assert contexts is not None
         del engine.tasks[task]
+        del self.in_flight[task.id]
         engine.running -= 1
         engine.reserved -= task.reserved
         engine.prompt_tokens -= task.placed_tokens

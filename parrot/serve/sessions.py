@@ -164,3 +164,26 @@ class IdleSessions:
 
 def _last_access(session: Session) -> tuple[float, int]:
     return session.last_access_s, session.sequence
+
+
+class EndedSessions:
+    """Which sessions have ended, and how: the last ones, at least so many as `kept` says and at most twice as many."""
+
+    def __init__(self, kept: int) -> None:
+        self._kept = kept
+        self._late: dict[int, str] = {}
+        self._early: dict[int, str] = {}  # all before those
+
+    def add(self, session_id: int, state: str) -> None:
+        self._late[session_id] = state
+        if len(self._late) == self._kept:
+            self._early, self._late = self._late, {}
+
+    def state_of(self, session_id: int) -> str | None:
+        """`closed` or `expired`; None when nothing is known of it."""
+        found = self._late.get(session_id)
+        return found if found is not None else self._early.get(session_id)
+
+    def items(self) -> list[tuple[int, str]]:
+        """(session id, state), in the order of their end."""
+        return [*self._early.items(), *self._late.items()]
