@@ -26,7 +26,7 @@ from parrot.serve.engines import Engine
 from parrot.serve.events import AnyEvent, Content
 from parrot.serve.explanations import PlacementsAnswer
 from parrot.serve.fault import Fault
-from parrot.serve.gets import PendingGet, PendingGets
+from parrot.serve.gets import PendingGets
 from parrot.serve.graph import Call, Task, tasks_of
 from parrot.serve.rates import DrainRate
 from parrot.serve.reports import call_answer, input_failed, session_report
@@ -190,6 +190,14 @@ class ServeCore:
 
     def _refuse_journal_event(self, event: AnyEvent, now: float) -> None:
         raise ValueError(f"{type(event).__name__} is for recall alone")
+
+    def dissolve(self) -> None:
+        """Gives back what it holds, when it is of no use any more: compiled, no garbage collector looks for it."""
+        for session in list(self._sessions.values()):
+            self._end_session(session, "close", self._now)
+        for engine_id in list(self.engines):
+            self.scheduler.lose(engine_id, "the core is dissolved", self._now)
+        self._effects.clear()
 
     def take_faults(self) -> list[Fault]:
         """What went wrong inside since the last call: for a shell to log, for a test to find empty."""
@@ -464,7 +472,7 @@ class ServeCore:
         if deadline is not None:
             deadline += now
             self.due_at = min(self.due_at, deadline)
-        self._gets.add(event.request, session, variable, deadline, late)
+        self._gets.add(event.request, variable, deadline, late)
         self._idle.touch(session, now)
         if useless is not None or session.deadlines is not None:
             self._deadlines.fetched(session, variable, math.inf if useless is None else now + useless)
@@ -486,11 +494,11 @@ class ServeCore:
     def _cancel_get(self, event: ev.CancelGet, now: float) -> None:
         self._drop_get(event.request, now)
 
-    def _drop_get(self, request: int, now: float) -> PendingGet | None:
-        pending = self._gets.drop(request)
-        if pending is not None:
-            self._idle.touch(pending.session, now)
-        return pending
+    def _drop_get(self, request: int, now: float) -> Variable | None:
+        variable = self._gets.drop(request)
+        if variable is not None:
+            self._idle.touch(variable.session, now)
+        return variable
 
     # =============================================================================================== calls
 
@@ -679,8 +687,8 @@ class ServeCore:
         faults = len(scheduler.faults)
         for task in self._deadlines.over(now):
             scheduler.contain(f"ending task {task.id}, whose deadline has passed", self._expire, task, now)
-        for request in self._gets.due(now):
-            scheduler.contain(f"ending get {request}", self._time_out, request, now)
+        for request, late in self._gets.due(now):
+            scheduler.contain(f"ending get {request}", self._time_out, request, late, now)
         deadline = self._idle.next_deadline()
         if deadline is not None and deadline <= now:
             for session in self._idle.expired(now):
@@ -699,11 +707,11 @@ class ServeCore:
             what = f"output {task.output.id!r} of call {task.call.number} was not ready by its deadline"
             self.scheduler.expire(task, ErrorInfo("deadline_exceeded", what), now)
 
-    def _time_out(self, request: int, now: float) -> None:
-        pending = self._drop_get(request, now)
-        if pending is not None:
-            code, by = ("deadline_exceeded", "by its deadline") if pending.late else ("timeout", "in time")
-            message = f"variable {pending.variable.id!r} was not ready {by}"
+    def _time_out(self, request: int, late: bool, now: float) -> None:
+        variable = self._drop_get(request, now)
+        if variable is not None:
+            code, by = ("deadline_exceeded", "by its deadline") if late else ("timeout", "in time")
+            message = f"variable {variable.id!r} was not ready {by}"
             self._effects.append(Reply(request, None, ErrorInfo(code, message)))
 
     def _restarted(self, event: ev.Restarted, now: float) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from mypy_extensions import mypyc_attr
+
 from parrot.protocol.engine import TaskId
 from parrot.protocol.errors import ParrotError
 from parrot.serve.contexts import Line
@@ -13,6 +15,7 @@ from parrot.serve.tenants import Tenant
 from parrot.serve.variables import Variable
 
 
+@mypyc_attr(acyclic=True)  # `forget` breaks its cycles
 class Session:
     """One session. `account`: what its tenant may have. `sequence`: the order of arrival. `domain`: whom it shares contexts
     with. `ephemeral`: it ends with the core's life at the latest.
@@ -65,7 +68,7 @@ class Session:
         return {variable.id: variable for variable in self.all_variables}
 
     def new_variable(self, name: str) -> Variable:
-        variable = Variable(f"v{len(self.all_variables)}", name)
+        variable = Variable(self, f"v{len(self.all_variables)}", name)
         self.all_variables.append(variable)
         return variable
 
