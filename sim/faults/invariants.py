@@ -137,7 +137,8 @@ class CoreWatch:
         used: dict[int, int] = {}
         for task in engine.tasks:
             domain = task.call.session.domain
-            alone = {node.domain for node in task.path[1:]} <= {domain} and task.path[0].domain in ("", domain)
+            path = [context.node for context in task.contexts if context.node is not None]
+            alone = {node.domain for node in path[1:]} <= {domain} and path[0].domain in ("", domain)
             self._expect("isolation", alone, f"task {task.id} of {domain!r} shares contexts of others")
             for context in task.contexts:
                 used[context.id] = used.get(context.id, 0) + 1
