@@ -241,7 +241,7 @@ class Coverage(Outside):
 class DecodeRun:
     """Iterations of an unchanged decoding batch: each reads one KV token a row more than the one before.
 
-    Edge k lies at t0 + at(k). Stepping and jumping both ask this one function, so that they agree to the last bit.
+    Edge k lies at t0 + at(k). Stepping and jumping both ask one function, `run_s`, so that they agree to the last bit.
     """
 
     __slots__ = ("first_s", "growth_s")
@@ -252,7 +252,7 @@ class DecodeRun:
 
     def at(self, k: int) -> float:
         """Seconds from the start of the run to the end of its k-th iteration (k ≥ 0)."""
-        return k * self.first_s + self.growth_s * (k * (k - 1) // 2)
+        return run_s(k, self.first_s, self.growth_s)
 
     def after(self, seconds: float) -> int:
         """About how many iterations `seconds` hold: to begin a search from, `at` decides."""
@@ -261,6 +261,11 @@ class DecodeRun:
             return int(seconds / first) if first > 0.0 else 0
         slope = first - growth / 2
         return int((math.sqrt(slope * slope + 2.0 * growth * seconds) - slope) / growth)
+
+
+def run_s(k: int, first_s: float, growth_s: float) -> float:
+    """Seconds that the first k iterations of a run take: one `first_s`, and each `growth_s` more than the one before it."""
+    return k * first_s + growth_s * (k * (k - 1) // 2)
 
 
 def seen_ranges(shapes: list[BatchShape]) -> dict[str, tuple[float, float]]:

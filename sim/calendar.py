@@ -11,6 +11,8 @@ from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import Any, Final
 
+from mypy_extensions import i64
+
 NORMAL: Final = 1
 ALARMS: Final = 3  #: the priority of alarms
 NEVER: Final = float("inf")
@@ -89,14 +91,17 @@ class Calendar:
     def set_alarm(self, alarm: Alarm, time_s: float) -> None:
         """It rings at `time_s` and at no other time; infinite: not at all."""
         alarm.at_s = time_s
-        first = self._first
-        node = alarm.place >> 1
-        while node:
-            before = first[node]
-            first[node] = now = self._earlier(node)
-            if now is before and now is not alarm:
+        first, winner = self._first, alarm
+        place: i64 = alarm.place
+        while place > 1:
+            other = first[place ^ 1]
+            other_s = other.at_s
+            if other_s < time_s or (other_s == time_s and place & 1):  # of a pair the left goes first
+                winner, time_s = other, other_s
+            place >>= 1
+            if first[place] is winner and winner is not alarm:
                 return  # above, nothing is another now
-            node >>= 1
+            first[place] = winner
 
     def _earlier(self, node: int) -> Alarm:
         left, right = self._first[2 * node], self._first[2 * node + 1]

@@ -16,7 +16,7 @@ from parrot.engine.emulated.events import EmulatedEvent, Iterations, Kind
 from parrot.engine.emulated.jobs import Decoding, Job
 from parrot.engine.emulated.timed import NEVER, TimedEngine
 from parrot.engine.running import ENDED, Task
-from parrot.latency import Coverage, DecodeRun, LatencyModel
+from parrot.latency import Coverage, DecodeRun, LatencyModel, run_s
 
 __all__ = ["EmulatedEngine", "EmulatedEvent", "Iterations"]
 
@@ -47,7 +47,7 @@ class EmulatedEngine(TimedEngine):
         self._busy = False
         self._ends_at = NEVER  # the end of the next iteration to be served by itself: `_last` when jumping, `_k` when stepping
         self._t0 = 0.0
-        self._first_s = 0.0  # of `_run`, of which these say all: an edge has no need of an object more
+        self._first_s = 0.0  # as DecodeRun has them: an edge has no need of an object more
         self._growth_s = 0.0
         self._k = 0
         self._last = 0
@@ -209,9 +209,9 @@ class EmulatedEngine(TimedEngine):
         if self._busy:
             self._look_ahead()
 
-    @property
-    def _run(self) -> DecodeRun:
-        return DecodeRun(self._first_s, self._growth_s)
+    def _edge(self, k: int) -> float:
+        """When the k-th iteration of the run ends."""
+        return self._t0 + run_s(k, self._first_s, self._growth_s)
 
     def _start(self, batch: Batch, at: float, previous: tuple[Task, ...] | None) -> None:
         """The batch begins to be computed: as the next of its run, or as the first of a new one. Its end is looked for next."""
@@ -236,17 +236,18 @@ class EmulatedEngine(TimedEngine):
             if end:
                 last += core.decode_horizon(end - core.decoded) - 1
         self._last = last
-        self._ends_at = self._t0 + self._run.at(last if self.jumps else k)
+        self._ends_at = self._edge(last if self.jumps else k)
 
     def _skip_to(self, at: float, inclusive: bool = False) -> None:
         """Ends the quiet iterations whose edges lie before `at`, or at it."""
         if not self.jumps or not self._busy or self._last == self._k:
             return
-        t0, run, low, high = self._t0, self._run, self._k, self._last
-        k = min(max(run.after(at - t0), low), high)  # from where the first edge that stays is near
-        while k < high and ((edge := t0 + run.at(k)) < at or (inclusive and edge == at)):
+        low, high = self._k, self._last
+        near = DecodeRun(self._first_s, self._growth_s).after(at - self._t0)  # the first edge that stays
+        k = min(max(near, low), high)
+        while k < high and ((edge := self._edge(k)) < at or (inclusive and edge == at)):
             k += 1
-        while k > low and ((edge := t0 + run.at(k - 1)) > at or (not inclusive and edge == at)):
+        while k > low and ((edge := self._edge(k - 1)) > at or (not inclusive and edge == at)):
             k -= 1
         self._skip(k - low)
 
@@ -303,7 +304,10 @@ class EmulatedEngine(TimedEngine):
         if self._coverage is not None:
             self._coverage.note(batch.shape, count - 1)
         if batch.step:
-            self._decoding.went(batch.step, count, self._run, self._t0, self._k)
+            last = self._k + count - 1
+            first_at = self._edge(1) if self._k == 1 else -1.0
+            gap_s = self._first_s + self._growth_s * (last - 1) if last > 1 else 0.0
+            self._decoding.went(batch.step, count, first_at, self._edge(last), gap_s)
 
     def _finish(self, job: Job, at: float) -> None:
         self._decoding.leave(job)
@@ -338,7 +342,7 @@ class EmulatedEngine(TimedEngine):
         """Tells the observer of `count` iterations of the run, the first of them the one under way."""
         assert self._observe is not None
         keys = tuple([task.key for task in batch.tasks])
-        start, end = self._t0 + self._run.at(self._k - 1), self._t0 + self._run.at(self._k + count - 1)
+        start, end = self._edge(self._k - 1), self._edge(self._k + count - 1)
         self._observe(Iterations(start, end, count, batch.shape, keys))
 
 

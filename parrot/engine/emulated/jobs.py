@@ -9,7 +9,6 @@ from mypy_extensions import mypyc_attr
 
 from parrot.engine.batches import EngineTask
 from parrot.engine.running import Task
-from parrot.latency import DecodeRun
 
 
 @mypyc_attr(acyclic=True)
@@ -107,16 +106,15 @@ class Decoding:
         if not self._count:
             self._gaps = None
 
-    def went(self, step: int, count: int, run: DecodeRun, t0: float, k: int) -> None:
-        """`count` decode iterations ended, the first of them `step`: it is the k-th of `run`, which began at `t0`."""
-        last = k + count - 1
-        if k == 1:
-            edge = t0 + run.at(1)
-            self._gaps = with_gap(self._gaps, step, edge - self._last_at)
+    def went(self, step: int, count: int, first_at: float, last_at: float, gap_s: float) -> None:
+        """`count` decode iterations ended, the first of them `step`. `first_at`: when that did, if it is the first of its run
+        (below 0: it is not). `last_at`: when the last did, `gap_s` after the one before it in its run (0: there is none)."""
+        if first_at >= 0.0:
+            self._gaps = with_gap(self._gaps, step, first_at - self._last_at)
             for job in self._newcomers:
-                if edge - job.last_at > job.max_gap_s:
-                    job.max_gap_s = edge - job.last_at
+                if first_at - job.last_at > job.max_gap_s:
+                    job.max_gap_s = first_at - job.last_at
             self._newcomers = ()
-        if last > 1:  # an iteration is never shorter than the one before it in its run
-            self._gaps = with_gap(self._gaps, step + count - 1, run.first_s + run.growth_s * (last - 1))
-        self._last_at = t0 + run.at(last)
+        if gap_s > 0.0:  # an iteration is never shorter than the one before it in its run
+            self._gaps = with_gap(self._gaps, step + count - 1, gap_s)
+        self._last_at = last_at
