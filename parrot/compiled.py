@@ -29,6 +29,7 @@ MODULES = (
     "parrot.engine.admission",
     "parrot.engine.batches",
     "parrot.engine.blocks",
+    "parrot.engine.bounds",
     "parrot.engine.contexts",
     "parrot.engine.core",
     "parrot.engine.emulated.engine",

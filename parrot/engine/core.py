@@ -16,15 +16,13 @@ With `pipeline_depth` batches issued ahead, rows are issued as if nothing had en
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
-from functools import lru_cache
 from operator import attrgetter
 from typing import Final
-
-from mypy_extensions import mypyc_attr
 
 from parrot.engine.admission import Need, check_form, claim_output, found_of, given_links, need_of
 from parrot.engine.batches import Batch, EngineLimits, EngineTask, Link, Progress, Refused, Row, Span
 from parrot.engine.blocks import BlockPool, NumberedBlocks
+from parrot.engine.bounds import bounds_of
 from parrot.engine.contexts import NOBODY, Context, ContextTree
 from parrot.engine.lockstep import Lockstep
 from parrot.engine.running import DECODING, DRAINING, ENDED, FILLING, WAITING, Task, fill_row, ready_tokens
@@ -33,28 +31,6 @@ from parrot.engine.running import DECODING, DRAINING, ENDED, FILLING, WAITING, T
 _ticket: Final = attrgetter("ticket")
 
 __all__ = ["Batch", "EngineCore", "EngineLimits", "EngineTask", "Link", "Progress", "Refused", "Row", "Span"]
-
-
-@mypyc_attr(acyclic=True)
-class _Bounds:
-    """What limits come to, read a dozen times an iteration."""
-
-    __slots__ = ("batched", "chunk", "depth", "held", "running", "task_tokens", "tasks")
-
-    def __init__(self, limits: EngineLimits) -> None:
-        self.running = min(limits.max_batch_size, limits.max_num_batched_tokens)
-        self.depth = limits.pipeline_depth
-        self.held = limits.max_total_tokens
-        self.batched = limits.max_num_batched_tokens
-        self.chunk = limits.fill_chunk_size
-        self.tasks = limits.tasks_capacity
-        self.task_tokens = limits.largest_task
-
-
-@lru_cache(maxsize=64)
-def _bounds_of(limits: EngineLimits) -> _Bounds:
-    """Engines with the same limits share them: of a thousand, none would find its own at hand."""
-    return _Bounds(limits)
 
 
 class EngineCore:
@@ -77,7 +53,7 @@ class EngineCore:
         self._lingering: tuple[Task, ...] = ()  # ended, while a batch in flight touches what they used
         self.oldest: Batch | None = None  #: of the batches that are issued and not complete; to be read only
         self._later: tuple[Batch, ...] = ()  # the others of these
-        self._bounds = _bounds_of(limits)
+        self._bounds = bounds_of(limits)
         self._arrivals = 0
         self._number = 0
         self._stuck = False  # the head of the queue has no room, and nothing was let go since that was found
