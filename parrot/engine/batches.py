@@ -160,9 +160,9 @@ class Batch:
     @property
     def rows(self) -> tuple[Row, ...]:
         """A row a task. Those that decode are made when they are asked for: simulation never asks."""
-        behind = self.step - 1
+        step = self.step
         rows = [
-            Row(task, task.output_id, task.origin + behind, task.origin + self.step, True, True)  # type: ignore[arg-type]
+            Row(task, task.output_id, task.origin + step - 1, task.origin + step, True, True)  # type: ignore[arg-type]
             for task in self.decoders
         ]
         rows += self.fills

@@ -186,9 +186,10 @@ class EngineCore:
         """The numbers of the blocks of a chain's tokens, from its head to the end of this context. KeyError: the engine has no
         such context."""
         table: list[int] = []
+        block_size = self.pool.block_size
         for context in self._context(context_id).path():
-            if context.blocks:
-                table[context.start // self.limits.block_size :] = context.blocks
+            if context.num_blocks:
+                table[context.start // block_size :] = context.blocks
         return table
 
     def spans(self, context_id: int) -> list[Span]:
@@ -199,9 +200,9 @@ class EngineCore:
         context = self._contexts.get(context_id)
         if context is None:
             raise KeyError(f"context {context_id} is not on this engine")
-        if context.generating:
+        if context.task is not None:
             task = self._tasks.get(context.task)
-            if task is not None and task.state == DECODING and task.gen is context:
+            if task is not None and task.gen is context and task.state == DECODING:
                 self._lockstep.settle(task)
         return context
 

@@ -148,19 +148,20 @@ class Lockstep:
         """Brings the task's output context up to date."""
         gen = task.gen
         assert gen is not None
-        more = self.steps - task.settled
+        steps, room = self.steps, self._room
+        more = steps - task.settled
         if more:
             gen.computed += more
             gen.tokens += more
-            task.settled = self.steps
+            task.settled = steps
         if self._fresh and task in self._fresh:
             return
-        grown = self._room - task.roomed
+        grown = room - task.roomed
         if grown:
             gen.size += grown
-            task.roomed = self._room
-            size = self._block_size
-            owed = -(-(gen.start + gen.size) // size) - gen.start // size - gen.num_blocks
+            task.roomed = room
+            start, size = gen.start, self._block_size
+            owed = -(-(start + gen.size) // size) - start // size - gen.num_blocks
             if owed:
                 gen.add_blocks(owed, self._contexts.pool.take_owed(owed))
 
