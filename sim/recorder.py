@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
+from struct import Struct
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
-
-import numpy as np
 
 from parrot.protocol.api import CallReport, SessionReport, TaskReport
 from parrot.protocol.engine import TaskId
@@ -27,8 +26,8 @@ if TYPE_CHECKING:
 _Row = TypeVar("_Row", ProgramRow, GetRow, CallRow, TaskRow)
 
 
-RECENT: Final = 4096  #: numbers that are kept as they came
-_UNKNOWN: Final = (-1, 0, "")  #: an output that no program asked for
+_PART: Final = 8192  #: bytes of a piece of memory for numbers
+_pack: Final = Struct("d").pack_into
 
 
 class Played(Protocol):
@@ -39,30 +38,38 @@ class Played(Protocol):
     ended_s: float | None
     error: ErrorInfo | None
     refusals: int
-    issued: dict[int, float]
-    returned: dict[int, float]
 
     @property
     def program(self) -> Program: ...
 
+    def issued_s(self, number: int) -> float | None: ...
+
+    def returned_s(self, number: int) -> float | None: ...
+
 
 class _Values:
-    """Numbers, eight bytes each but for the last `RECENT`: an array takes them one by one slowly."""
+    """Numbers, eight bytes each. Nothing that was written is touched again before somebody asks."""
 
     def __init__(self) -> None:
-        self._numbers = array("d")
-        self._recent: list[float] = []
+        self._full: list[bytearray] = []
+        self._part = bytearray(_PART)
+        self._end = 0  # of what is written of it
 
     def add(self, number: float) -> None:
-        self._recent.append(number)
-        if len(self._recent) >= RECENT:
-            self.all()
+        if self._end == _PART:
+            self._full.append(self._part)
+            self._part = bytearray(_PART)
+            self._end = 0
+        _pack(self._part, self._end, number)  # an array takes them one by one at twice the cost
+        self._end += 8
 
     def all(self) -> array[float]:
         """All that were added, in order."""
-        self._numbers.frombytes(np.array(self._recent, dtype=float).tobytes())
-        self._recent.clear()
-        return self._numbers
+        numbers = array("d")
+        for part in self._full:
+            numbers.frombytes(part)
+        numbers.frombytes(self._part[: self._end])
+        return numbers
 
 
 class Recorder:
@@ -183,10 +190,10 @@ class Recorder:
                 player.refusals,
                 f"{error.code}: {error.message}" if error is not None else None,
             )
-            issued, returned = player.issued, player.returned
             for number, get in enumerate(program.gets):
-                if number in issued:
-                    self._get_values += (player.serial, get.id, get.var, get.criteria, issued[number], returned.get(number))
+                issued_s = player.issued_s(number)
+                if issued_s is not None:
+                    self._get_values += (player.serial, get.id, get.var, get.criteria, issued_s, player.returned_s(number))
 
     def session_ended(self, serial: int, report: SessionReport, outputs: Mapping[str, tuple[int, int]]) -> None:
         """Takes a session of program `serial`. `outputs`: variable id -> (call, output) of the program."""
@@ -199,12 +206,17 @@ class Recorder:
                     self.names[TaskId(report.session_id, call.request_id, place)] = (serial, number, output + place)
             self._call(serial, number, output, call, tasks)
 
-    def calls_ended(self, serial: int, calls: Sequence[Call], outputs: Mapping[str, tuple[int, int, str]]) -> None:
-        """As `session_ended`, from the core's own calls where they are at hand: nobody need make a report of them. `outputs`
-        may say more of each."""
-        for call in calls:
+    def calls_ended(self, serial: int, calls: Sequence[Call], numbers: Sequence[int], first: int = 0) -> None:
+        """As `session_ended`, from the core's own calls where they are at hand: nobody need make a report of them.
+
+        numbers: of each call, which of the program's it is; -1, or nothing behind the last: it is not known. first: which of
+        that call's outputs its first one is.
+        """
+        known = len(numbers)
+        for accepted, call in enumerate(calls):
             tasks = call.tasks
-            number, output, _ = outputs.get(tasks[0].output.id, _UNKNOWN) if tasks else _UNKNOWN
+            number = numbers[accepted] if accepted < known else -1
+            output = first if number >= 0 else 0
             for place, task in enumerate(tasks):
                 self._task(serial, number, output + place, task, task.attempt, task.engine_name, task.criteria)
                 if self.names is not None:
