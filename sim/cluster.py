@@ -200,10 +200,6 @@ class Cluster:
         """A new request number, whose answer goes to `on_reply(payload, error)`."""
         return self.ask(_Callback(on_reply))
 
-    def hang_up(self) -> None:
-        """Nobody waits for an answer any more: what waited is let go of."""
-        self._waiting = Slots()
-
     def post(self, event: events.AnyEvent, priority: float = FLUSH) -> None:
         """Hands the core an event of this instant, with the others of it."""
         self._pending.append(event)
@@ -235,6 +231,11 @@ class Cluster:
         """For each latency profile that was asked for more than it was fitted to: `Coverage.outside`."""
         coverages: dict[str, Outside] = {**self._coverages, **self._remote_coverages}
         return {name: coverage.outside for name, coverage in coverages.items() if coverage.outside}
+
+    def dissolve(self) -> None:
+        """The run is over, and nobody waits for an answer: what would hold each other for ever lets go (`ServeCore.dissolve`)."""
+        self._waiting = Slots()
+        self.core.dissolve()
 
     def explain(self, recorder: Recorder) -> None:
         """Hands over what the core says of its policy: its errors, and why each task went where it went, if that was kept."""

@@ -440,8 +440,8 @@ def simulate(
     try:
         if not population.is_over() and not timeline.calendar.run_to_stop():
             raise StuckError(f"nothing more can happen, but {population.waiting()}")
+        recorder.outside = cluster.outside()
+        cluster.explain(recorder)
     finally:
-        cluster.hang_up()
-    recorder.outside = cluster.outside()
-    cluster.explain(recorder)
+        cluster.dissolve()  # the process may have more runs before it
     return recorder

@@ -157,16 +157,16 @@ def simulate_instances(
             instances = Instances(source, inputs, count, starts, door, network, strands, recorder, clients, on_ended)
             if not timeline.run_until(instances.is_over):
                 raise StuckError(f"nothing more can happen, but {_waiting(strands)}")
+            recorder.outside = cluster.outside()
+            cluster.explain(recorder)
     except Stopped as stopped:
         raise StuckError(str(stopped)) from None
     finally:
         strands.kill_programs()
         door.close()
-    recorder.outside = cluster.outside()
+        cluster.dissolve()
     if instances.failures:
         print(instances.failures.tell(source.spec, count), file=sys.stderr)
-    recorder.outside = cluster.outside()
-    cluster.explain(recorder)
     return recorder
 
 
