@@ -233,7 +233,7 @@ class Cluster:
         return {name: coverage.outside for name, coverage in coverages.items() if coverage.outside}
 
     def dissolve(self) -> None:
-        """The run is over, and nobody waits for an answer: what would hold each other for ever lets go (`ServeCore.dissolve`)."""
+        """The run is over, and nobody waits for an answer. What would hold each other for ever lets go, as in the core."""
         self._waiting = Slots()
         self.core.dissolve()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
-from struct import Struct
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from parrot.protocol.api import CallReport, SessionReport, TaskReport
@@ -26,8 +25,7 @@ if TYPE_CHECKING:
 _Row = TypeVar("_Row", ProgramRow, GetRow, CallRow, TaskRow)
 
 
-_PART: Final = 8192  #: bytes of a piece of memory for numbers
-_pack: Final = Struct("d").pack_into
+_PART: Final = 1024  #: numbers that lie in one piece of memory
 
 
 class Played(Protocol):
@@ -48,27 +46,25 @@ class Played(Protocol):
 
 
 class _Values:
-    """Numbers, eight bytes each. Nothing that was written is touched again before somebody asks."""
+    """Numbers, eight bytes each. Nothing that was written is touched again before somebody asks: one array of them all would be
+    copied as it grows."""
 
     def __init__(self) -> None:
-        self._full: list[bytearray] = []
-        self._part = bytearray(_PART)
-        self._end = 0  # of what is written of it
+        self._full: list[array[float]] = []
+        self._part = array("d")
 
     def add(self, number: float) -> None:
-        if self._end == _PART:
+        self._part.append(number)
+        if len(self._part) == _PART:
             self._full.append(self._part)
-            self._part = bytearray(_PART)
-            self._end = 0
-        _pack(self._part, self._end, number)  # an array takes them one by one at twice the cost
-        self._end += 8
+            self._part = array("d")
 
     def all(self) -> array[float]:
         """All that were added, in order."""
         numbers = array("d")
         for part in self._full:
-            numbers.frombytes(part)
-        numbers.frombytes(self._part[: self._end])
+            numbers.extend(part)
+        numbers.extend(self._part)
         return numbers
 
 
