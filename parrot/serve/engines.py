@@ -82,11 +82,11 @@ class Engine:
         self.cached_tokens = 0
         self.latency_tasks = 0
         self.version = 0
+        self.failures = 0
+        self.next_context_id = 0
         self.tasks: dict[Task, None] = {}
         self.contexts: dict[int, Context] = {}
-        self.next_context_id = 0
         self.name = description.engine_name
-        self.failures = 0
         self.suspected_s = -1.0
         self.description = description
         self.reports_evictions = description.engine_type != "openai"  # a remote endpoint says nothing of its cache
@@ -138,6 +138,7 @@ class EngineIndex:
     def __init__(self, key: Callable[[Engine], Load]) -> None:
         self._key = key
         self._loads: list[Load] = []  # sorted
+        self._whole = True  # whether all of them have been whole numbers, among which a place is found without Python's help
         self._engines: list[Engine] = []  # whose loads these are, side by side: a search looks at numbers alone
         self._load_of: dict[int, Load] = {}  # engine id -> the load by which it stands there
         self._by_id: dict[int, Engine] = {}
@@ -176,10 +177,14 @@ class EngineIndex:
             self._load_of = {engine_id: load for load, engine_id, _ in found}
             engines[:] = [engine for _, _, engine in found]
             self._loads = [load for load, _, _ in found]
+            for load in self._loads:
+                self._whole = self._whole and isinstance(load, int)
             self._outdated = False
 
     def _insert(self, engine: Engine, load: Load) -> None:
-        place = _bisect_left(self._loads, load)
+        if self._whole and not isinstance(load, int):
+            self._whole = False
+        place = self._first_from(load)
         if place < len(self._loads) and self._loads[place] == load:
             place = self._place_among_equals(load, place, engine.id)
         self._loads.insert(place, load)
@@ -187,11 +192,15 @@ class EngineIndex:
         self._load_of[engine.id] = load
 
     def _take_out(self, engine: Engine, load: Load) -> None:
-        place = _bisect_left(self._loads, load)
+        place = self._first_from(load)
         if self._engines[place] is not engine:
             place = self._place_among_equals(load, place, engine.id)
         del self._loads[place]
         del self._engines[place]
+
+    def _first_from(self, load: Load) -> int:
+        """The place of the first with at least that load."""
+        return _lowest_from(self._loads, load) if self._whole else _bisect_left(self._loads, load)
 
     def _place_among_equals(self, load: Load, first: int, engine_id: int) -> int:
         """Where the engine of that id stands, or would, among those of one load. `first`: where these begin."""
@@ -254,6 +263,18 @@ class EngineIndex:
 
     def __len__(self) -> int:
         return len(self._engines)
+
+
+def _lowest_from(loads: list[int], load: int) -> int:
+    """As bisect_left, on whole numbers."""
+    low, high = 0, len(loads)
+    while low < high:
+        middle = (low + high) >> 1
+        if loads[middle] < load:
+            low = middle + 1
+        else:
+            high = middle
+    return low
 
 
 def _met(engines: list[Engine], ids: Collection[int]) -> Iterator[Engine]:

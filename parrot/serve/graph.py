@@ -41,7 +41,6 @@ def latency_bound(criteria: Criteria | None) -> bool:
     return criteria is _LATENCY or criteria is _TTFT
 
 
-@mypyc_attr(acyclic=True)  # `Session.forget` breaks its cycles
 class Call:
     """A submitted semantic call. `variables`: one for each segment, None for constants. `until_s`: its outputs are worthless
     after that; inf: never."""
@@ -86,7 +85,6 @@ class Call:
         return "finished"
 
 
-@mypyc_attr(acyclic=True)  # `Session.forget` breaks its cycles
 class Group:
     """A task group: the tasks of one stage, which run in parallel and matter as a whole. `root`: the fetched output's task
     that they lead to, `depth` tasks from here. `members`: two or more, ended ones included, in no order that means anything;
@@ -125,7 +123,6 @@ class Link:
         self.role = role
 
 
-@mypyc_attr(acyclic=True)  # `Session.forget` breaks its cycles
 class Task:
     """A completion task: fills, then one generate. It is also the view of itself that policies read.
 
