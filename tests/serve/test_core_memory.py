@@ -14,6 +14,7 @@ from parrot.protocol.api import Criteria
 from parrot.serve import events as ev
 from tests.serve.driver import Driver, out, read, text
 
+
 @contextmanager
 def nothing_left() -> Iterator[None]:
     """Fails when what runs in it leaves an object of the core to the garbage collector."""
