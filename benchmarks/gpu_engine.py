@@ -1,21 +1,23 @@
 """The builtin engine on a GPU: milliseconds of an iteration beside its floor, and many requests at once over HTTP.
 
-    python -m benchmarks.gpu_engine [sample_configs/engine/vicuna-7b-h200.json] [--attn_func NAME]... [--azure CSV] [--log]
+    python -m benchmarks.gpu_engine [ENGINE.json] [--attn_func NAME]... [--azure CSV] [--log] [--logprobs]
 
 The floor of decoding is the reading of the weights and of every KV token once, at the rate of a large copy; that of prefill is
 its multiplications, at the rate of a large matrix product, or the reading of the weights. Both rates are measured here, on the
-same GPU. `--log` times the same requests with an iteration log and without, in turn.
+same GPU. `--log` times the same requests with an iteration log and without, in turn; `--logprobs`, with none, one and all of
+them asking for log-probabilities.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import random
 import statistics
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 
 from experiments.calibrate import at_once, azure_lengths
-from experiments.engine_load import send
+from experiments.engine_load import Load, Request, send
 from parrot.engine.builtin.load import LoadedRunner, load_runner
 from parrot.engine.builtin.models.config import ModelConfig
 from parrot.engine.config import BuiltinEngineConfig, description_of, load_engine_config
@@ -129,17 +131,15 @@ def prefill_s(loaded: LoadedRunner, rows: int, tokens: int) -> float:
     return statistics.median(times[1:])
 
 
-async def http_s(
-    config: BuiltinEngineConfig, loaded: LoadedRunner, lengths: Sequence[tuple[int, int]], log: Path | None = None
-) -> float:
-    """Seconds of requests of these lengths, sent at once over HTTP; with an iteration log in the file `log`."""
+async def http_s(config: BuiltinEngineConfig, loaded: LoadedRunner, load: Load, log: Path | None = None) -> float:
+    """Seconds of a load that is sent over HTTP; with an iteration log in the file `log`."""
     description = description_of(config, loaded.limits, tokenizer=loaded.tokenizer.name, accepts_output_length=loaded.dummy)
     iteration_log = log and IterationLog(log, log_header(config, description, loaded.limits, loaded.runner.fill_graphs))
     loop = BuiltinLoop(
         EngineCore(loaded.limits), loaded.runner, pipeline_depth=loaded.limits.pipeline_depth, iteration_log=iteration_log
     )
     engine = await serve(config, description, loop, loaded.tokenizer, bind("127.0.0.1", 0), with_core=False)
-    outcome = await asyncio.to_thread(send, at_once("at-once", lengths), engine.url)
+    outcome = await asyncio.to_thread(send, load, engine.url)
     contexts = loop.context_ids()
     await engine.close()
     loaded.runner.drop_contexts(contexts)
@@ -148,20 +148,47 @@ async def http_s(
     return outcome.total_s
 
 
-def log_cost(config: BuiltinEngineConfig, loaded: LoadedRunner, rows: int, output: int, repeats: int = 4) -> str:
+def in_turn(works: Sequence[Callable[[], float]], repeats: int = 4) -> list[list[float]]:
+    """What each of them gives, time after time, one after the other; after a first time that does not count."""
+    works[0]()
+    rounds = [[work() for work in works] for _ in range(repeats)]
+    return [list(found) for found in zip(*rounds, strict=True)]
+
+
+def spread(found: Sequence[float], digits: int) -> str:
+    return f"{statistics.median(found):,.{digits}f} ({min(found):,.{digits}f} to {max(found):,.{digits}f})"
+
+
+def log_cost(config: BuiltinEngineConfig, loaded: LoadedRunner, rows: int, output: int) -> str:
     """What an iteration log costs `rows` requests of 64 + `output` tokens at once, in one line."""
-    without: list[float] = []
-    with_log: list[float] = []
-    lengths = [(64, output)] * rows
-    asyncio.run(http_s(config, loaded, lengths))
+    load = at_once("log", [(64, output)] * rows)
     with TemporaryDirectory() as folder:
-        for number in range(repeats):
-            without.append(asyncio.run(http_s(config, loaded, lengths)))
-            with_log.append(asyncio.run(http_s(config, loaded, lengths, Path(folder) / f"{number}.jsonl")))
-    plain, logged = statistics.median(without), statistics.median(with_log)
+        names = (Path(folder) / f"{number}.jsonl" for number in itertools.count())
+        without, logged = in_turn(
+            [
+                lambda: asyncio.run(http_s(config, loaded, load)),
+                lambda: asyncio.run(http_s(config, loaded, load, next(names))),
+            ]
+        )
+    more = statistics.median(logged) / statistics.median(without) - 1
+    return f"iteration log, {rows} × {output} tokens: {spread(without, 3)} s without, {spread(logged, 3)} s with: {more:+.2%}"
+
+
+def logprobs_cost(config: BuiltinEngineConfig, loaded: LoadedRunner, rows: int = 64, output: int = 256, top: int = 5) -> str:
+    """Tokens a second of `rows` requests of 64 + `output` tokens at once, with none, one and all asking for the `top` most
+    probable tokens, in one line."""
+
+    def tokens_per_s(asking: int) -> float:
+        wanted = [top if number < asking else None for number in range(rows)]
+        requests = [Request(((1000 + i, 64),), output, logprobs=asked) for i, asked in enumerate(wanted)]
+        return rows * output / asyncio.run(http_s(config, loaded, Load("logprobs", tuple(requests))))
+
+    none, one, every = in_turn([lambda: tokens_per_s(0), lambda: tokens_per_s(1), lambda: tokens_per_s(rows)])
+    plain = statistics.median(none)
     return (
-        f"iteration log, {rows} × {output} tokens: {plain:.3f} s without ({min(without):.3f} to {max(without):.3f}), "
-        f"{logged:.3f} s with ({min(with_log):.3f} to {max(with_log):.3f}): {logged / plain - 1:+.2%}"
+        f"log-probabilities, {rows} × {output} tokens a second: {spread(none, 0)} with none asking, "
+        f"{spread(one, 0)} with one: {statistics.median(one) / plain - 1:+.2%}, "
+        f"{spread(every, 0)} with all: {statistics.median(every) / plain - 1:+.2%}"
     )
 
 
@@ -184,6 +211,7 @@ def main() -> None:
     parser.add_argument("--attn_func", action="append", help="one or more; default: xformers_paged, xformers_shared_prefix")
     parser.add_argument("--azure", help="a public Azure trace: its first 500 requests are sent at once over HTTP")
     parser.add_argument("--log", action="store_true", help="what an iteration log costs")
+    parser.add_argument("--logprobs", action="store_true", help="what log-probabilities cost")
     args = parser.parse_args()
     bandwidth, rate = rates()
     torch.cuda.empty_cache()
@@ -211,10 +239,12 @@ def main() -> None:
         if args.azure:
             lengths = azure_lengths(args.azure, 500)
             floor = http_floor_s(shape, lengths, loaded.limits.max_batch_size, bandwidth, rate)
-            line(function, "500 Azure requests, HTTP", floor, asyncio.run(http_s(config, loaded, lengths)))
+            line(function, "500 Azure requests, HTTP", floor, asyncio.run(http_s(config, loaded, at_once("azure", lengths))))
         if args.log:
             for rows, output in ((loaded.limits.max_batch_size, 128), (1, 400)):
                 print(log_cost(config, loaded, rows, output), flush=True)
+        if args.logprobs:
+            print(logprobs_cost(config, loaded), flush=True)
         del loaded
         torch.cuda.empty_cache()
 

@@ -28,11 +28,13 @@ from parrot.protocol.engine import FillSpec, Finished, GenerateSpec, TaskEvent, 
 
 
 class Request(msgspec.Struct, frozen=True):
-    """One task: `chain` is (context, tokens) from its head; equal contexts are shared."""
+    """One task: `chain` is (context, tokens) from its head; equal contexts are shared. `logprobs`: what it asks for (None:
+    no log-probabilities)."""
 
     chain: tuple[tuple[int, int], ...]
     output_tokens: int
     at_s: float = 0.0
+    logprobs: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -101,7 +103,9 @@ def _body(load: Load, number: int) -> bytes:
         FillSpec(context, random.Random(context).choices(range(3, load.vocabulary), k=tokens))
         for context, tokens in request.chain
     )
-    sampling = SamplingConfig(temperature=0.0, max_gen_length=request.output_tokens, output_length=request.output_tokens)
+    output = request.output_tokens
+    # No end token ends it: whatever the weights, it has the length that it may have.
+    sampling = SamplingConfig(temperature=0.0, max_gen_length=output, ignore_tokenizer_eos=True, logprobs=request.logprobs)
     task = TaskId(1, number, 0)
     return msgspec.json.encode(TaskRequest(0, 0, task, 1, chain, GenerateSpec(1_000_000_000 + number, sampling)))
 

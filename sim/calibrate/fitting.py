@@ -260,6 +260,11 @@ def _solve(columns: Array, measured: Array) -> Array:
     return coefficients
 
 
+def error_on(profile: LatencyProfile, runs: Sequence[Run]) -> dict[str, float]:
+    """What the profile is worth on runs that it was not fitted to: `LatencyProfile.error` as docs/calibration.md has it."""
+    return _error(profile, _iterations(runs), runs)
+
+
 def _error(profile: LatencyProfile, apart: Sequence[Iteration], held: Sequence[Run]) -> dict[str, float]:
     if not apart:
         return {}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import openai
 import pytest
 
 from tests.clients.conftest import Cluster
 
+openai = pytest.importorskip("openai", reason="the package openai is not installed")
 langchain_openai = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed (make install has it)")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import openai
 import pytest
 
 from parrot.engine.config import EmulatedEngineConfig, load_engine_config
@@ -19,6 +18,8 @@ from tests.engine.fakes import Engine, fake_engine
 from tests.engine.openai.stand_in import TEXT, Answer, stand_in
 from tests.engine.openai.test_engine import configuration
 from tests.serve.http_support import eventually
+
+openai = pytest.importorskip("openai", reason="the package openai is not installed")
 
 ZERO = Path(__file__).parents[2] / "sample_configs" / "engine" / "emulated-zero.json"
 HELLO: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
