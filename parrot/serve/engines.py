@@ -59,9 +59,9 @@ class Engine:
     """
 
     __slots__ = (
-        "bos_tokens", "cached_tokens", "claimed", "contexts", "description", "failures", "id", "lanes", "latency_tasks",
-        "max_seq_len", "name", "next_context_id", "prefill_tokens", "prompt_tokens", "reports_evictions", "reserved", "running",
-        "state", "suspected_s", "tasks", "tasks_capacity", "tokenizer", "tokens_capacity", "version",
+        "bos_tokens", "cached_tokens", "claimed", "contexts", "description", "failures", "id", "indexes", "lanes",
+        "latency_tasks", "max_seq_len", "name", "next_context_id", "prefill_tokens", "prompt_tokens", "reports_evictions",
+        "reserved", "running", "state", "suspected_s", "tasks", "tasks_capacity", "tokenizer", "tokens_capacity", "version",
     )  # fmt: skip
 
     def __init__(self, id: int, description: EngineDescription) -> None:
@@ -77,6 +77,7 @@ class Engine:
         self.tokenizer = description.tokenizer
         self.bos_tokens = description.bos_tokens
         self.lanes: tuple[Lane, ...] = ()  # those that it serves
+        self.indexes: tuple[EngineIndex, ...] = ()  # theirs
         self.prompt_tokens = 0
         self.prefill_tokens = 0
         self.cached_tokens = 0
@@ -322,6 +323,7 @@ class Lane:
             index = self.indexes[key] = EngineIndex(key)
             for engine in self.engines.values():
                 index.add(engine)
+                engine.indexes = (*engine.indexes, index)
         return index
 
     def describe(self) -> str:
@@ -362,6 +364,7 @@ class Engines:
             del self.lanes[oldest.models, oldest.model_type]
             for engine in oldest.engines.values():
                 engine.lanes = tuple([lane for lane in engine.lanes if lane is not oldest])
+                engine.indexes = tuple([index for lane in engine.lanes for index in lane.indexes.values()])
 
     def register(self, description: EngineDescription) -> Engine:
         self._next_id += 1
@@ -378,12 +381,13 @@ class Engines:
             for index in lane.indexes.values():
                 index.add(engine)
             engine.lanes = (*engine.lanes, lane)
+            engine.indexes = (*engine.indexes, *lane.indexes.values())
 
     def lose(self, engine: Engine) -> tuple[Lane, ...]:
         """Takes the engine out of everything; returns the lanes that it served."""
         engine.state = ENGINE[engine.state, "lose"]
         del self.live[engine.id]
-        lanes, engine.lanes = engine.lanes, ()
+        lanes, engine.lanes, engine.indexes = engine.lanes, (), ()
         for lane in lanes:
             del lane.engines[engine.id]
             for index in lane.indexes.values():
@@ -393,10 +397,9 @@ class Engines:
     def load_changed(self, engine: Engine, more_room: bool = False) -> None:
         """The engine's load is another one now: every index that holds it moves it. With `more_room`, whatever waits
         for room asks again."""
+        for index in engine.indexes:
+            index.update(engine)
         if more_room:
             engine.version += 1
-        for lane in engine.lanes:
-            if more_room:
+            for lane in engine.lanes:
                 lane.open(engine)
-            for index in lane.indexes.values():
-                index.update(engine)
