@@ -136,12 +136,12 @@ class Task:
     """
 
     __slots__ = (
-        "activated", "aim", "alone", "attempt", "begin", "cached_tokens", "call", "charged", "contexts", "cost",
-        "counted_latency", "criteria", "deadline_s", "decode_s", "depth", "dispatched_at", "end", "engine", "engine_name",
-        "finished_at", "first_token_at", "granted", "group", "held", "id", "lends", "level", "links", "max_gap_s",
-        "max_gen_length", "missing", "order", "output", "output_tokens", "path", "path_s", "pinned", "placed_tokens",
-        "prompt_tokens", "rank", "ready_at", "reason", "refusals", "reserved", "sampling", "sequence", "sources", "stage",
-        "started_at", "state", "tokenizer", "tokenizer_tokens", "tokens", "touched", "tries", "wanted_until_s",
+        "activated", "aim", "alone", "attempt", "begin", "cached_tokens", "call", "charged", "contexts", "cost", "counted",
+        "counted_latency", "counted_under", "criteria", "deadline_s", "decode_s", "depth", "dispatched_at", "end", "engine",
+        "engine_name", "finished_at", "first_token_at", "granted", "group", "held", "id", "lends", "level", "links",
+        "max_gap_s", "max_gen_length", "missing", "order", "output", "output_tokens", "path", "path_s", "pinned",
+        "placed_tokens", "prompt_tokens", "rank", "ready_at", "reason", "refusals", "reserved", "sampling", "sequence",
+        "sources", "stage", "started_at", "state", "tokens", "touched", "tries", "wanted_until_s",
     )  # fmt: skip
 
     def __init__(self, id: TaskId, call: Call, begin: int, end: int, output: Variable, sampling: SamplingConfig) -> None:
@@ -186,8 +186,8 @@ class Task:
         self.order: Any = None
         self.links: list[Link] | None = None
         self.path: list[PrefixNode] | None = None
-        self.tokenizer: str | None = None  # the first one that its prompt was counted under,
-        self.tokenizer_tokens = 0  # and the length; BOS is not counted
+        self.counted_under: str | None = None  # the first one that its prompt was counted under,
+        self.counted = 0  # and the length; BOS is not counted
         self.tokens: dict[str, int] | None = None  # the length by other tokenizers
         # from then on
         self.refusals: dict[int, int] | None = None  # engine id -> its capacity version then; -1: never again

@@ -226,7 +226,7 @@ class Scheduler:
         """Drops what only a task that waits for an engine needs."""
         if task.path:
             self.prefixes.leave(task.path)
-        task.path = task.links = task.tokens = task.tokenizer = None
+        task.path = task.links = task.tokens = task.counted_under = None
 
     def _remember_prefixes(self, task: Task) -> None:
         """Another attempt may follow: its prefixes stay the same ones, even if nothing else needs them meanwhile."""

@@ -211,14 +211,14 @@ def least_prompt(task: Task) -> int:
 
 def counted_tokens(task: Task, tokenizer: str) -> int:
     """The length of its prompt under that tokenizer, without BOS, if it has been counted; else -1."""
-    if task.tokenizer is not None and task.tokenizer == tokenizer:
-        return task.tokenizer_tokens
+    if task.counted_under is not None and task.counted_under == tokenizer:
+        return task.counted
     return -1 if task.tokens is None else task.tokens.get(tokenizer, -1)
 
 
 def _keep_count(task: Task, tokenizer: str, tokens: int) -> None:
-    if task.tokenizer is None:
-        task.tokenizer, task.tokenizer_tokens = tokenizer, tokens
+    if task.counted_under is None:
+        task.counted_under, task.counted = tokenizer, tokens
     elif task.tokens is None:
         task.tokens = {tokenizer: tokens}
     else:
