@@ -158,6 +158,8 @@ class EngineIndex:
         """Its load may be another one now."""
         if not self._outdated:
             noted = self._noted
+            if noted and noted[-1] is engine:
+                return
             noted.append(engine)
             if len(noted) > LEAST_NOTED and len(noted) > len(self._engines):
                 noted.clear()

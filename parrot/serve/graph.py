@@ -138,7 +138,7 @@ class Task:
     __slots__ = (
         "activated", "aim", "alone", "attempt", "begin", "cached_tokens", "call", "charged", "contexts", "cost", "counted",
         "counted_latency", "counted_under", "criteria", "deadline_s", "decode_s", "depth", "dispatched_at", "end", "engine",
-        "engine_name", "finished_at", "first_token_at", "granted", "group", "held", "id", "lends", "level", "links",
+        "finished_at", "first_token_at", "granted", "group", "held", "id", "last_engine", "lends", "level", "links",
         "max_gap_s", "max_gen_length", "missing", "order", "output", "output_tokens", "path", "path_s", "pinned",
         "placed_tokens", "prompt_tokens", "rank", "ready_at", "reason", "refusals", "reserved", "sampling", "sequence",
         "sources", "stage", "started_at", "state", "tokens", "touched", "tries", "wanted_until_s",
@@ -194,7 +194,7 @@ class Task:
         self.granted = 0  # tokens that count against its tenant's max_tokens_in_flight
         self.charged = 0  # tokens that count against its tokens_per_minute until it is known what it used
         # its life, for reports
-        self.engine_name: str | None = None
+        self.last_engine: Engine | None = None  # the one that it was placed on last
         self.ready_at = NEVER
         self.dispatched_at = NEVER
         self.finished_at = NEVER
@@ -206,6 +206,11 @@ class Task:
         self.cost = 0.0
         self.reason = ""
         self.path_s = 0.0  # service along the longest path that led to it, its own included once it ends (`Service`)
+
+    @property
+    def engine_name(self) -> str | None:
+        """Where it ran, or runs."""
+        return None if self.last_engine is None else self.last_engine.name
 
     # Times as policies and reports see them. What changes them knows the fields: a number there is no object of its own.
 

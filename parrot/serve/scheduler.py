@@ -301,7 +301,7 @@ class Scheduler:
         task.attempt += 1
         task.tries += 1
         task.engine = engine
-        task.engine_name = engine.name
+        task.last_engine = engine
         task.dispatched_at = now
         chain, parent, cached_links, new_tokens, generate_id = self._hold_chain(task, engine, self._owner(task))
         task.reserved = new_tokens + task.max_gen_length
