@@ -45,8 +45,8 @@ class SamplingRow:
 
     @property
     def plain(self) -> bool:
-        """The most probable token, and nothing else that the logits tell."""
-        return self.greedy and not self.penalised and not self.sampling.logit_bias and self.sampling.logprobs is None
+        """The most probable token, nothing else."""
+        return self.greedy and not self.penalised and not self.sampling.logit_bias
 
     def took(self, token_id: int) -> None:
         """The token was chosen."""
