@@ -18,15 +18,15 @@ alternate; figures are medians, ratios are of the medians of one call. Compare t
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 del sys.path[0]  # this file's folder, in which `sim` is this file
@@ -66,15 +66,19 @@ print(time.perf_counter() - begun)
 """
 
 
-def ours(workload: str, policy: str, engines: int, *flags: str, folder: str) -> tuple[float, dict[str, object]]:
-    """Seconds of a run in a process of its own, as timing.json says, and its summary."""
+def ours(workload: str, policy: str, engines: int, *flags: str, folder: str) -> tuple[float, float]:
+    """Seconds of a run in a process of its own, as timing.json says, and the most memory that it had, in MiB."""
     command = [sys.executable, "-m", "sim.run", "--core", CORE, "--engines", f"{ENGINE}:{engines}", "--workload", workload]
     command += ["--policy", policy, "--workers", "1", "--out", folder, "--fresh", "--no-report", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stderr}")
+    with tempfile.TemporaryFile() as errors:
+        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        _, status, usage = os.wait4(run.pid, 0)
+        run.returncode = os.waitstatus_to_exitcode(status)
+        if run.returncode:
+            errors.seek(0)
+            sys.exit(f"{' '.join(command)}\n{errors.read().decode()}")
     timing = json.loads((Path(folder) / "timing.json").read_bytes())
-    return timing["runs"][0]["wall_s"], json.loads(done.stdout.splitlines()[0])
+    return timing["runs"][0]["wall_s"], usage.ru_maxrss / 1024
 
 
 def peer(python: str, script: str, *arguments: object) -> float:
@@ -129,13 +133,19 @@ def write_peer_traces(trace: str, folder: Path, engines: int) -> tuple[str, list
     return str(whole), names
 
 
-def alternate(repeats: int, runs: dict[str, Callable[[], float]]) -> dict[str, float]:
+def alternate(repeats: int, runs: Mapping[str, Callable[[], float]]) -> dict[str, float]:
     """The median seconds of each, run in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
             seconds[name].append(run())
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def growth(repeats: int, sizes: Sequence[int], run: Callable[[int], float]) -> dict[int, float]:
+    """The median seconds of `run(size)` by size, the sizes in turn."""
+    runs = {str(size): functools.partial(run, size) for size in sizes}
+    return {int(size): value for size, value in alternate(repeats, runs).items()}
 
 
 def table(title: str, count: int, seconds: dict[str, float], unit: str = "requests/s") -> None:
@@ -211,24 +221,33 @@ def requests(options: argparse.Namespace, folder: Path) -> None:
     """Time and memory by the number of requests, at one rate."""
     print("\nOne call a program (shared_prompts), 4 engines, 5 requests/s, no tables")
     print(f"  {'requests':>10} {'s':>8} {'µs a request':>13} {'peak MiB':>9}")
-    for count in (1_000, 10_000, 100_000, *((1_000_000,) if options.million else ())):
-        command = ["shared_prompts", "least_loaded", 4, "--count", str(count), "--rate", "5", "--no-tables"]
-        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-        seconds, _ = ours(*command, folder=str(folder / "requests"))  # type: ignore[arg-type]
-        peak = max(before, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 1024
-        print(f"  {count:10,} {seconds:8.2f} {seconds / count * 1e6:13.1f} {peak:9.0f}", flush=True)
+    peaks: dict[int, float] = {}
+
+    def run(count: int) -> float:
+        flags = ("--count", str(count), "--rate", "5", "--no-tables")
+        seconds, peaks[count] = ours("shared_prompts", "least_loaded", 4, *flags, folder=str(folder / "requests"))
+        return seconds
+
+    counts = (1_000, 10_000, 100_000, *((1_000_000,) if options.million else ()))
+    for count, seconds in growth(options.repeats, counts, run).items():
+        print(f"  {count:10,} {seconds:8.2f} {seconds / count * 1e6:13.1f} {peaks[count]:9.0f}", flush=True)
 
 
 def engines(options: argparse.Namespace, folder: Path) -> None:
     """Time by the number of engines, at the same load of each."""
-    print("\nOne call a program (shared_prompts), 1.25 requests/s an engine, no tables")
-    print(f"  {'engines':>8} {'policy':>14} {'requests':>9} {'s':>8} {'µs a request':>13}")
+    count = 60_000
+    # A thousand engines have more sessions at a time than the core takes by default: refusals and retries are another load.
+    flags = ("--count", str(count), "--set", f"max_sessions_num={count}", "--no-tables")
+    print(f"\nOne call a program (shared_prompts), 1.25 requests/s an engine, {count:,} requests, no tables")
+    print(f"  {'engines':>8} {'policy':>14} {'s':>8} {'µs a request':>13}")
     for policy in ("least_loaded", "parrot"):
-        for number in (4, 32, 256, 1024):
-            count = 20_000 if number < 256 else 60_000
-            flags = ("--count", str(count), "--rate", str(1.25 * number), "--no-tables")
-            seconds, _ = ours("shared_prompts", policy, number, *flags, folder=str(folder / "engines"))
-            print(f"  {number:8,} {policy:>14} {count:9,} {seconds:8.2f} {seconds / count * 1e6:13.1f}", flush=True)
+
+        def run(number: int, policy: str = policy) -> float:
+            rate = str(1.25 * number)
+            return ours("shared_prompts", policy, number, *flags, "--rate", rate, folder=str(folder / "engines"))[0]
+
+        for number, seconds in growth(options.repeats, (4, 32, 256, 1024), run).items():
+            print(f"  {number:8,} {policy:>14} {seconds:8.2f} {seconds / count * 1e6:13.1f}", flush=True)
 
 
 PARTS = {part.__name__: part for part in (azure, mooncake, steps, programs, requests, engines)}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import random
 import sys
 import time
@@ -35,16 +36,26 @@ from sim.workloads.azure import lengths_of
 
 ABOUT = "records iteration logs of an engine over its whole range and fits a latency profile"
 
+MIN_LONGEST = 64  #: tokens of a request, below which all of the loads would be alike
+
 
 class Planned(NamedTuple):
     load: Load
     held: bool = False
 
 
-def planned(limits: EngineLimits, requests: Sequence[tuple[int, int]] = (), seed: int = 0) -> list[Planned]:
+def planned(
+    limits: EngineLimits,
+    requests: Sequence[tuple[int, int]] = (),
+    seed: int = 0,
+    *,
+    longest: int | None = None,
+    rate: float = 4.0,
+) -> list[Planned]:
     """The loads, scaled to the engine: batch sizes, prefill and context lengths, sharing, mixed iterations. `requests`:
-    (prompt, output) of a trace, sent all at once, held out."""
-    longest = limits.largest_task
+    (prompt, output) of a trace, sent all at once, held out. `longest`: the most tokens of a request, prompt and output, that
+    an engine is given the time for (None: what it can hold); `rate`: arrivals a second, where they come at random."""
+    longest = min(limits.largest_task, longest or limits.largest_task)
     most = min(limits.max_batch_size, limits.tasks_capacity)
     usual = {"prompt": (32, max(33, min(4000, longest * 2 // 3))), "output": (8, max(9, min(400, longest // 4)))}
     found = [
@@ -56,9 +67,10 @@ def planned(limits: EngineLimits, requests: Sequence[tuple[int, int]] = (), seed
     prompts = (max(8, longest // 4), max(9, longest * 3 // 4))
     prefix = min(5107, longest * 2 // 3)
     rest: dict[str, tuple[int, int]] = {"prompt": (8, max(9, longest // 16)), "output": (16, max(17, longest // 16))}
+    chunk = max(17, min(limits.max_num_batched_tokens, longest // 2))
     found += [
         Planned(closed("fills", few, 4 * few, seed=seed + 1001, prompt=(16, max(17, longest // 3)), output=(1, 4))),
-        Planned(every_size("sizes", 4, 400, seed=seed + 1009, most=max(17, min(limits.max_num_batched_tokens, longest // 2)))),
+        Planned(every_size("sizes", 4, max(40, min(400, chunk // 6)), seed=seed + 1009, most=chunk)),
         Planned(closed("long", few, few + 4, seed=seed + 1002, prompt=prompts, output=(40, min(200, longest // 4)))),
         Planned(closed("sharing-1", many, many + 8, seed=seed + 1003, shared=[(1, prefix)], **rest)),
         Planned(closed("sharing-2", many, many + 8, seed=seed + 1004, shared=[(1, prefix // 2), (2, prefix // 4)], **rest)),
@@ -66,8 +78,8 @@ def planned(limits: EngineLimits, requests: Sequence[tuple[int, int]] = (), seed
         Planned(
             closed("sharing-held", many // 2, many, seed=seed + 1006, shared=[(1, prefix // 3), (2, prefix)], **rest), True
         ),
-        Planned(arriving("arriving", 30, 4.0, seed=seed + 1007, **usual)),
-        Planned(arriving("arriving-held", 40, 7.0, seed=seed + 1008, **usual), True),
+        Planned(arriving("arriving", 30, rate, seed=seed + 1007, **usual)),
+        Planned(arriving("arriving-held", 40, 1.75 * rate, seed=seed + 1008, **usual), True),
     ]
     if requests:
         found.append(Planned(at_once("at-once", requests), True))
@@ -172,9 +184,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--azure-count", type=int, default=500)
     parser.add_argument("--note", default="", help="what a reader of the profile should know too, e.g. the GPU's name")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--longest", type=int, metavar="TOKENS", help="of a request; for an engine that takes hours otherwise")
+    parser.add_argument("--rate", type=float, default=4.0, help="requests a second where they arrive at random (4)")
     args = parser.parse_args(argv)
     try:
         overrides = {"instance.attn_func": args.attn_func} if args.attn_func else {}
+        if args.longest is not None and args.longest < MIN_LONGEST:
+            raise ConfigurationError(f"--longest {args.longest}: loads need requests of at least {MIN_LONGEST} tokens")
+        if not 0.0 < args.rate < math.inf:
+            raise ConfigurationError(f"--rate {args.rate:g}: expected requests a second, more than 0")
         config = load_engine_config(args.engine, overrides)
         if not isinstance(config, BuiltinEngineConfig):
             raise ConfigurationError(f"{args.engine}: calibrate needs an engine_type 'builtin', this is {config.engine_type!r}")
@@ -193,7 +211,8 @@ def _calibrate(config: BuiltinEngineConfig, args: argparse.Namespace) -> int:
     folder = Path(args.logs)
     folder.mkdir(parents=True, exist_ok=True)
     lengths = azure_lengths(args.azure, args.azure_count) if args.azure else ()
-    plans = [plan for plan in planned(limits, lengths, args.seed) if plan.held or known is None]
+    plans = planned(limits, lengths, args.seed, longest=args.longest, rate=args.rate)
+    plans = [plan for plan in plans if plan.held or known is None]
     outcomes = record(config, [plan.load for plan in plans], folder)
     fitted, held = ([str(folder / f"{p.load.name}.jsonl") for p in plans if p.held is wanted] for wanted in (False, True))
     if known is not None:

@@ -104,7 +104,8 @@ def _body(load: Load, number: int) -> bytes:
         for context, tokens in request.chain
     )
     output = request.output_tokens
-    sampling = SamplingConfig(temperature=0.0, max_gen_length=output, output_length=output, logprobs=request.logprobs)
+    # No end token ends it: whatever the weights, it has the length that it may have.
+    sampling = SamplingConfig(temperature=0.0, max_gen_length=output, ignore_tokenizer_eos=True, logprobs=request.logprobs)
     task = TaskId(1, number, 0)
     return msgspec.json.encode(TaskRequest(0, 0, task, 1, chain, GenerateSpec(1_000_000_000 + number, sampling)))
 

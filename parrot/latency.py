@@ -106,6 +106,9 @@ class LatencyModel:
 
     def __init__(self, profile: LatencyProfile, factor: float = 1.0) -> None:
         self.profile = profile
+        self.task_overhead_s = profile.task_overhead_s
+        #: The most rows of an iteration that only decodes and replays a captured graph.
+        self.graph_rows = max((cost.max_rows for cost in profile.fixed if cost.graph), default=0)
         self._fixed = {
             path: tuple(sorted((c.max_rows, c.seconds * factor) for c in profile.fixed if c.graph is path))
             for path in (False, True)

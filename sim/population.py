@@ -418,8 +418,11 @@ def simulate(
     cluster = Cluster(timeline, config, engines, engine_delay_s=engine_delay_s, jump=jump, observe=observe, strict=strict)
     recorder = Recorder(mode, tables, names=config.global_scheduler.explain_placements > 0)
     population = Population(cluster, iter(programs), mode, network, recorder, max_gen_length, on_ended, clients)
-    if not population.is_over() and not timeline.calendar.run_to_stop():
-        raise StuckError(f"nothing more can happen, but {population.waiting()}")
-    recorder.outside = cluster.outside()
-    cluster.explain(recorder)
+    try:
+        if not population.is_over() and not timeline.calendar.run_to_stop():
+            raise StuckError(f"nothing more can happen, but {population.waiting()}")
+        recorder.outside = cluster.outside()
+        cluster.explain(recorder)
+    finally:
+        cluster.core.dissolve()  # the process may have more runs before it
     return recorder

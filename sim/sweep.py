@@ -33,9 +33,9 @@ from sim.results import PLACEMENTS, TRACE, ResultsError, write_finished
 from sim.spec import ENGINE_PREFIX, Run, check_files, core_config_of, engine_models_of, open_programs
 from sim.tables import engine_load
 from sim.workloads import WorkloadError
+from sim.workloads.ahead import read_ahead
 from sim.workloads.program import Program
 
-KEPT_PROGRAMS = 50_000  #: a workload up to this size is read once and kept; a longer one is read again for the run
 CHECKED_PROGRAMS = 5_000  #: of each workload of a sweep, before its first run
 COLLECT_AFTER = 1_000_000  #: objects more than at the last collection, some 100 MiB, before the next one
 POLL_S = 0.2  #: how often a run in this process tells how far it is
@@ -231,7 +231,6 @@ def _simulate(run: Run, expect: Callable[[int], None], ended: Callable[[], None]
             return simulate_programs(run, keeps_rows(run), expect, ended)
         engines = engine_models_of(run)
         programs = _programs(run, engines, expect)
-        gc.freeze()  # what was read stays to the end
         recorder = simulate(
             programs,
             core_config_of(run),
@@ -255,14 +254,11 @@ def _simulate(run: Run, expect: Callable[[int], None], ended: Callable[[], None]
 def _programs(run: Run, engines: Sequence[Any], expect: Callable[[int], None]) -> Iterator[Program]:
     """The workload, read to its end once before anything runs, so that what is wrong with it is known first."""
     checked = check_programs(open_programs(run), engines, run.workload, _most_tasks(run))
-    kept = list(itertools.islice(checked, KEPT_PROGRAMS + 1))
-    if not kept:
+    count, programs = read_ahead(checked, functools.partial(open_programs, run))
+    if not count:
         raise ConfigurationError(f"workload {run.workload!r} has no programs")
-    if len(kept) <= KEPT_PROGRAMS:
-        expect(len(kept))
-        return iter(kept)
-    expect(len(kept) + sum(1 for _ in checked))
-    return open_programs(run)
+    expect(count)
+    return programs
 
 
 def _most_tasks(run: Run) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from mypy_extensions import mypyc_attr
 
-from parrot.engine.batches import EngineLimits, EngineTask, Link, Refused
+from parrot.engine.batches import EngineLimits, Link, Refused
 from parrot.engine.contexts import Context, ContextTree
 from parrot.engine.running import Task
 
@@ -48,7 +48,7 @@ def need_of(task: Task, contexts: ContextTree) -> Need:
     if end < task.target:
         tokens += task.target - end
         blocks += -(-task.target // block_size) - -(-end // block_size)
-        blocks += end % block_size > 0 and last is not None and last.tail is not None
+        blocks += end % block_size > 0 and last is not None and last.lends
     first = end if start is None else start
     return Need(found, gen, blocks, reclaimed, tokens, first if first < task.target else task.target - 1)
 
@@ -63,8 +63,9 @@ def given_links(parent_id: int, contexts: ContextTree) -> tuple[Link, ...]:
     return tuple(Link(context.id, context.tokens) for context in parent.path())
 
 
-def check_form(task: EngineTask, links: tuple[Link, ...], prompt: int, limits: EngineLimits, largest: int) -> None:
+def check_form(task: Task, limits: EngineLimits, largest: int) -> None:
     """Refuses what could never run here. `largest`: tokens of the largest task, `limits.largest_task`."""
+    links, prompt = task.links, task.prompt
     negative = False
     for link in links:
         negative = negative or link.tokens < 0
@@ -72,13 +73,13 @@ def check_form(task: EngineTask, links: tuple[Link, ...], prompt: int, limits: E
         raise Refused("bad_request", f"task {task.key!r} has a prompt of {prompt} tokens; at least 1 is needed")
     if len(links) > 1 and len({link.context_id for link in links}) < len(links):
         raise Refused("conflict", f"task {task.key!r} names a context twice in its chain")
-    if task.generate_context_id is not None and not 0 <= task.forced_tokens < task.max_gen_length:
+    if task.output_id is not None and not 0 <= task.forced < task.max_gen:
         raise Refused(
             "bad_request",
-            f"task {task.key!r} has max_gen_length {task.max_gen_length} and {task.forced_tokens} forced tokens; "
+            f"task {task.key!r} has max_gen_length {task.max_gen} and {task.forced} forced tokens; "
             "at least one token must be left to generate",
         )
-    output = task.max_gen_length if task.generate_context_id is not None else 0
+    output = task.max_gen if task.output_id is not None else 0
     if prompt + output > largest:
         raise Refused(
             "task_too_large",

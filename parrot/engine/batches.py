@@ -87,91 +87,120 @@ class EngineTask:
 @mypyc_attr(acyclic=True)
 class Row:
     """A task's part of an iteration: it computes the chain's positions [start, stop). `context_id` is the deepest context
-    among them. `samples`: the last position's output is sampled. `decode`: it is one token, sampled before."""
+    among them. `samples`: the last position's output is sampled. `decode`: it is one token, sampled before.
+    `task` is the core's own."""
 
-    __slots__ = ("context_id", "decode", "key", "samples", "start", "stop")
+    __slots__ = ("context_id", "decode", "key", "samples", "start", "stop", "task")
 
-    def __init__(self, key: Hashable, context_id: int, start: int, stop: int, samples: bool, decode: bool) -> None:
-        self.key = key
+    def __init__(self, task: Task, context_id: int, start: int, stop: int, samples: bool, decode: bool) -> None:
+        self.key = task.key
+        self.task = task
         self.context_id = context_id
         self.start = start
         self.stop = stop
         self.samples = samples
         self.decode = decode
 
+    def __repr__(self) -> str:
+        return f"Row({self.key!r}, {self.context_id}, {self.start}, {self.stop}, {self.samples}, {self.decode})"
+
 
 @mypyc_attr(acyclic=True)
 class Batch:
     """An iteration to compute: decode rows first, then chunks of fills.
 
-    `copies`: (source block, destination block), whole blocks, made before anything is computed. `admitted`: tasks that run
-    from this iteration on, with the prompt tokens found in memory. `preempted`: tasks that lost their room and wait again.
-    `decoders` and `fills` are the core's own tasks; `step` numbers the iterations that decode (0: this one does not).
+    `copies`: (source block, destination block), whole blocks, made before anything is computed. `preempted`: tasks that lost
+    their room and wait again. `decoders`, `fills` and `begun`, those that run from this iteration on, are the core's own
+    tasks, or rows of theirs; `step` numbers the iterations that decode (0: this one does not).
     """
 
-    __slots__ = ("_shape", "_shifted", "admitted", "copies", "decoders", "fills", "number", "preempted", "step")
+    __slots__ = (
+        "_kv", "_kv_unique", "_pairs", "_prefill", "begun", "copies", "decoders", "fills", "number", "preempted", "step",
+    )  # fmt: skip
 
     def __init__(
         self,
         number: int,
         step: int,
         decoders: tuple[Task, ...],
-        fills: list[tuple[Task, Row]],
+        fills: tuple[Row, ...],
         copies: tuple[tuple[int, int], ...],
-        shape: BatchShape,
+        kv: int,
+        kv_unique: int,
     ) -> None:
+        """`kv`, `kv_unique`: as the shape's `decode_kv`."""
         self.number = number
         self.step = step
         self.decoders = decoders
         self.fills = fills
         self.copies = copies
-        self.admitted: tuple[tuple[Hashable, int], ...] = ()
+        self.begun: tuple[Task, ...] = ()
         self.preempted: tuple[Hashable, ...] = ()
-        self._shape = shape
-        self._shifted = 0  # iterations since it had that shape
+        self._kv = kv
+        self._kv_unique = kv_unique
+        self._prefill = self._pairs = 0
+        for row in fills:
+            count = row.stop - row.start
+            self._prefill += count
+            self._pairs += count * (row.stop + row.start + 1) // 2
 
     @property
     def shape(self) -> BatchShape:
-        """What its duration depends on."""
-        return self._shape.after(self._shifted) if self._shifted else self._shape
+        """What its duration depends on: an object of the caller's own."""
+        return BatchShape(len(self.decoders), len(self.fills), self._prefill, self._pairs, self._kv, self._kv_unique)
+
+    @property
+    def admitted(self) -> tuple[tuple[Hashable, int], ...]:
+        """The tasks that run from this iteration on, with the prompt tokens found in memory."""
+        return tuple([(task.key, task.cached) for task in self.begun])
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """A row a task. They are made when they are asked for: simulation never asks."""
+        """A row a task. Those that decode are made when they are asked for: simulation never asks."""
         behind = self.step - 1
         rows = [
-            Row(task.key, task.output_id, task.origin + behind, task.origin + self.step, True, True)  # type: ignore[arg-type]
+            Row(task, task.output_id, task.origin + behind, task.origin + self.step, True, True)  # type: ignore[arg-type]
             for task in self.decoders
         ]
-        rows += [row for _, row in self.fills]
+        rows += self.fills
         return tuple(rows)
 
     @property
     def tasks(self) -> list[Task]:
         """The task of each row."""
-        return [*self.decoders, *(task for task, _ in self.fills)]
+        return [*self.decoders, *[row.task for row in self.fills]]
 
     def shift(self, k: int) -> None:
         """Becomes the batch that follows it after `k` iterations in which nothing but decoding happened."""
         self.number += k
         self.step += k
-        self.copies = self.admitted = self.preempted = ()
-        self._shifted += k
+        self.copies = self.begun = self.preempted = ()
+        more = k * len(self.decoders)
+        self._kv += more
+        self._kv_unique += more
 
 
 @mypyc_attr(acyclic=True)
 class Progress:
-    """What a complete iteration changed: tasks whose first token came, tasks that ended (fill-only ones too), and those
-    preempted since the last complete iteration."""
+    """What a complete iteration changed: the core's own tasks whose first token came (`begun`) and those that ended (fill-only
+    ones too); the keys of tasks that were preempted since the last complete iteration."""
 
-    __slots__ = ("finished", "first_tokens", "preempted")
+    __slots__ = ("begun", "ended", "preempted")
 
-    def __init__(
-        self, first_tokens: tuple[Hashable, ...], finished: tuple[Hashable, ...], preempted: tuple[Hashable, ...]
-    ) -> None:
-        self.first_tokens = first_tokens
-        self.finished = finished
+    def __init__(self, begun: tuple[Task, ...], ended: tuple[Task, ...], preempted: tuple[Hashable, ...]) -> None:
+        self.begun = begun
+        self.ended = ended
         self.preempted = preempted
+
+    @property
+    def first_tokens(self) -> tuple[Hashable, ...]:
+        """The keys of the tasks whose first token came."""
+        return tuple([task.key for task in self.begun])
+
+    @property
+    def finished(self) -> tuple[Hashable, ...]:
+        """The keys of the tasks that ended."""
+        return tuple([task.key for task in self.ended])
 
 
 class Span(NamedTuple):

@@ -7,35 +7,40 @@ A context that was freed while children live stays until they are gone.
 
 Terms: `tokens` is how long a context is, `computed` how many of them have their KV, `size` for how many there is room;
 computed ≤ size, computed ≤ tokens. A context in use is *held*, any other is *retained*.
+
+A parent is used whenever its child is, and a chain is let go from its deep end: of the retained contexts, the one that was let
+go first has no children. So the order of their last uses is that in which they are given up.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections import deque
-from collections.abc import Iterable, Iterator
-from heapq import heapify, heappop, heappush
-from typing import Any, Final
+from collections.abc import Hashable, Iterable, Iterator
+from operator import attrgetter
+from typing import Final
 
-from parrot.engine.blocks import BlockPool
+from mypy_extensions import mypyc_attr
 
-# By names of this module's own that never change: the compiled module need not look them up.
-_push: Final = heappush
-_pop: Final = heappop
+from parrot.engine.blocks import NO_BLOCKS, BlockPool
 
-NO_BLOCKS: Final[array[int]] = array("i")  #: shared by all that have none: it is replaced, never added to
+NOBODY: Final = 0  #: no task, by the number of its arrival, which is 1 or more
+NO_COPY: Final = -1
 
-#: Entries of a heap that no longer hold, beside as many as hold: each engine has its heaps, and what they keep alive is not
-#: made anew from memory that is at hand.
-STALE_ENTRIES: Final = 8
+# By a name of this module's own that never changes: the compiled module need not look it up.
+_last_use: Final = attrgetter("stamp")
 
 
+@mypyc_attr(acyclic=True)
 class Context:
-    """A node of the tree. Token positions count from the head of the chain: its own are [start, start + tokens)."""
+    """A node of the tree. Token positions count from the head of the chain: its own are [start, start + tokens).
+
+    An engine has hundreds of them, each met again when no cache remembers it. Tasks refer to them, and they name tasks, so that
+    nothing refers to itself.
+    """
 
     __slots__ = (
-        "blocks", "children", "computed", "copy_from", "decoders", "filled_in", "filler", "freed", "generating", "id",
-        "lender", "parent", "size", "stamp", "start", "tail", "task", "tokens", "users",
+        "blocks", "children", "computed", "copy_from", "decoders", "filled_in", "filler", "freed", "id", "lender", "lends",
+        "num_blocks", "parent", "size", "stamp", "start", "task", "tokens", "users",
     )  # fmt: skip
 
     def __init__(self, context_id: int, parent: Context | None, tokens: int) -> None:
@@ -45,35 +50,48 @@ class Context:
         self.tokens: int = tokens
         self.computed = 0
         self.size = 0
-        self.blocks = NO_BLOCKS
-        self.lender: Context | None = None  # the predecessor whose last block is our first
-        self.tail: Context | None = None  # the context that goes on in our last block
-        self.copy_from: int | None = None  # our first block begins as a copy of this one, still to be made
         self.users = 0  # running tasks whose chain it is in
-        self.decoders = 0  # those of them that decode
         self.children = 0
+        self.stamp = 0  # when it was last used; below 0: it is gone
+        self.num_blocks = 0
+        self.lender: Context | None = None  # the predecessor whose last block is our first
         self.freed = False  # nobody will ask for it again: it goes with its last user and child
-        self.generating = False  # the output of a task that has not ended
-        self.task: Any = None  # that task
-        self.filler: Any = None  # the task that computes it at present
+        self.lends = False  # a context goes on in our last block
+        self.task: Hashable = None  # the key of the task whose output it is, until that ends
+        self.decoders = 0  # those of its users that decode
+        self.filler = NOBODY  # who computes it at present
         self.filled_in = -1  # the batch that last computed some of it
-        self.stamp = 0  # when it was last used
+        self.copy_from = NO_COPY  # our first block begins as a copy of this one, still to be made
+        self.blocks = NO_BLOCKS  # where they are numbered
 
     @property
     def end(self) -> int:
         return self.start + self.tokens
 
     @property
+    def generating(self) -> bool:
+        """It is the output of a task that has not ended."""
+        return self.task is not None
+
+    @property
     def owned(self) -> int:
         """Its blocks that nobody held before it."""
-        return len(self.blocks) - (self.lender is not None)
+        return self.num_blocks - (self.lender is not None)
 
-    def add_blocks(self, blocks: array[int]) -> None:
+    def add_blocks(self, count: int, blocks: array[int]) -> None:
         """They come behind those that it has; `blocks` is the context's from now on."""
+        self.num_blocks += count
         if self.blocks:
             self.blocks.extend(blocks)
         else:
             self.blocks = blocks
+
+    def begin(self, copies: list[tuple[int, int]]) -> None:
+        """It is computed now: the copy that must precede this, if any, goes to `copies`."""
+        if self.copy_from != NO_COPY:
+            if self.blocks:
+                copies.append((self.copy_from, self.blocks[0]))
+            self.copy_from = NO_COPY
 
     def predecessor(self) -> Context | None:
         """The nearest ancestor with tokens."""
@@ -92,8 +110,14 @@ class Context:
         return nodes
 
 
+@mypyc_attr(acyclic=True)
 class ContextTree:
     """All contexts of an engine. Sums are kept as they change: no question costs a walk."""
+
+    __slots__ = (
+        "_clock", "_evicted", "_index", "_looked", "_nameless", "_oldest", "held_tokens", "pool", "retained_blocks",
+        "stored_tokens",
+    )  # fmt: skip
 
     def __init__(self, pool: BlockPool) -> None:
         self.pool = pool
@@ -103,12 +127,11 @@ class ContextTree:
         self._index: dict[int, Context] = {}
         self._nameless: dict[Context, None] = {}  # their id may name another by now
         self._evicted: list[int] | None = None
-        # Retained leaves by their last use; stale entries are passed over. Most come in that order; a heap has the others.
-        self._leaves: deque[tuple[int, int, Context]] = deque()
-        self._last_stamp = 0  # of the last of these
-        self._older: list[tuple[int, int, Context]] = []
+        # Those that were retained at `_looked`, the least recently used last. It is made when one must be given up and nothing
+        # is left of the one before: what was let go since comes behind, so that its cost is one of letting go.
+        self._oldest: list[Context] = []
+        self._looked = 0
         self._clock = 0
-        self._pushed = 0
 
     def __len__(self) -> int:
         return len(self._index)
@@ -146,7 +169,7 @@ class ContextTree:
         if context.tokens <= context.size:
             return 0
         block_size = self.pool.block_size
-        return -(-context.end // block_size) - context.start // block_size - len(context.blocks)
+        return -(-context.end // block_size) - context.start // block_size - context.num_blocks
 
     def grow(self, context: Context, size: int) -> None:
         """Makes room in a context in use for `size` tokens; evicts what it must. Raises IndexError when nothing is left
@@ -155,38 +178,45 @@ class ContextTree:
             return
         block_size = self.pool.block_size
         first = context.start // block_size
-        if not context.blocks and context.start % block_size:
+        if not context.num_blocks and context.start % block_size:
             before = context.predecessor()
             assert before is not None, "a context that starts inside a block has a predecessor"
-            if before.tail is None:
-                before.tail, context.lender = context, before
-                context.blocks = before.blocks[-1:]
-                self.pool.share(before.blocks[-1])
+            if not before.lends:
+                before.lends, context.lender = True, before
+                context.add_blocks(1, self.pool.share(before.blocks))
             else:
-                context.blocks = self._take(1)
-                context.copy_from = before.blocks[-1]
-        if more := -(-(context.start + size) // block_size) - first - len(context.blocks):
-            context.add_blocks(self._take(more))
+                context.add_blocks(1, self._take(1))
+                context.copy_from = self.pool.last(before.blocks)
+        if more := -(-(context.start + size) // block_size) - first - context.num_blocks:
+            context.add_blocks(more, self._take(more))
         self._resize(context, size)
 
+    def cut(self, context: Context, size: int) -> None:
+        """Gives up the room beyond `size` tokens, and its blocks. Never called for a retained context, whose blocks are
+        counted."""
+        if size < context.size:
+            owned = context.owned
+            dropped = self.shrink(context, size)
+            self.pool.give(owned - context.owned, dropped)
+
     def shrink(self, context: Context, size: int) -> array[int]:
-        """Gives up the room beyond `size` tokens; the blocks that this frees are the caller's to give back. Never called
-        for a retained context, whose blocks are counted."""
+        """As `cut`, but the blocks that this frees, by how many it `owned` fewer, are the caller's to give back."""
         if size >= context.size:
             return NO_BLOCKS
-        keep = -(-(context.start + size) // self.pool.block_size) - context.start // self.pool.block_size if size else 0
-        if not keep:
-            context.copy_from = None
-            if context.lender is not None:
-                self.pool.unshare(context.blocks[0])
-                context.lender.tail = None
-                context.lender = None
-                del context.blocks[0]
+        block_size = self.pool.block_size
+        keep = -(-(context.start + size) // block_size) - context.start // block_size if size else 0
+        dropped, context.num_blocks = context.blocks, keep
         if keep:
-            dropped = context.blocks[keep:]
-            del context.blocks[keep:]
+            if dropped:
+                dropped = dropped[keep:]
+                del context.blocks[keep:]
         else:
-            dropped, context.blocks = context.blocks, NO_BLOCKS
+            context.blocks = NO_BLOCKS
+            context.copy_from = NO_COPY
+            if context.lender is not None:
+                dropped = self.pool.unshare(dropped)
+                context.lender.lends = False
+                context.lender = None
         self._resize(context, size)
         return dropped
 
@@ -214,12 +244,12 @@ class ContextTree:
         block_size, blocks = self.pool.block_size, 0
         claimed: set[Context] = set()
         for gen in gens:
-            if gen.blocks or gen.start % block_size == 0:
+            if gen.num_blocks or gen.start % block_size == 0:
                 blocks += (gen.start + gen.size) % block_size == 0
                 continue
             before = gen.predecessor()
             assert before is not None, "a context that starts inside a block has a predecessor"
-            blocks += before.tail is not None or before in claimed
+            blocks += before.lends or before in claimed
             claimed.add(before)
         return blocks
 
@@ -234,10 +264,11 @@ class ContextTree:
                 context.freed = False
             context.users += 1
 
-    def release(self, chain: list[Context]) -> None:
+    def release(self, chain: tuple[Context, ...]) -> None:
         """A running task no longer uses these contexts, head first. What was not computed is given up; the rest stays."""
-        self._clock += 1
-        for context in reversed(chain):
+        for place in range(len(chain) - 1, -1, -1):
+            context = chain[place]
+            self._clock += 1
             context.users -= 1
             context.stamp = self._clock
             if context.users:
@@ -248,10 +279,8 @@ class ContextTree:
                 self._report(context)
                 self._remove(context)
                 continue
-            self.pool.give(self.shrink(context, context.computed))
+            self.cut(context, context.computed)
             self.retained_blocks += context.owned
-            if not context.children:
-                self._push(context)
 
     def free(self, context_ids: Iterable[int]) -> int:
         """These are asked for no more: they go now, or with their last user and child. The tokens that they added."""
@@ -269,18 +298,21 @@ class ContextTree:
 
     def evict_one(self) -> bool:
         """Gives up the least recently used of the contexts that nobody uses and that have no children. False: there is none."""
-        leaves, older = self._leaves, self._older
-        while leaves or older:
-            if not older or (leaves and leaves[0] < older[0]):
-                stamp, _, context = leaves.popleft()
-            else:
-                stamp, _, context = _pop(older)
-            if self._is_entry(stamp, context):
+        while self._oldest or self._look():
+            context = self._oldest.pop()
+            if 0 <= context.stamp <= self._looked and not context.users and not context.children:
                 self.retained_blocks -= context.owned
                 self._report(context)
                 self._remove(context)
                 return True
         return False
+
+    def _look(self) -> bool:
+        """Puts the retained contexts in the order of their last uses. Whether there are any."""
+        self._oldest = [context for context in self if not context.users]
+        self._oldest.sort(key=_last_use, reverse=True)
+        self._looked = self._clock
+        return bool(self._oldest)
 
     @property
     def has_evicted(self) -> bool:
@@ -300,15 +332,12 @@ class ContextTree:
                 del self._nameless[context]
             else:
                 del self._index[context.id]
-            self.pool.give(self.shrink(context, 0))
+            self.cut(context, 0)
             parent, context.parent, context.stamp = context.parent, None, -1
             if parent is None:
                 return
             parent.children -= 1
-            if parent.users or parent.children:
-                return
-            if not parent.freed:
-                self._push(parent)
+            if parent.users or parent.children or not parent.freed:
                 return
             self.retained_blocks -= parent.owned
             context = parent
@@ -318,23 +347,6 @@ class ContextTree:
             if self._evicted is None:
                 self._evicted = []
             self._evicted.append(context.id)
-
-    def _push(self, context: Context) -> None:
-        if len(self._leaves) + len(self._older) > 2 * len(self._index) + STALE_ENTRIES:
-            self._leaves = deque([e for e in self._leaves if self._is_entry(e[0], e[2])])
-            self._older = [e for e in self._older if self._is_entry(e[0], e[2])]
-            heapify(self._older)
-        self._pushed += 1
-        stamp = context.stamp
-        if stamp >= self._last_stamp:
-            self._last_stamp = stamp
-            self._leaves.append((stamp, self._pushed, context))
-        else:
-            _push(self._older, (stamp, self._pushed, context))
-
-    @staticmethod
-    def _is_entry(stamp: int, context: Context) -> bool:
-        return stamp == context.stamp and not context.users and not context.children
 
 
 def _incomplete(context: Context | None) -> bool:

@@ -8,17 +8,19 @@ Decides nothing about who decodes.
 
 from __future__ import annotations
 
-from heapq import heapify, heappop, heappush
+from operator import attrgetter
 from typing import Final
 
-from parrot.engine.contexts import STALE_ENTRIES, Context, ContextTree
+from mypy_extensions import mypyc_attr
+
+from parrot.engine.contexts import NO_COPY, Context, ContextTree
 from parrot.engine.running import DECODING, Task
 
-# By names of this module's own that never change: the compiled module need not look them up.
-_push: Final = heappush
-_pop: Final = heappop
+# By a name of this module's own that never changes: the compiled module need not look it up.
+_ticket: Final = attrgetter("ticket")
 
 
+@mypyc_attr(acyclic=True)
 class Lockstep:
     """Decode iterations are numbered from 1 in the order of their issue: `steps` are issued, `done` of them complete.
 
@@ -26,69 +28,66 @@ class Lockstep:
     context once.
     """
 
+    __slots__ = (
+        "_block_size", "_contexts", "_copying", "_ends", "_fresh", "_phase", "_room", "_tickets", "done", "kv", "kv_unique",
+        "members", "steps",
+    )  # fmt: skip
+
     def __init__(self, contexts: ContextTree) -> None:
-        self.tasks: dict[Task, None] = {}
+        #: The tasks in the order in which they joined: the same object as long as nobody joins or leaves.
+        self.members: tuple[Task, ...] = ()
         self.steps = 0
         self.done = 0
         self.kv = 0
         self.kv_unique = 0
-        self._contexts = contexts
-        self._block_size = contexts.pool.block_size
         self._room = 0  # iterations for which there is room: `steps`, or one more (a fill that runs alone came between)
-        self._fresh: dict[Task, None] = {}  # joined since room was last made: the first token's room is made by itself
-        self._copying: tuple[Context, ...] = ()  # outputs whose first block begins as a copy, not issued yet
+        self._fresh: tuple[Task, ...] = ()  # joined since room was last made: the first token's room is made by itself
+        self._ends: list[Task] = []  # by the iteration with their last token as expected, the next last; first who joined first
         # phase[p] tasks take a block with the room of iteration r + 1 when r + p is a multiple of the block size
-        self._phase = [0] * self._block_size
-        self._ends: list[tuple[int, int, Task]] = []  # heap: the iteration after which max_gen_length is reached
+        self._phase = [0] * contexts.pool.block_size
+        self._block_size = contexts.pool.block_size
+        self._contexts = contexts
         self._tickets = 0
-        self._snapshot: tuple[Task, ...] | None = ()
-
-    @property
-    def members(self) -> tuple[Task, ...]:
-        """The tasks in the order in which they joined: the same object as long as nobody joins or leaves."""
-        if self._snapshot is None:
-            self._snapshot = tuple(self.tasks)
-        return self._snapshot
+        self._copying: tuple[Context, ...] = ()  # outputs whose first block begins as a copy, not issued yet
 
     # ------------------------------------------------------------------------------------------------ who is in it
 
-    def join(self, task: Task) -> None:
-        """The prompt is computed and the first token will be sampled: the task decodes from the next iteration on."""
-        gen = task.gen
-        assert gen is not None, "a decoding task has an output"
+    def join(self, tasks: tuple[Task, ...]) -> None:
+        """Their prompts are computed and first tokens will be sampled: they decode from the next iteration on."""
         steps = self.steps
-        self._tickets += 1
-        task.state = DECODING
-        task.ticket = self._tickets
-        task.joined = task.settled = steps
-        task.last_step = 0
-        task.origin = gen.start + gen.computed - steps
-        self.tasks[task] = None
-        self._fresh[task] = None
-        self._snapshot = None
-        if len(self._ends) > 2 * len(self.tasks) + STALE_ENTRIES:
-            self._ends = [entry for entry in self._ends if entry[2].ticket == entry[1] and entry[2] in self.tasks]
-            heapify(self._ends)
-        _push(self._ends, (steps + task.max_gen - gen.tokens, task.ticket, task))
-        self.kv += gen.start + gen.computed
-        for context in task.chain:
-            if not context.decoders:
-                self.kv_unique += context.computed
-            context.decoders += 1
+        for task in tasks:
+            gen = task.gen
+            assert gen is not None, "a decoding task has an output"
+            self._tickets += 1
+            task.state = DECODING
+            task.ticket = self._tickets
+            task.joined = task.settled = steps
+            task.ends = steps + task.expected - gen.tokens
+            task.last_step = 0
+            task.origin = gen.start + gen.computed - steps
+            self._ends.insert(self._place(task.ends), task)
+            self.kv += gen.start + gen.computed
+            for context in task.chain:
+                if not context.decoders:
+                    self.kv_unique += context.computed
+                context.decoders += 1
+        self.members += tasks
+        self._fresh += tasks
 
     def leave(self, task: Task) -> None:
         """The task gets no more rows."""
         self.settle(task)
         gen = task.gen
         assert gen is not None
-        del self.tasks[task]
-        self._snapshot = None
-        if not self.tasks:
-            self._ends.clear()  # who ended before max_gen_length is in it still
-        if task in self._fresh:
-            del self._fresh[task]
+        self.members = tuple([other for other in self.members if other is not task])
+        place = self._place(task.ends)
+        while self._ends[place] is not task:
+            place += 1
+        del self._ends[place]
+        if self._fresh and task in self._fresh:
+            self._fresh = tuple([other for other in self._fresh if other is not task])
         else:
-            self._phase[task.phase] -= 1
+            self._phase[self._phase_of(task, gen)] -= 1
         if self.steps > task.joined:
             task.last_step = self.steps
         self.kv -= gen.start + gen.computed
@@ -96,6 +95,38 @@ class Lockstep:
             context.decoders -= 1
             if not context.decoders:
                 self.kv_unique -= context.computed
+
+    def _place(self, step: int) -> int:
+        """Of the first of `_ends` that ends with iteration `step` or before."""
+        ends = self._ends
+        low, high = 0, len(ends)
+        while low < high:
+            middle = (low + high) // 2
+            if ends[middle].ends > step:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def _phase_of(self, task: Task, gen: Context) -> int:
+        return (gen.start + gen.size - task.roomed) % self._block_size
+
+    def next_end(self) -> int:
+        """The next iteration that brings a task the last of the tokens expected of it; 0: nobody decodes."""
+        return self._ends[-1].ends if self._ends else 0
+
+    def ending(self, step: int) -> list[Task]:
+        """Those whose last of these tokens a row of iteration `step` brings, or one before; in the order of their joining."""
+        ends = self._ends
+        found: list[Task] = []
+        place = len(ends) - 1
+        while place >= 0 and ends[place].ends <= step:
+            if ends[place].ends > ends[place].joined:  # else its fill brings it
+                found.append(ends[place])
+            place -= 1
+        if len(found) > 1:
+            found.sort(key=_ticket)
+        return found
 
     def known(self, task: Task) -> int:
         """Tokens of the task's output whose values are known."""
@@ -111,19 +142,19 @@ class Lockstep:
             gen.computed += more
             gen.tokens += more
             task.settled = self.steps
-        if task in self._fresh:
+        if self._fresh and task in self._fresh:
             return
         grown = self._room - task.roomed
         if grown:
             gen.size += grown
             task.roomed = self._room
             size = self._block_size
-            owed = -(-(gen.start + gen.size) // size) - gen.start // size - len(gen.blocks)
+            owed = -(-(gen.start + gen.size) // size) - gen.start // size - gen.num_blocks
             if owed:
-                gen.add_blocks(self._contexts.pool.take_owed(owed))
+                gen.add_blocks(owed, self._contexts.pool.take_owed(owed))
 
     def settle_all(self) -> None:
-        for task in self.tasks:
+        for task in self.members:
             self.settle(task)
 
     # -------------------------------------------------------------------------------------------------- iterations
@@ -134,7 +165,7 @@ class Lockstep:
         contexts, fresh = self._contexts, self._fresh
         growing = old = blocks = 0
         if self._room == self.steps:
-            growing = len(self.tasks)
+            growing = len(self.members)
             old = growing - len(fresh)
             if old:
                 blocks = owed = self._phase[-self._room % self._block_size]
@@ -158,12 +189,11 @@ class Lockstep:
                 gen = task.gen
                 assert gen is not None
                 contexts.grow(gen, gen.computed + 1)
-                if gen.copy_from is not None:
+                if gen.copy_from != NO_COPY:
                     self._copying = (*self._copying, gen)
                 task.roomed = self._room
-                task.phase = (gen.start + gen.size - self._room) % self._block_size
-                self._phase[task.phase] += 1
-            fresh.clear()
+                self._phase[self._phase_of(task, gen)] += 1
+            self._fresh = ()
         return True
 
     def step(self, copies: list[tuple[int, int]]) -> list[Task]:
@@ -171,9 +201,7 @@ class Lockstep:
         row it has, in the order in which they joined."""
         if self._copying:
             for gen in self._copying:
-                if gen.copy_from is not None:
-                    copies.append((gen.copy_from, gen.blocks[0]))
-                    gen.copy_from = None
+                gen.begin(copies)
             self._copying = ()
         return self._step(1)
 
@@ -182,34 +210,38 @@ class Lockstep:
         if needed := self._blocks(count):
             self._contexts.owe(needed)
         self._room += count
-        self._contexts.held_tokens += count * len(self.tasks)
-        self._contexts.stored_tokens += count * len(self.tasks)
+        self._contexts.held_tokens += count * len(self.members)
+        self._contexts.stored_tokens += count * len(self.members)
         self.done += count
         return self._step(count)
 
     def _step(self, count: int) -> list[Task]:
         self.steps += count
-        self.kv += count * len(self.tasks)
-        self.kv_unique += count * len(self.tasks)
+        self.kv += count * len(self.members)
+        self.kv_unique += count * len(self.members)
         last: list[Task] = []
         ends = self._ends
-        while ends and ends[0][0] <= self.steps:
-            _, ticket, task = _pop(ends)
-            if task.ticket == ticket and task in self.tasks:
+        place = len(ends) - 1
+        while place >= 0 and ends[place].ends <= self.steps:
+            task = ends[place]
+            if _last_row(task) <= self.steps:
                 last.append(task)
+            place -= 1
+        if len(last) > 1:
+            last.sort(key=_ticket)
         return last
 
     def horizon(self, most: int) -> int:
         """Of the next `most` iterations, how many can be issued before a task gets its last row or room runs out."""
-        ends, tasks = self._ends, self.tasks
-        while ends and (ends[0][2].ticket != ends[0][1] or ends[0][2] not in tasks):
-            _pop(ends)
-        if ends:
-            most = min(most, ends[0][0] - self.steps)
+        ends = self._ends
+        place = len(ends) - 1
+        while place >= 0 and ends[place].ends - self.steps < most:
+            most = min(most, _last_row(ends[place]) - self.steps)
+            place -= 1
         if most <= 0:
             return 0
         available = self._contexts.available
-        if len(tasks) * -(-most // self._block_size) <= available:
+        if len(self.members) * -(-most // self._block_size) <= available:
             return most
         low, high = 0, most
         while low < high:
@@ -224,10 +256,15 @@ class Lockstep:
         """Blocks that the room of the next `count` iterations takes."""
         size, phase = self._block_size, self._phase
         whole, rest = count // size, count % size
-        blocks = whole * len(self.tasks)
+        blocks = whole * len(self.members)
         if rest:
             place = -self._room % size  # the phases that take a block lie there and before, around the corner
             for _ in range(rest):
                 blocks += phase[place]
                 place = place - 1 if place else size - 1
         return blocks
+
+
+def _last_row(task: Task) -> int:
+    """The iteration with which the task reaches its max_gen_length, unless it ends before."""
+    return task.ends + task.max_gen - task.expected

@@ -41,7 +41,7 @@ def parse_criteria(value: str | None) -> Criteria | None:
         raise ParrotError("bad_criteria", f"criteria {value!r} is none of {known}", criteria=value) from None
 
 
-class SamplingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class SamplingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, gc=False):
     """How an output is sampled. Lengths are tokens; a null seed is drawn by the core's shell.
 
     `output_length` forces the exact number of generated tokens; only emulated and dummy-weight engines accept it. `stop_str`:

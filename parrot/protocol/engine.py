@@ -19,7 +19,7 @@ Name = Annotated[str, Meta(min_length=1)]
 Positive = Annotated[int, Meta(ge=1)]
 
 
-class TaskId(msgspec.Struct, frozen=True, array_like=True, order=True):
+class TaskId(msgspec.Struct, frozen=True, array_like=True, order=True, gc=False):
     """A completion task: its session, the call in it (from 0) and the output in the call (from 0)."""
 
     session_id: int

@@ -8,7 +8,7 @@ What runs where is the scheduler's affair (`scheduler.py`); this file is the fro
 from __future__ import annotations
 
 import math
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
@@ -26,18 +26,18 @@ from parrot.serve.engines import Engine
 from parrot.serve.events import AnyEvent, Content
 from parrot.serve.explanations import PlacementsAnswer
 from parrot.serve.fault import Fault
-from parrot.serve.gets import PendingGet, PendingGets
+from parrot.serve.gets import PendingGets
 from parrot.serve.graph import Call, Task, tasks_of
 from parrot.serve.rates import DrainRate
 from parrot.serve.reports import call_answer, input_failed, session_report
 from parrot.serve.scheduler import Scheduler
-from parrot.serve.sessions import IdleSessions, Session
+from parrot.serve.sessions import EndedSessions, IdleSessions, Session
 from parrot.serve.states import IN_FLIGHT, SESSION, TASK, VARIABLE
 from parrot.serve.submission import bind, check_form, check_room, check_variables
 from parrot.serve.tenants import Tenant
 from parrot.serve.variables import Variable
 
-#: How many ended sessions are remembered, so that a late call is told 410 and not 404.
+#: How many ended sessions are remembered at least, so that a late call is told 410 and not 404.
 REMEMBERED_SESSIONS = 65536
 
 #: After a failure in what time brings, or in placing, this long passes before the next try (seconds): its cause may stay.
@@ -63,8 +63,7 @@ class ServeCore:
         self.config = config
         self._effects: list[AnyEffect] = []
         self._sessions: dict[int, Session] = {}
-        self._ended: dict[int, str] = {}
-        self._ended_order: deque[int] = deque()  # those sessions, in the order of their end
+        self._ended = EndedSessions(REMEMBERED_SESSIONS)
         self._idle = IdleSessions(config.session_life_span)
         self._gets = PendingGets()
         self._opened: OrderedDict[str, tuple[int, float]] = OrderedDict()  # Idempotency-Key -> (session id, until)
@@ -174,7 +173,7 @@ class ServeCore:
 
     def recall_ended(self, session_id: int, state: str) -> None:
         """A session of an earlier life is over; late calls of it are told so."""
-        self._remember_ended(session_id, state)
+        self._ended.add(session_id, state)
 
     def _recall_end(self, event: ev.TaskFinished | ev.TaskGivenUp, t: float) -> None:
         session = self._sessions.get(event.task.session_id)
@@ -191,6 +190,14 @@ class ServeCore:
 
     def _refuse_journal_event(self, event: AnyEvent, now: float) -> None:
         raise ValueError(f"{type(event).__name__} is for recall alone")
+
+    def dissolve(self) -> None:
+        """Gives back what it holds, when it is of no use any more: compiled, no garbage collector looks for it."""
+        for session in list(self._sessions.values()):
+            self._end_session(session, "close", self._now)
+        for engine_id in list(self.engines):
+            self.scheduler.lose(engine_id, "the core is dissolved", self._now)
+        self._effects.clear()
 
     def take_faults(self) -> list[Fault]:
         """What went wrong inside since the last call: for a shell to log, for a test to find empty."""
@@ -236,7 +243,7 @@ class ServeCore:
     def contents(self) -> Iterator[Content]:
         """All contents that live sessions name, with repetitions."""
         for session in self._sessions.values():
-            for variable in session.variables.values():
+            for variable in session.all_variables:
                 if variable.content is not None:
                     yield variable.content
             for call in session.calls:
@@ -287,13 +294,11 @@ class ServeCore:
             raise ParrotError("unauthorized", f"session {session_id}: session_auth is missing")
         if auth != session.auth:
             raise ParrotError("forbidden", f"session {session_id}: session_auth is wrong")
-        session.last_access_s = now
-        if not session.watched:
-            self._idle.touch(session, now)
+        self._idle.touch(session, now)
         return session
 
     def _no_session(self, session_id: int) -> ParrotError:
-        ended = self._ended.get(session_id)
+        ended = self._ended.state_of(session_id)
         if ended is None:
             return ParrotError("not_found", f"there is no session {session_id}", session_id=session_id)
         return ParrotError(f"session_{ended}", f"session {session_id} is {ended}", session_id=session_id)
@@ -347,10 +352,10 @@ class ServeCore:
         session.state = SESSION[session.state, by]
         self._idle.remove(session)
         del self._sessions[session.id]
-        self._remember_ended(session.id, session.state)
+        self._ended.add(session.id, session.state)
         if session.waiting_gets:
             error = ErrorInfo(f"session_{session.state}", f"session {session.id} is {session.state}")
-            for variable in session.variables.values():
+            for variable in session.all_variables:
                 for request in self._gets.settle(session, variable):
                     self._effects.append(Reply(request, None, error))
         if session.unfinished:
@@ -364,13 +369,6 @@ class ServeCore:
             self.scheduler.engines.leave(call.lane)
         session.forget()
         self._effects.append(_SESSION_ENDED(session.id, session.state))
-
-    def _remember_ended(self, session_id: int, state: str) -> None:
-        if session_id not in self._ended:
-            self._ended_order.append(session_id)
-        self._ended[session_id] = state
-        if len(self._ended_order) > REMEMBERED_SESSIONS:
-            del self._ended[self._ended_order.popleft()]
 
     def _describe_session(self, event: ev.DescribeSession, now: float) -> None:
         session = self._sessions.get(event.session_id)
@@ -426,7 +424,7 @@ class ServeCore:
                 variable.content.key if variable.content is not None else None,
                 variable.error.message if variable.error is not None else None,
             )
-            for variable in session.variables.values()
+            for variable in session.all_variables
         ]
         self._effects.append(Reply(event.request, listed))
 
@@ -452,7 +450,7 @@ class ServeCore:
         failed = [task for task in variable.consumers or () if task.state == "waiting"]
         for task in failed:
             task.state = TASK[task.state, "fail"]
-            task.finished_s = now
+            task.finished_at = now
         self._idle.touch(session, now)
         return failed
 
@@ -474,7 +472,7 @@ class ServeCore:
         if deadline is not None:
             deadline += now
             self.due_at = min(self.due_at, deadline)
-        self._gets.add(event.request, session, variable, deadline, late)
+        self._gets.add(event.request, variable, deadline, late)
         self._idle.touch(session, now)
         if useless is not None or session.deadlines is not None:
             self._deadlines.fetched(session, variable, math.inf if useless is None else now + useless)
@@ -496,11 +494,11 @@ class ServeCore:
     def _cancel_get(self, event: ev.CancelGet, now: float) -> None:
         self._drop_get(event.request, now)
 
-    def _drop_get(self, request: int, now: float) -> PendingGet | None:
-        pending = self._gets.drop(request)
-        if pending is not None:
-            self._idle.touch(pending.session, now)
-        return pending
+    def _drop_get(self, request: int, now: float) -> Variable | None:
+        variable = self._gets.drop(request)
+        if variable is not None:
+            self._idle.touch(variable.session, now)
+        return variable
 
     # =============================================================================================== calls
 
@@ -576,7 +574,7 @@ class ServeCore:
         if failed is not None:
             assert failed.error is not None
             task.state = TASK[task.state, "fail"]
-            task.finished_s = now
+            task.finished_at = now
             self._task_failed(task, input_failed(failed, failed.error), now)
             return
         if task.call.session.deadlines is not None:
@@ -596,6 +594,7 @@ class ServeCore:
     def _enqueue(self, task: Task, now: float) -> None:
         session = task.call.session
         session.active += 1
+        self._idle.touch(session, now)
         self.scheduler.enqueue(task, now)
 
     # =============================================================================================== tasks end
@@ -614,7 +613,7 @@ class ServeCore:
         failed = [(task, error)]
         while failed:
             task, error = failed.pop()
-            if task.ready_s is not None:
+            if task.ready_at < math.inf:
                 session.active -= 1
             session.unfinished -= 1
             task.output.state = VARIABLE[task.output.state, "fail"]
@@ -643,11 +642,8 @@ class ServeCore:
         """The task that the event speaks of, if that attempt is the present one; stale events are dropped."""
         if event.epoch != self.scheduler.epoch:
             return None
-        task_id = event.task
-        session = self._sessions.get(task_id.session_id)
-        if session is None or (task := session.task(task_id)) is None:
-            return None
-        return task if task.attempt == event.attempt and task.state in IN_FLIGHT else None
+        task = self.scheduler.in_flight.get(event.task)
+        return task if task is not None and task.attempt == event.attempt else None
 
     def _task_started(self, event: ev.TaskStarted, now: float) -> None:
         if (task := self._in_flight(event)) is not None:
@@ -691,8 +687,8 @@ class ServeCore:
         faults = len(scheduler.faults)
         for task in self._deadlines.over(now):
             scheduler.contain(f"ending task {task.id}, whose deadline has passed", self._expire, task, now)
-        for request in self._gets.due(now):
-            scheduler.contain(f"ending get {request}", self._time_out, request, now)
+        for request, late in self._gets.due(now):
+            scheduler.contain(f"ending get {request}", self._time_out, request, late, now)
         deadline = self._idle.next_deadline()
         if deadline is not None and deadline <= now:
             for session in self._idle.expired(now):
@@ -711,11 +707,11 @@ class ServeCore:
             what = f"output {task.output.id!r} of call {task.call.number} was not ready by its deadline"
             self.scheduler.expire(task, ErrorInfo("deadline_exceeded", what), now)
 
-    def _time_out(self, request: int, now: float) -> None:
-        pending = self._drop_get(request, now)
-        if pending is not None:
-            code, by = ("deadline_exceeded", "by its deadline") if pending.late else ("timeout", "in time")
-            message = f"variable {pending.variable.id!r} was not ready {by}"
+    def _time_out(self, request: int, late: bool, now: float) -> None:
+        variable = self._drop_get(request, now)
+        if variable is not None:
+            code, by = ("deadline_exceeded", "by its deadline") if late else ("timeout", "in time")
+            message = f"variable {variable.id!r} was not ready {by}"
             self._effects.append(Reply(request, None, ErrorInfo(code, message)))
 
     def _restarted(self, event: ev.Restarted, now: float) -> None:

@@ -6,11 +6,10 @@ bookkeeping of what it dispatched, exact and fresh, never scraped from an engine
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator
 from itertools import islice
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final
 
 from mypy_extensions import mypyc_attr
@@ -29,12 +28,9 @@ KEPT_OPENED = 32
 LEAST_NOTED = 64  #: changes of loads that an index takes note of before it is sorted anew, or as many as it has engines
 
 # By names of this module's own that never change: the compiled module need not look them up.
-_bisect_left: Final = bisect_left
-_insort: Final = insort
-_map: Final = map
+_bisect_left: Final[Callable[..., int]] = bisect_left
+_bisect_right: Final[Callable[..., int]] = bisect_right
 
-_load_of: Callable[[tuple[Load, int, Engine]], Load] = itemgetter(0)
-_engine_of: Callable[[tuple[Load, int, Engine]], Engine] = itemgetter(2)
 _TASK_BITS: Final = 24  #: of a number of tasks on an engine
 _TOKEN_BITS: Final = 48  #: of tokens reserved there
 HARM_BITS = (_TASK_BITS, _TOKEN_BITS)  #: below the latency-bound tasks in `by_harm`
@@ -52,53 +48,48 @@ class Engine:
     - `prefill_tokens`: Σ new prompt of those tasks in flight whose first token has not come: what it has yet to compute;
     - `cached_tokens`: Σ tokens of the contexts that the core believes there, those that are being computed included.
 
-    `latency_tasks`: how many of its tasks were latency-sensitive when they were placed, or have become so since.
+    `tasks`: those in flight there; `running`: how many these are. `latency_tasks`: how many of its tasks were
+    latency-sensitive when they were placed, or have become so since.
     `reports_evictions`: whether it tells which contexts it gave up. If it does, the core's belief of what it holds is exact
     (but for what is on the way); if not, an estimate: that it keeps all it was given until the core lets go of it.
     `claimed`: the task that it is kept free for (`parrot.serve.claims`).
 
-    `tokenizer`, `bos_tokens`, `max_seq_len`, `tasks_capacity` and `tokens_capacity` are its description's: every placement
-    asks for them.
+    `name`, `tokenizer`, `bos_tokens`, `max_seq_len`, `tasks_capacity` and `tokens_capacity` are its description's: every
+    placement asks for them.
     """
 
     __slots__ = (
         "bos_tokens", "cached_tokens", "claimed", "contexts", "description", "failures", "id", "lanes", "latency_tasks",
-        "max_seq_len", "next_context_id", "prefill_tokens", "prompt_tokens", "reports_evictions", "reserved", "state",
-        "suspected_s", "tasks", "tasks_capacity", "tokenizer", "tokens_capacity", "version",
+        "max_seq_len", "name", "next_context_id", "prefill_tokens", "prompt_tokens", "reports_evictions", "reserved", "running",
+        "state", "suspected_s", "tasks", "tasks_capacity", "tokenizer", "tokens_capacity", "version",
     )  # fmt: skip
 
     def __init__(self, id: int, description: EngineDescription) -> None:
+        # What every placement asks for stands together.
         self.id = id
-        self.description = description
-        self.tokenizer = description.tokenizer
-        self.bos_tokens = description.bos_tokens
-        self.max_seq_len = description.max_seq_len
+        self.state = "live"
+        self.claimed: Task | None = None
+        self.running = 0
+        self.reserved = 0
         self.tasks_capacity = description.tasks_capacity
         self.tokens_capacity = description.tokens_capacity
-        self.state = "live"
-        self.tasks: dict[Task, None] = {}
-        self.contexts: dict[int, Context] = {}
-        self.reserved = 0
+        self.max_seq_len = description.max_seq_len
+        self.tokenizer = description.tokenizer
+        self.bos_tokens = description.bos_tokens
+        self.lanes: tuple[Lane, ...] = ()  # those that it serves
         self.prompt_tokens = 0
         self.prefill_tokens = 0
         self.cached_tokens = 0
         self.latency_tasks = 0
-        self.reports_evictions = description.engine_type != "openai"  # a remote endpoint says nothing of its cache
         self.version = 0
+        self.tasks: dict[Task, None] = {}
+        self.contexts: dict[int, Context] = {}
         self.next_context_id = 0
+        self.name = description.engine_name
         self.failures = 0
         self.suspected_s = -1.0
-        self.claimed: Task | None = None
-        self.lanes: tuple[Lane, ...] = ()  # those that it serves
-
-    @property
-    def name(self) -> str:
-        return self.description.engine_name
-
-    @property
-    def running(self) -> int:
-        """How many tasks are in flight there."""
-        return len(self.tasks)
+        self.description = description
+        self.reports_evictions = description.engine_type != "openai"  # a remote endpoint says nothing of its cache
 
     def new_context_id(self) -> int:
         self.next_context_id += 1
@@ -107,17 +98,17 @@ class Engine:
 
 def by_load(engine: Engine) -> Load:
     """Fewest reserved tokens, then fewest tasks."""
-    return engine.reserved << _TASK_BITS | len(engine.tasks)
+    return engine.reserved << _TASK_BITS | engine.running
 
 
 def by_harm(engine: Engine) -> Load:
     """Fewest latency-bound tasks, then fewest reserved tokens."""
-    return (engine.latency_tasks << _TOKEN_BITS | engine.reserved) << _TASK_BITS | len(engine.tasks)
+    return (engine.latency_tasks << _TOKEN_BITS | engine.reserved) << _TASK_BITS | engine.running
 
 
 def by_tasks(engine: Engine) -> Load:
     """Fewest tasks, then fewest reserved tokens."""
-    return len(engine.tasks) << _TOKEN_BITS | engine.reserved
+    return engine.running << _TOKEN_BITS | engine.reserved
 
 
 def by_id(engine: Engine) -> Load:
@@ -128,7 +119,7 @@ def by_id(engine: Engine) -> Load:
 def by_room(engine: Engine) -> Load:
     """Most room first: idle engines, then those with the most tokens left (minus so many), last those with no place for one
     more task. `EngineIndex.up_to(-tokens)` counts those that take a task with so many tokens."""
-    running = len(engine.tasks)
+    running = engine.running
     if not running:
         return -1 << _TOKEN_BITS  # one task alone always has room
     if running >= engine.tasks_capacity:
@@ -137,7 +128,7 @@ def by_room(engine: Engine) -> Load:
 
 
 class EngineIndex:
-    """Engines sorted by a key of their load: O(log n) to find a place.
+    """Engines sorted by a key of their load, ties by id: O(log n) to find a place.
 
     A change of a load is taken note of, and takes effect when somebody asks: so an engine moves once, however often its load
     has changed, and an index that nobody asks costs nothing but a note. After more notes than it has engines, it is sorted
@@ -146,109 +137,129 @@ class EngineIndex:
 
     def __init__(self, key: Callable[[Engine], Load]) -> None:
         self._key = key
-        self._sorted: list[tuple[Load, int, Engine]] = []
-        self._of: dict[int, tuple[Load, int, Engine]] = {}
+        self._loads: list[Load] = []  # sorted
+        self._engines: list[Engine] = []  # whose loads these are, side by side: a search looks at numbers alone
+        self._load_of: dict[int, Load] = {}  # engine id -> the load by which it stands there
+        self._by_id: dict[int, Engine] = {}
         self._noted: list[Engine] = []  # whose load may be another one since anybody asked
         self._outdated = False  # too many to take note of
 
     def add(self, engine: Engine) -> None:
-        entry = self._of[engine.id] = (self._key(engine), engine.id, engine)
-        insort(self._sorted, entry)
+        self._by_id[engine.id] = engine
+        self._insert(engine, self._key(engine))
 
     def remove(self, engine: Engine) -> None:
-        entry = self._of.pop(engine.id, None)
-        if entry is not None:
-            del self._sorted[bisect_left(self._sorted, entry)]
+        if self._by_id.pop(engine.id, None) is not None:
+            self._take_out(engine, self._load_of.pop(engine.id))
 
     def update(self, engine: Engine) -> None:
         """Its load may be another one now."""
         if not self._outdated:
             noted = self._noted
             noted.append(engine)
-            if len(noted) > LEAST_NOTED and len(noted) > len(self._sorted):
+            if len(noted) > LEAST_NOTED and len(noted) > len(self._engines):
                 noted.clear()
                 self._outdated = True
 
-    def _entries(self) -> list[tuple[Load, int, Engine]]:
-        """What there is, sorted by the loads of now."""
+    def _settle(self) -> None:
+        """Sorts by the loads of now."""
         if self._noted:
             for engine in self._noted:
-                self._move(engine)
+                known = self._load_of.get(engine.id)
+                if known is not None and (load := self._key(engine)) != known:
+                    self._take_out(engine, known)
+                    self._insert(engine, load)
             self._noted.clear()
         elif self._outdated:
-            key, of = self._key, self._of
-            for _, engine_id, engine in self._sorted:
-                of[engine_id] = (key(engine), engine_id, engine)
-            self._sorted[:] = sorted(of.values())
+            key, engines = self._key, self._engines
+            found = sorted([(key(engine), engine.id, engine) for engine in engines])
+            self._load_of = {engine_id: load for load, engine_id, _ in found}
+            engines[:] = [engine for _, _, engine in found]
+            self._loads = [load for load, _, _ in found]
             self._outdated = False
-        return self._sorted
 
-    def _move(self, engine: Engine) -> None:
-        old = self._of.get(engine.id)
-        if old is None:
-            return
-        load = self._key(engine)
-        if load != old[0]:
-            entries = self._sorted
-            new = self._of[engine.id] = (load, engine.id, engine)
-            place = _bisect_left(entries, old)
-            del entries[place]
-            if load > old[0]:
-                _insort(entries, new, place)
+    def _insert(self, engine: Engine, load: Load) -> None:
+        place = _bisect_left(self._loads, load)
+        if place < len(self._loads) and self._loads[place] == load:
+            place = self._place_among_equals(load, place, engine.id)
+        self._loads.insert(place, load)
+        self._engines.insert(place, engine)
+        self._load_of[engine.id] = load
+
+    def _take_out(self, engine: Engine, load: Load) -> None:
+        place = _bisect_left(self._loads, load)
+        if self._engines[place] is not engine:
+            place = self._place_among_equals(load, place, engine.id)
+        del self._loads[place]
+        del self._engines[place]
+
+    def _place_among_equals(self, load: Load, first: int, engine_id: int) -> int:
+        """Where the engine of that id stands, or would, among those of one load. `first`: where these begin."""
+        engines, end = self._engines, _bisect_right(self._loads, load, first)
+        while first < end:
+            middle = (first + end) // 2
+            if engines[middle].id < engine_id:
+                first = middle + 1
             else:
-                _insort(entries, new, 0, place)
+                end = middle
+        return first
 
     def __iter__(self) -> Iterator[Engine]:
         """From the least to the most loaded. Do not change a load while iterating; place, then ask again."""
-        return _map(_engine_of, self._entries())  # a generator left after its first engine costs more than what is asked of it
+        self._settle()
+        return iter(self._engines)
 
     def first(self) -> Engine | None:
         """The least loaded one."""
-        entries = self._entries()
-        return entries[0][2] if entries else None
+        self._settle()
+        return self._engines[0] if self._engines else None
 
     def last(self) -> Engine | None:
         """The most loaded one."""
-        entries = self._entries()
-        return entries[-1][2] if entries else None
+        self._settle()
+        return self._engines[-1] if self._engines else None
 
     def at(self, place: int) -> Engine:
         """The one at that place, from 0, the least loaded."""
-        return self._entries()[place][2]
+        self._settle()
+        return self._engines[place]
 
     def among(self, ids: Collection[int]) -> Iterator[Engine]:
         """Those with these ids, from the least to the most loaded. Few are looked up, many are met on the way: O(ids), O(n)."""
-        entries = self._entries()
-        if 16 * len(ids) <= len(entries):
-            of = self._of
-            return map(_engine_of, sorted([of[engine_id] for engine_id in ids if engine_id in of]))
-        return _met(entries, ids)
+        self._settle()
+        if 16 * len(ids) <= len(self._engines):
+            load_of, by_id = self._load_of, self._by_id
+            found = sorted([(load_of[engine_id], engine_id) for engine_id in ids if engine_id in by_id])
+            return iter([by_id[engine_id] for _, engine_id in found])
+        return _met(self._engines, ids)
 
     def without(self, ids: Collection[int]) -> Iterator[Engine]:
         """Those with other ids, from the least to the most loaded."""
-        for entry in self._entries():
-            if entry[1] not in ids:
-                yield entry[2]
+        self._settle()
+        for engine in self._engines:
+            if engine.id not in ids:
+                yield engine
 
     def up_to(self, load: Load) -> int:
         """How many have at most that load."""
-        return bisect_right(self._entries(), load, key=_load_of)
+        self._settle()
+        return _bisect_right(self._loads, load)
 
     def after(self, load: Load) -> Iterator[Engine]:
         """All of them, first those with more than that load; then, from the beginning, the others."""
         place = self.up_to(load)
-        entries = self._sorted
-        for number in range(place - len(entries), place):  # which counts from −len, then from 0
-            yield entries[number][2]
+        engines = self._engines
+        for number in range(place - len(engines), place):  # which counts from −len, then from 0
+            yield engines[number]
 
     def __len__(self) -> int:
-        return len(self._sorted)
+        return len(self._engines)
 
 
-def _met(entries: list[tuple[Load, int, Engine]], ids: Collection[int]) -> Iterator[Engine]:
-    for entry in entries:
-        if entry[1] in ids:
-            yield entry[2]
+def _met(engines: list[Engine], ids: Collection[int]) -> Iterator[Engine]:
+    for engine in engines:
+        if engine.id in ids:
+            yield engine
 
 
 @mypyc_attr(native_class=False)  # compiled classes know no weak references

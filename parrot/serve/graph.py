@@ -33,12 +33,15 @@ _CONSTANT: Final = Constant
 _OUTPUT: Final = Output
 _TASK_ID: Final = TaskId
 
+NEVER: Final = math.inf  #: a time that has not come
+
 
 def latency_bound(criteria: Criteria | None) -> bool:
     """Whether all that leads to an output which is wanted so delays what is wanted: its latency, or its first token."""
     return criteria is _LATENCY or criteria is _TTFT
 
 
+@mypyc_attr(acyclic=True)  # `Session.forget` breaks its cycles
 class Call:
     """A submitted semantic call. `variables`: one for each segment, None for constants. `until_s`: its outputs are worthless
     after that; inf: never."""
@@ -71,7 +74,7 @@ class Call:
         self.fuse_fill = fuse_fill
         self.submitted_s = submitted_s
         self.until_s = until_s
-        self.tasks: list[Task] = []
+        self.tasks: tuple[Task, ...] = ()
 
     @property
     def state(self) -> str:
@@ -83,6 +86,7 @@ class Call:
         return "finished"
 
 
+@mypyc_attr(acyclic=True)  # `Session.forget` breaks its cycles
 class Group:
     """A task group: the tasks of one stage, which run in parallel and matter as a whole. `root`: the fetched output's task
     that they lead to, `depth` tasks from here. `members`: two or more, ended ones included, in no order that means anything;
@@ -121,6 +125,7 @@ class Link:
         self.role = role
 
 
+@mypyc_attr(acyclic=True)  # `Session.forget` breaks its cycles
 class Task:
     """A completion task: fills, then one generate. It is also the view of itself that policies read.
 
@@ -135,26 +140,37 @@ class Task:
 
     __slots__ = (
         "activated", "aim", "alone", "attempt", "begin", "cached_tokens", "call", "charged", "contexts", "cost",
-        "counted_latency", "criteria", "deadline_s", "decode_s", "depth", "dispatched_s", "end", "engine", "engine_name",
-        "finished_s", "first_token_s", "granted", "group", "held", "id", "lends", "level", "links", "max_gap_s",
+        "counted_latency", "criteria", "deadline_s", "decode_s", "depth", "dispatched_at", "end", "engine", "engine_name",
+        "finished_at", "first_token_at", "granted", "group", "held", "id", "lends", "level", "links", "max_gap_s",
         "max_gen_length", "missing", "order", "output", "output_tokens", "path", "path_s", "pinned", "placed_tokens",
-        "prompt_tokens", "rank", "ready_s", "reason", "refusals", "reserved", "sampling", "sequence", "sources", "stage",
-        "started_s", "state", "tokens", "touched", "tries", "wanted_until_s",
+        "prompt_tokens", "rank", "ready_at", "reason", "refusals", "reserved", "sampling", "sequence", "sources", "stage",
+        "started_at", "state", "tokens", "touched", "tries", "wanted_until_s",
     )  # fmt: skip
 
     def __init__(self, id: TaskId, call: Call, begin: int, end: int, output: Variable, sampling: SamplingConfig) -> None:
-        self.id = id
-        self.call = call
-        self.begin = begin
-        self.end = end
-        self.output = output
-        self.sampling = sampling
-        self.max_gen_length: int = sampling.max_gen_length
-        self.missing = 0  # inputs that are not ready
+        # What an event of an engine looks at stands together: a task that runs has long left the processor's cache.
         self.state = "waiting"
         self.attempt = 0
-        self.tries = 0  # attempts that count towards max_attempts
+        self.call = call
+        self.output = output
+        self.engine: Engine | None = None  # while it is in flight, as the next four
+        self.contexts: tuple[Context, ...] | None = None
+        self.reserved = 0
+        self.placed_tokens = 0  # its whole prompt there, by the core's count
+        self.counted_latency = False  # whether its engine counts it among its latency-bound tasks
         self.activated = False
+        self.held = False  # for want of its tenant's tokens: it waits beside the queue
+        self.lends = False  # for deduction, as from `rank` on
+        self.pinned = False
+        self.max_gen_length: int = sampling.max_gen_length
+        self.started_at = NEVER
+        self.first_token_at = NEVER
+        self.id = id
+        self.sampling = sampling
+        self.begin = begin
+        self.end = end
+        self.missing = 0  # inputs that are not ready
+        self.tries = 0  # attempts that count towards max_attempts
         self.criteria: Criteria | None = None
         self.depth = 0
         self.group: Group | None = None
@@ -166,33 +182,23 @@ class Task:
         self.aim: Task | None = None  # the fetched task that its stage leads to; None: itself
         self.level = 0  # the longest way there, in tasks
         self.stage: tuple[Task, int] | None = None  # (aim, level) as it is entered in its session's stages
-        self.alone = 0  # how many latency-sensitive tasks wait for it and nothing else
-        self.lends = False  # whether it is one of those to its only source
-        self.pinned = False  # was latency-sensitive before a get that brought it into a group
-        self.touched = 0
-        # from the moment it is queued
+        self.alone = 0  # how many latency-sensitive tasks wait for it and nothing else; `lends`: it is one of those to its only
+        self.touched = 0  # source; `pinned`: was latency-sensitive before a get that brought it into a group
+        # while it is queued
         self.sequence = 0
         self.order: Any = None
         self.links: list[Link] | None = None
         self.path: list[PrefixNode] | None = None
         self.tokens: dict[str, int] | None = None  # prompt length by tokenizer
+        # from then on
         self.refusals: dict[int, int] | None = None  # engine id -> its capacity version then; -1: never again
         self.granted = 0  # tokens that count against its tenant's max_tokens_in_flight
         self.charged = 0  # tokens that count against its tokens_per_minute until it is known what it used
-        self.held = False  # for want of those: it waits beside the queue
-        # while it is in flight
-        self.engine: Engine | None = None
-        self.contexts: list[Context] | None = None
-        self.reserved = 0
-        self.placed_tokens = 0  # its whole prompt there, by the core's count
-        self.counted_latency = False  # whether its engine counts it among its latency-bound tasks
         # its life, for reports
         self.engine_name: str | None = None
-        self.ready_s: float | None = None
-        self.dispatched_s: float | None = None
-        self.started_s: float | None = None
-        self.first_token_s: float | None = None
-        self.finished_s: float | None = None
+        self.ready_at = NEVER
+        self.dispatched_at = NEVER
+        self.finished_at = NEVER
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.output_tokens = 0
@@ -201,6 +207,28 @@ class Task:
         self.cost = 0.0
         self.reason = ""
         self.path_s = 0.0  # service along the longest path that led to it, its own included once it ends (`Service`)
+
+    # Times as policies and reports see them. What changes them knows the fields: a number there is no object of its own.
+
+    @property
+    def ready_s(self) -> float | None:
+        return None if self.ready_at == NEVER else self.ready_at
+
+    @property
+    def dispatched_s(self) -> float | None:
+        return None if self.dispatched_at == NEVER else self.dispatched_at
+
+    @property
+    def started_s(self) -> float | None:
+        return None if self.started_at == NEVER else self.started_at
+
+    @property
+    def first_token_s(self) -> float | None:
+        return None if self.first_token_at == NEVER else self.first_token_at
+
+    @property
+    def finished_s(self) -> float | None:
+        return None if self.finished_at == NEVER else self.finished_at
 
     @property
     def ended(self) -> bool:
@@ -271,7 +299,7 @@ class Task:
         return found
 
 
-def tasks_of(call: Call) -> list[Task]:
+def tasks_of(call: Call) -> tuple[Task, ...]:
     """One completion task for each output of the call, each continuing the one before."""
     tasks: list[Task] = []
     begin = 0
@@ -282,7 +310,7 @@ def tasks_of(call: Call) -> list[Task]:
             task_id = _TASK_ID(call.session.id, call.number, len(tasks))
             tasks.append(Task(task_id, call, begin, index + 1, output, segment.sampling))
             begin = index + 1
-    return tasks
+    return tuple(tasks)
 
 
 def chain_of(task: Task) -> list[Link]:

@@ -47,7 +47,7 @@ def session_report(session: Session, now: float, calls: bool, numbers: tuple[int
         state = call.state
         call_states[state] = call_states.get(state, 0) + 1
     variable_states: dict[str, int] = {}
-    for variable in session.variables.values():
+    for variable in session.all_variables:
         variable_states[variable.state] = variable_states.get(variable.state, 0) + 1
     return SessionReport(
         session_id=session.id,

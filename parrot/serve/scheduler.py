@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Final
 
-from parrot.protocol.engine import EngineDescription
+from parrot.protocol.engine import EngineDescription, TaskId
 from parrot.protocol.errors import ErrorInfo
 from parrot.serve.claims import Claims
 from parrot.serve.config import ServeCoreConfig
@@ -23,7 +23,7 @@ from parrot.serve.engines import Engine, Engines, Lane
 from parrot.serve.events import Constant, Content, TaskFailed, TaskFinished
 from parrot.serve.explanations import Explanations
 from parrot.serve.fault import Fault
-from parrot.serve.graph import Task, chain_of
+from parrot.serve.graph import NEVER, Task, chain_of
 from parrot.serve.pauses import Pauses
 from parrot.serve.policies import build_policy
 from parrot.serve.policies.base import Cluster, Placement, Policy, admits, length_of, prompt_tokens, too_large
@@ -78,6 +78,7 @@ class Scheduler:
         self.changed = False  # whether the policy has anything new to act on
         self.event = 0  # the place in its instant of the event that is being handled
         self._sequence = 0
+        self.in_flight: dict[TaskId, Task] = {}  #: all tasks that engines have
         self._stranded: OrderedDict[Task, float] = OrderedDict()  # no engine of their lane is live -> deadline
         self._pauses = Pauses(self.engines.live)
         self._drain = DrainRate()
@@ -95,14 +96,16 @@ class Scheduler:
             task.links = chain_of(task)
             if not task.links:
                 # An engine needs something to begin from; the template held nothing but empty values.
-                task.ready_s = now
+                task.ready_at = now
                 self._end_failed(task, ErrorInfo("bad_template", f"call {call.number}: its prompt is empty"), now)
                 return
-            task.path = self.prefixes.path(task.links, call.session.domain, _head_is_common(task))
-        if task.ready_s is None:
+            kept, task.path = task.path, self.prefixes.path(task.links, call.session.domain, _head_is_common(task))
+            if kept:
+                self.prefixes.leave(kept)
+        if task.ready_at == NEVER:
             self._sequence += 1
             task.sequence = self._sequence
-            task.ready_s = now
+            task.ready_at = now
             task.state = _ENQUEUE[task.state]
             if self.service is not None:
                 self.service.queued(task)
@@ -127,7 +130,7 @@ class Scheduler:
         else:
             self._abort(task, now)
         task.state = TASK[task.state, "cancel"]
-        task.finished_s = now
+        task.finished_at = now
         self._forget(task)
 
     def expire(self, task: Task, error: ErrorInfo, now: float) -> None:
@@ -211,13 +214,23 @@ class Scheduler:
 
     def _forget(self, task: Task) -> None:
         """Drops what only a task that may still run needs."""
-        if task.path:
-            self.prefixes.leave(task.path)
+        self._forget_prompt(task)
         if task.granted:
             self.tenants.give_back(task)
         if self.tenants.held:
             self._let_in(task.call.session.account)
-        task.path = task.links = task.tokens = task.refusals = task.contexts = task.engine = None
+        task.refusals = task.contexts = task.engine = None
+
+    def _forget_prompt(self, task: Task) -> None:
+        """Drops what only a task that waits for an engine needs."""
+        if task.path:
+            self.prefixes.leave(task.path)
+        task.path = task.links = task.tokens = None
+
+    def _remember_prefixes(self, task: Task) -> None:
+        """Another attempt may follow: its prefixes stay the same ones, even if nothing else needs them meanwhile."""
+        if task.contexts is not None:
+            task.path = self.prefixes.held([context.node for context in task.contexts if context.node is not None])
 
     def _fail(self, task: Task, error: ErrorInfo, now: float) -> None:
         if task.state == "queued":
@@ -227,7 +240,7 @@ class Scheduler:
 
     def _end_failed(self, task: Task, error: ErrorInfo, now: float) -> None:
         task.state = TASK[task.state, "fail"]
-        task.finished_s = now
+        task.finished_at = now
         if task.charged:
             task.call.session.account.settle(task, 0, now)
         self._forget(task)
@@ -288,15 +301,12 @@ class Scheduler:
         task.tries += 1
         task.engine = engine
         task.engine_name = engine.name
-        task.dispatched_s = now
-        owner = self._owner(task)
-        chain, parent, cached_links, new_tokens = self._hold_chain(task, engine, owner)
-        generate = Context(engine.new_context_id(), engine, None, 0, owner)
-        engine.contexts[generate.id] = generate
-        assert task.contexts is not None
-        task.contexts.append(generate)
+        task.dispatched_at = now
+        chain, parent, cached_links, new_tokens, generate_id = self._hold_chain(task, engine, self._owner(task))
         task.reserved = new_tokens + task.max_gen_length
         engine.tasks[task] = None
+        self.in_flight[task.id] = task
+        engine.running += 1
         engine.reserved += task.reserved
         engine.prompt_tokens += task.placed_tokens
         engine.prefill_tokens += new_tokens
@@ -316,28 +326,32 @@ class Scheduler:
                 chain,
                 parent,
                 cached_links,
-                generate.id,
+                generate_id,
                 task.sampling,
                 task.output.id,
                 _roles(task),
             )
         )
+        self._forget_prompt(task)  # the contexts know its prefixes from now on
 
-    def _hold_chain(self, task: Task, engine: Engine, owner: Session | None) -> tuple[tuple[ChainLink, ...], int, int, int]:
-        """Finds or makes a context for each link of the task's chain. Returns the chain, the parent hint, the number
-        of links behind that hint, and the tokens that no context holds yet."""
+    def _hold_chain(
+        self, task: Task, engine: Engine, owner: Session | None
+    ) -> tuple[tuple[ChainLink, ...], int, int, int, int]:
+        """Finds or makes a context for each link of the task's chain, and makes one for its output. Returns the chain, the
+        parent hint, the number of links behind that hint, the tokens that no context holds yet, and the id of the output's
+        context."""
         assert task.path is not None
         assert task.links is not None
         tokenizer = engine.tokenizer
         chain: list[ChainLink] = []
         contexts: list[Context] = []
         new_tokens, whole, parent, cached_links = 0, 0, -1, 0
-        engine_id, prefixes = engine.id, self.prefixes
+        prefixes = self.prefixes
         bos_tokens = engine.bos_tokens
         for depth, node in enumerate(task.path):
             link = task.links[depth]
             contents = link.contents
-            context = node.contexts.get(engine_id) if node.contexts else None
+            context = node.context_on(engine)
             if context is None:
                 tokens = 0 if depth else bos_tokens
                 for content in contents:
@@ -354,9 +368,12 @@ class Scheduler:
             whole += context.tokens
             keys = (contents[0].key,) if len(contents) == 1 else tuple([c.key for c in contents])
             chain.append(_CHAIN_LINK(context.id, keys, context.tokens, link.output))
-        task.contexts = contexts
+        generate = Context(engine.new_context_id(), engine, None, 0, owner)
+        engine.contexts[generate.id] = generate
+        contexts.append(generate)
+        task.contexts = tuple(contexts)
         task.placed_tokens = whole
-        return tuple(chain), parent, cached_links, new_tokens
+        return tuple(chain), parent, cached_links, new_tokens, generate.id
 
     @staticmethod
     def _owner(task: Task) -> Session | None:
@@ -394,6 +411,7 @@ class Scheduler:
             self._pauses.forget(engine.id)
             self.freed.pop(engine.id, None)
             for task in list(engine.tasks):
+                self._remember_prefixes(task)
                 self._release(task, now)
                 lost.append((task, engine))
             for context in list(engine.contexts.values()):
@@ -432,16 +450,16 @@ class Scheduler:
     def started(self, task: Task, cached_tokens: int, now: float) -> None:
         if task.state == "dispatched":
             task.state = _START[task.state]
-            task.started_s = now
+            task.started_at = now
             task.cached_tokens = cached_tokens
 
     def first_token(self, task: Task, now: float) -> None:
         """Its whole prompt is computed: its contexts are there for others to continue."""
         if task.state == "dispatched":
             task.state = _START[task.state]
-            task.started_s = now
-        if task.first_token_s is None:
-            task.first_token_s = now
+            task.started_at = now
+        if task.first_token_at == NEVER:
+            task.first_token_at = now
             engine = task.engine
             assert engine is not None
             engine.prefill_tokens -= task.reserved - task.max_gen_length
@@ -450,10 +468,10 @@ class Scheduler:
                 context.filled = True
 
     def finish(self, task: Task, event: TaskFinished, now: float) -> None:
-        engine, contexts, path = task.engine, task.contexts, task.path
+        engine, contexts = task.engine, task.contexts
         assert engine is not None
         assert contexts is not None
-        if task.first_token_s is None:
+        if task.first_token_at == NEVER:
             self.first_token(task, now)
         for context in contexts:
             context.filled = True  # what was evicted since the first token is computed again
@@ -464,7 +482,7 @@ class Scheduler:
         engine.cached_tokens += output_tokens
         generated.filled = True
         if output_tokens == 0 or not self.prefixes.attach_output(
-            generated, path[-1] if path else None, event.content.key, task.call.session.domain
+            generated, contexts[-2].node if len(contexts) > 1 else None, event.content.key, task.call.session.domain
         ):
             self._free(generated)
         if self.service is not None:
@@ -490,7 +508,7 @@ class Scheduler:
         task.decode_s, task.max_gap_s = event.decode_s, event.max_gap_s
         task.cost = event.cost
         task.reason = event.reason
-        task.finished_s = now
+        task.finished_at = now
         if task.charged:
             task.call.session.account.settle(task, event.prompt_tokens + event.output_tokens, now)
         self._forget(task)
@@ -500,6 +518,7 @@ class Scheduler:
     def fail(self, task: Task, event: TaskFailed, now: float) -> None:
         engine = task.engine
         assert engine is not None
+        self._remember_prefixes(task)
         self._release(task, now)
         if event.code == "task_too_large":
             # Another engine may be larger; this one is never asked again.
@@ -509,8 +528,7 @@ class Scheduler:
                 self._again(task, event.code, event.message, now)
                 return
         elif event.retryable:
-            assert task.dispatched_s is not None
-            self._pauses.suspect(engine, task.dispatched_s, now)
+            self._pauses.suspect(engine, task.dispatched_at, now)
             if self.claims is not None and engine.state != "live":
                 self.claims.without(engine)
             self._again(task, event.code, event.message, now)
@@ -522,6 +540,7 @@ class Scheduler:
         nothing of ours is in flight there, no event will tell, so that it is asked again a little later."""
         engine = task.engine
         assert engine is not None
+        self._remember_prefixes(task)
         self._release(task, now, more_room=False)  # it has none, so that nobody else need ask
         task.refusals = {**(task.refusals or {}), engine.id: engine.version}
         if not engine.tasks:
@@ -553,7 +572,7 @@ class Scheduler:
             self._end_failed(task, ErrorInfo(code, f"{message} (attempt {task.tries} of {self._config.max_attempts})"), now)
             return
         task.state = TASK[task.state, "retry"]
-        task.dispatched_s = task.started_s = task.first_token_s = None
+        task.dispatched_at = task.started_at = task.first_token_at = NEVER
         self.enqueue(task, now)
 
     # ------------------------------------------------------------------------------------------- contexts
@@ -565,9 +584,11 @@ class Scheduler:
         assert engine is not None
         assert contexts is not None
         del engine.tasks[task]
+        del self.in_flight[task.id]
+        engine.running -= 1
         engine.reserved -= task.reserved
         engine.prompt_tokens -= task.placed_tokens
-        if task.first_token_s is None:
+        if task.first_token_at == NEVER:
             engine.prefill_tokens -= task.reserved - task.max_gen_length
         engine.latency_tasks -= task.counted_latency
         if self.service is not None:
@@ -596,13 +617,13 @@ class Scheduler:
             self.service.ended(session)
 
     def _free_retained(self, contexts: list[Context]) -> None:
-        engines: dict[Engine, None] = {}
+        changed: Engine | None = None
         for context in contexts:
             if context.state == "retained":
                 self._free(context)
-                engines[context.engine] = None
-        for engine in engines:
-            self.engines.load_changed(engine)
+                if context.engine is not changed:
+                    changed = context.engine
+                    self.engines.load_changed(changed)
 
     def flush_freed(self) -> None:
         """One effect an engine for all that was freed in this instant."""

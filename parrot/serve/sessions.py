@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from heapq import heapify, heappop, heappush, heapreplace
 from typing import Any
+
+from mypy_extensions import mypyc_attr
 
 from parrot.protocol.engine import TaskId
 from parrot.protocol.errors import ParrotError
-from parrot.serve.contexts import Context
+from parrot.serve.contexts import Line
 from parrot.serve.deadlines import Want
 from parrot.serve.graph import Call, Group, Task
 from parrot.serve.tenants import Tenant
 from parrot.serve.variables import Variable
 
 
+@mypyc_attr(acyclic=True)  # `forget` breaks its cycles
 class Session:
     """One session. `account`: what its tenant may have. `sequence`: the order of arrival. `domain`: whom it shares contexts
     with. `ephemeral`: it ends with the core's life at the latest.
@@ -23,9 +25,9 @@ class Session:
     """
 
     __slots__ = (
-        "account", "active", "answers", "auth", "calls", "contexts", "deadlines", "domain", "ephemeral", "id", "last_access_s",
-        "opened_s",
-        "sequence", "stages", "state", "tenant", "top_rank", "unfinished", "variables", "waiting_gets", "watched",
+        "account", "active", "all_variables", "answers", "auth", "calls", "contexts", "deadlines", "domain", "ephemeral", "id",
+        "idle", "last_access_s", "newer", "older", "opened_s", "sequence", "stages", "state", "tenant", "top_rank",
+        "unfinished", "waiting_gets",
     )  # fmt: skip
 
     def __init__(
@@ -40,34 +42,47 @@ class Session:
         self.opened_s = now
         self.last_access_s = now
         self.state = "open"
-        self.variables: dict[str, Variable] = {}
+        self.all_variables: list[Variable] = []  # in the order of their ids, v0, v1 …
         self.calls: list[Call] = []
         self.unfinished = 0
         self.active = 0  # tasks that are queued or in flight
         self.waiting_gets = 0
         self.answers: dict[tuple[type, str], Any] | None = None  # (kind, Idempotency-Key) -> the first answer's payload
-        self.contexts: dict[Context, None] | None = None  # those that only this session can share
+        self.contexts: Line | None = None  # those that only this session can share
         self.stages: dict[tuple[Task, int], Task | Group] | None = None  # a stage's group, or its only task
         self.top_rank = 0  # the highest of its tasks' ranks
         self.deadlines: dict[Variable, Want] | None = None  # of fetched variables, once anybody has named one
-        self.watched = False  # whether IdleSessions has it
+        # For IdleSessions alone: whether it has the session, and the neighbours of the session there.
+        self.idle = False
+        self.older: Session | None = None
+        self.newer: Session | None = None
         self.domain = f"tenant:{tenant}" if tenant else f"session:{id}"
 
     @property
     def busy(self) -> bool:
         return self.active > 0 or self.waiting_gets > 0
 
+    @property
+    def variables(self) -> dict[str, Variable]:
+        """By id, in the order in which they were made. Made anew for each who asks."""
+        return {variable.id: variable for variable in self.all_variables}
+
     def new_variable(self, name: str) -> Variable:
-        variable = Variable(f"v{len(self.variables)}", name)
-        self.variables[variable.id] = variable
+        variable = Variable(self, f"v{len(self.all_variables)}", name)
+        self.all_variables.append(variable)
         return variable
 
     def variable(self, var_id: str) -> Variable:
         """Raises not_found."""
-        variable = self.variables.get(var_id)
-        if variable is None:
-            raise ParrotError("not_found", f"session {self.id} has no variable {var_id!r}", var_id=var_id)
-        return variable
+        try:
+            number = int(var_id[1:])  # which reads more than the core writes
+        except ValueError:
+            number = -1
+        if 0 <= number < len(self.all_variables):
+            variable = self.all_variables[number]
+            if variable.id == var_id:
+                return variable
+        raise ParrotError("not_found", f"session {self.id} has no variable {var_id!r}", var_id=var_id)
 
     def task(self, task_id: TaskId) -> Task | None:
         """The task of that id, if there is one."""
@@ -84,11 +99,11 @@ class Session:
         for call in self.calls:
             for task in call.tasks:
                 task.sources = None
-            call.tasks.clear()
+            call.tasks = ()
         self.calls.clear()
-        for variable in self.variables.values():
+        for variable in self.all_variables:
             variable.producer = variable.consumers = None
-        self.variables.clear()
+        self.all_variables.clear()
         for stage in self.stages.values() if self.stages is not None else ():
             if isinstance(stage, Group):
                 stage.members.clear()
@@ -96,58 +111,82 @@ class Session:
 
 
 class IdleSessions:
-    """Which sessions expire when. `touch` is on the way of every event, so that it only notes the time: a session stands in
-    the heap once at most, under a time that may have passed since, and may be busy. Who comes to the top is looked at again.
-    """
+    """Which sessions expire when: the idle ones, and no others, in a line by their last access."""
 
     def __init__(self, life_span_s: float) -> None:
         self._life_span_s = life_span_s
-        self._heap: list[tuple[float, int, Session]] = []  # an access, the session's sequence, the session
-        self._ended = 0  # entries of sessions that have ended
+        self._oldest: Session | None = None
+        self._newest: Session | None = None
 
     def touch(self, session: Session, now: float) -> None:
-        """The session was accessed, or its work has just ended."""
+        """The session was accessed, or its work has begun or ended."""
         session.last_access_s = now
-        if not session.watched:
-            session.watched = True
-            heappush(self._heap, (now, session.sequence, session))
+        if session.active > 0 or session.waiting_gets > 0:
+            self.remove(session)
+        elif session is not self._newest:
+            self.remove(session)
+            newest = self._newest
+            session.idle = True
+            session.older = newest
+            if newest is None:
+                self._oldest = session
+            else:
+                newest.newer = session
+            self._newest = session
 
     def remove(self, session: Session) -> None:
-        """The session has ended."""
-        if session.watched:
-            self._ended += 1
-            if self._ended > 64 + len(self._heap) // 2:
-                self._heap = [entry for entry in self._heap if entry[2].state == "open"]
-                heapify(self._heap)
-                self._ended = 0
+        """The session has ended, or is not idle."""
+        if not session.idle:
+            return
+        older, newer = session.older, session.newer
+        if older is None:
+            self._oldest = newer
+        else:
+            older.newer = newer
+        if newer is None:
+            self._newest = older
+        else:
+            newer.older = older
+        session.idle = False
+        session.older = session.newer = None
 
     def next_deadline(self) -> float | None:
         """When the first of them expires."""
-        first = self._first()
-        return None if first is None else first.last_access_s + self._life_span_s
+        oldest = self._oldest
+        return None if oldest is None else oldest.last_access_s + self._life_span_s
 
     def expired(self, now: float) -> list[Session]:
-        """Those whose life span is over, taken out."""
+        """Those whose life span is over, taken out; of those that were last accessed at once, the first opened first."""
         found: list[Session] = []
-        while (session := self._first()) is not None and session.last_access_s + self._life_span_s <= now:
-            heappop(self._heap)
-            session.watched = False
+        while (session := self._oldest) is not None and session.last_access_s + self._life_span_s <= now:
+            self.remove(session)
             found.append(session)
+        found.sort(key=_last_access)
         return found
 
-    def _first(self) -> Session | None:
-        """The session that has been idle for the longest time. It stands at the top of the heap."""
-        heap = self._heap
-        while heap:
-            since_s, sequence, session = heap[0]
-            if session.state != "open":
-                heappop(heap)
-                self._ended -= 1
-            elif session.busy:  # it is touched when its work ends
-                heappop(heap)
-                session.watched = False
-            elif session.last_access_s > since_s:
-                heapreplace(heap, (session.last_access_s, sequence, session))
-            else:
-                return session
-        return None
+
+def _last_access(session: Session) -> tuple[float, int]:
+    return session.last_access_s, session.sequence
+
+
+class EndedSessions:
+    """Which sessions have ended, and how: the last ones, at least so many as `kept` says and at most twice as many."""
+
+    def __init__(self, kept: int) -> None:
+        self._kept = kept
+        self._late: dict[int, str] = {}
+        self._early: dict[int, str] = {}  # all before those
+
+    def add(self, session_id: int, state: str) -> None:
+        self._late[session_id] = state
+        if len(self._late) == self._kept:
+            self._early, self._late = self._late, {}
+
+    def state_of(self, session_id: int) -> str | None:
+        """`closed` or `expired`; None when nothing is known of it."""
+        found = self._late.get(session_id)
+        return found if found is not None else self._early.get(session_id)
+
+    def items(self) -> list[tuple[int, str]]:
+        """(session id, state), in the order of their end."""
+        return [*self._early.items(), *self._late.items()]

@@ -122,7 +122,7 @@ def bind(session: Session, event: ev.SubmitCall) -> tuple[Variable | None, ...]:
         if type(segment) is _INPUT or type(segment) is _OUTPUT:
             var_id, name = segment.var_id, segment.name
             if var_id is not None:
-                variable = session.variables[var_id]
+                variable = session.variable(var_id)
             elif name in values:
                 variable = values[name]
             else:

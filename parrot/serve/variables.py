@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mypy_extensions import mypyc_attr
+
 from parrot.protocol.api import Criteria
 from parrot.protocol.errors import ErrorInfo
 from parrot.serve.events import Content
 
 if TYPE_CHECKING:
     from parrot.serve.graph import Task
+    from parrot.serve.sessions import Session
 
 
+@mypyc_attr(acyclic=True)  # `Session.forget` breaks its cycles
 class Variable:
     """One semantic variable. `producer` writes it; `consumers` read it, or have read it; `getters` are the requests of pending
     gets. `criteria`: the strictest that a get, or the call that makes it, has named: its performance objective."""
 
-    __slots__ = ("consumers", "content", "criteria", "error", "getters", "id", "name", "producer", "state")
+    __slots__ = ("consumers", "content", "criteria", "error", "getters", "id", "name", "producer", "session", "state")
 
-    def __init__(self, id: str, name: str) -> None:
+    def __init__(self, session: Session, id: str, name: str) -> None:
+        self.session = session
         self.id = id
         self.name = name
         self.state = "empty"
@@ -26,7 +31,7 @@ class Variable:
         self.error: ErrorInfo | None = None
         self.producer: Task | None = None
         self.consumers: list[Task] | None = None
-        self.getters: list[int] | None = None
+        self.getters: tuple[int, ...] = ()
         self.criteria: Criteria | None = None
 
     @property

@@ -81,7 +81,7 @@ def contexts(play: Play) -> None:
             for context in task.contexts or ():
                 used[context.id] = used.get(context.id, 0) + 1
             domain = task.call.session.domain
-            path = task.path or []
+            path = [context.node for context in task.contexts or () if context.node is not None]
             alone = all(node.domain == domain for node in path[1:]) and all(node.domain in ("", domain) for node in path[:1])
             expect("isolation", alone, f"task {task.id} shares contexts across domains")
         for context in engine.contexts.values():

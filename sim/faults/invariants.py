@@ -137,7 +137,8 @@ class CoreWatch:
         used: dict[int, int] = {}
         for task in engine.tasks:
             domain = task.call.session.domain
-            alone = {node.domain for node in task.path[1:]} <= {domain} and task.path[0].domain in ("", domain)
+            path = [context.node for context in task.contexts if context.node is not None]
+            alone = {node.domain for node in path[1:]} <= {domain} and path[0].domain in ("", domain)
             self._expect("isolation", alone, f"task {task.id} of {domain!r} shares contexts of others")
             for context in task.contexts:
                 used[context.id] = used.get(context.id, 0) + 1
@@ -150,15 +151,13 @@ class CoreWatch:
 
 
 def check_blocks(witness: Witness, name: str, core: EngineCore) -> None:
-    """Invariant 2: free + held = total; a block's count is the number of contexts that hold it."""
-    holders: dict[int, int] = {}
-    for context in core.contexts:
-        for block in context.blocks:
-            holders[block] = holders.get(block, 0) + 1
-    total = core.pool.free + len(holders) + core.limbo_blocks
+    """Invariant 2: free + held = total, each block held by the context that had it first; the others go on in an ancestor's."""
+    contexts = list(core.contexts)
+    total = core.pool.free + sum(context.owned for context in contexts) + core.limbo_blocks
     witness.expect("blocks", total == core.limits.num_blocks, f"{name}: {total} of {core.limits.num_blocks} blocks are there")
-    counted = all(core.pool.references(block) == count for block, count in holders.items())
-    witness.expect("blocks", counted, f"{name}: a block's count is not the number of contexts that hold it")
+    lenders = [context.lender for context in contexts if context.lender is not None]
+    lent = len(lenders) == sum(context.lends for context in contexts) and all(lender.lends for lender in lenders)
+    witness.expect("blocks", lent, f"{name}: contexts go on in blocks that were not lent to them")
 
 
 def check_agreement(witness: Witness, known: Engine, engine: EmulatedEngine, ids: ContextIds) -> None:

@@ -34,6 +34,23 @@ def test_the_loads_fit_the_engine_and_cover_its_range() -> None:
     assert all(request.tokens <= 120 for plan in planned(small) for request in plan.load.requests)
 
 
+def test_a_slow_engine_is_given_shorter_requests_and_fewer_sizes() -> None:
+    plans = {plan.load.name: plan.load for plan in planned(LIMITS, longest=600, rate=0.5)}
+    assert list(plans) == [plan.load.name for plan in planned(LIMITS)]
+    assert 400 < max(request.tokens for load in plans.values() for request in load.requests) <= 600
+    assert len(plans["sizes"].requests) < 100
+    assert 30 < plans["arriving"].requests[-1].at_s < 120, "thirty requests at one in two seconds"
+
+
+@pytest.mark.parametrize(("option", "value"), [("--longest", "5"), ("--rate", "0"), ("--rate", "nan")])
+def test_what_no_load_can_be_made_of_is_refused(
+    option: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["calibrate", "sample_configs/engine/smollm2-135m-cpu.json", "--out", str(tmp_path / "p.json"), option, value]
+    assert main(arguments) == 1
+    assert f"{option} {value}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("concurrency", [1, 3, None])
 def test_a_simulated_load_takes_the_time_of_its_iterations(concurrency: int | None) -> None:
     """Iterations of a second each: a request takes as many as it has output tokens, and pools go one after the other."""

@@ -6,6 +6,7 @@ import pytest
 
 from parrot.serve import events as ev
 from parrot.serve.effects import SessionEnded
+from parrot.serve.sessions import EndedSessions
 from tests.serve.driver import Driver, content, out, text
 
 
@@ -170,3 +171,42 @@ def test_a_bug_costs_its_own_event_and_no_other(monkeypatch: pytest.MonkeyPatch)
     assert d.error(50).code == "internal"
     assert d.payload(51) == {"var_id": "v0"}
     assert [str(fault.error) for fault in d.faults] == ["planted"]
+
+
+def test_sessions_expire_in_the_order_of_their_last_access_then_of_their_opening() -> None:
+    d = Driver(session_life_span=10.0)
+    first, second, third, fourth = [d.open() for _ in range(4)]
+    d.now = 1.0
+    d.variable(third)
+    d.variable(first)
+    d.now = 2.0
+    d.variable(second)
+    d.now = 3.0
+    d.variable(fourth)
+    d.close(fourth)
+    assert d.core.next_deadline() == 11.0
+    assert d.send(ev.Tick(), at=11.0) == [SessionEnded(session, "expired") for session in (first, third)]
+    assert d.core.next_deadline() == 12.0
+    assert d.send(ev.Tick(), at=12.0) == [SessionEnded(second, "expired")]
+
+
+def test_the_last_sessions_that_ended_are_remembered_and_old_ones_are_not() -> None:
+    ended = EndedSessions(kept=3)
+    for session_id in range(20):
+        ended.add(session_id, "closed" if session_id % 2 else "expired")
+        known = [earlier for earlier in range(session_id + 1) if ended.state_of(earlier) is not None]
+        assert known[-3:] == list(range(max(0, session_id - 2), session_id + 1))
+        assert len(known) < 6
+        assert ended.items() == [(i, ended.state_of(i)) for i in known]
+    assert ended.state_of(19) == "closed"
+    assert ended.state_of(18) == "expired"
+
+
+def test_only_the_ids_that_the_core_gave_name_variables() -> None:
+    d = Driver()
+    session = d.open()
+    for _ in range(12):
+        d.variable(session)
+    assert not d.replies.get(d.get(session, "v11"))
+    for wrong in ("v12", "v011", "v 1", "v1_1", "v-1", "v", "", "1", "x1", "v\u0661", "v" + "1" * 5000):
+        assert d.error(d.get(session, wrong)).code == "not_found"

@@ -26,7 +26,7 @@ def test_gets_of_two_lives_that_had_the_same_number_do_not_meet() -> None:
     assert core.counts()["gets"] == 0
     session = core._sessions[7]
     assert session.waiting_gets == 0
-    assert [variable.getters for variable in session.variables.values()] == [None, None]
+    assert [variable.getters for variable in session.variables.values()] == [(), ()]
     assert core.counts()["queued"] == 2  # both are still wanted
 
 

@@ -186,6 +186,18 @@ def test_a_malformed_line_of_a_workload_is_named(flags: list[str], tmp_path: Pat
     assert "programs.jsonl:6" in refused(flags, tmp_path, capsys)
 
 
+def test_a_program_that_cannot_run_is_refused_before_the_first_is_run(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def simulate(*_: object, **__: object) -> object:
+        raise AssertionError("a run has begun")
+
+    monkeypatch.setattr("sim.sweep.simulate", simulate)
+    last = tmp_path / "last.jsonl"
+    write_programs(last, [*(one_call(f"p{n}", float(n)) for n in range(20)), one_call("large", 20.0, prompt=10**6)])
+    assert "program 'large', call 0" in refused([*flags, "--workload", str(last)], tmp_path, capsys)
+
+
 def test_an_engine_with_no_profile_is_refused(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, engine = write_files(tmp_path, latency_profile=None)
     assert "no latency profile of 'test/model'" in refused([*flags[:3], engine, *flags[4:]], tmp_path, capsys)

@@ -8,7 +8,6 @@ jumping (only iterations after which something can change) give the same events 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 
 from parrot.engine.batches import Batch, EngineLimits, EngineTask, Refused
@@ -16,11 +15,10 @@ from parrot.engine.core import EngineCore
 from parrot.engine.emulated.events import EmulatedEvent, Iterations, Kind
 from parrot.engine.emulated.jobs import Decoding, Job
 from parrot.engine.emulated.timed import NEVER, TimedEngine
-from parrot.engine.running import Task
+from parrot.engine.running import ENDED, Task
 from parrot.latency import Coverage, DecodeRun, LatencyModel
 
 __all__ = ["EmulatedEngine", "EmulatedEvent", "Iterations"]
-
 
 
 class EmulatedEngine(TimedEngine):
@@ -36,17 +34,13 @@ class EmulatedEngine(TimedEngine):
     ) -> None:
         """`observe` is told of the iterations, `coverage` of their shapes."""
         super().__init__(jump)
-        self.core = EngineCore(limits)
+        self.core = EngineCore(limits, numbered=False)
         self.latency = latency
         self._observe = observe
         self._coverage = coverage
-        self._overhead_s = latency.profile.task_overhead_s
-        self._graph_rows = max((cost.max_rows for cost in latency.profile.fixed if cost.graph), default=0)
-        self._arriving: deque[tuple[float, EngineTask]] = deque()
+        self._arriving: tuple[Job, ...] = ()
         self._arriving_s = NEVER  # when the first of them is there
-        self._largest_task = limits.largest_task
-        self._jobs: dict[Hashable, Job] = {}
-        self._events: list[EmulatedEvent] = []
+        self._events: list[EmulatedEvent] | None = None  # to be told
         self._evicted: tuple[int, ...] = ()  # told by no event yet
         self._wake = NEVER  # when to try to issue a batch, apart from edges
         # The run that the iteration under way belongs to: it ends at t0 + run.at(k). Iterations up to _last - 1 end quietly.
@@ -64,38 +58,39 @@ class EmulatedEngine(TimedEngine):
     def submit(self, task: EngineTask, output_tokens: int, now: float, stream: bool = False) -> None:
         """A task, and how many tokens it would generate if max_gen_length allowed (ignored for one that only fills).
         Whether it is taken is told by an event."""
-        task = task.fitted(self._largest_task)
+        task = task.fitted(self.core.largest_task)
         if task.generate_context_id is not None:
             output = max(max(1, task.forced_tokens), min(output_tokens, task.max_gen_length))
             if task.forced_tokens >= task.max_gen_length:  # nothing is left to say: it ends when its output is filled
                 task = task.with_most(task.forced_tokens + 1)
         else:
             output = 0
-        if task.key in self._jobs:
+        if self._job(task.key) is not None:
             self._catch_up(now)
-        if task.key in self._jobs:
+        if self._job(task.key) is not None:
             message = f"task {task.key!r} is on this engine already"
-            self._events.append(EmulatedEvent("failed", task.key, now, code="conflict", message=message))
+            self._add(EmulatedEvent("failed", task.key, now, code="conflict", message=message))
             return
-        self._jobs[task.key] = Job(task.key, output, task.forced_tokens if output else 0, stream)
+        job = Job(task, output, stream, now + self.latency.task_overhead_s)
         if not self._arriving:
-            self._arriving_s = now + self._overhead_s
-        self._arriving.append((now + self._overhead_s, task))
+            self._arriving_s = job.arrives_at
+        self._arriving = (*self._arriving, job)
 
     def abort(self, key: Hashable, now: float) -> bool:
         """Gives a task up; no event of it comes any more. False: there is no such task."""
         self._catch_up(now)
-        job = self._jobs.pop(key, None)
+        job = self._job(key)
         if job is None:
             return False
-        self._decoding.leave(job, self.core.decoded)
+        self._decoding.leave(job)
         if not self.core.abort(key):
-            self._arriving = deque((ready, task) for ready, task in self._arriving if task.key != key)
-            self._arriving_s = self._arriving[0][0] if self._arriving else NEVER
-        for event in self._events:
-            if event.key == key:
-                self._evicted += event.evicted
-        self._events = [event for event in self._events if event.key != key]
+            self._arriving = tuple([other for other in self._arriving if other is not job])
+            self._arriving_s = self._arriving[0].arrives_at if self._arriving else NEVER
+        if self._events is not None:
+            for event in self._events:
+                if event.key == key:
+                    self._evicted += event.evicted
+            self._events = [event for event in self._events if event.key != key] or None
         self._changed(now)
         return True
 
@@ -116,7 +111,7 @@ class EmulatedEngine(TimedEngine):
 
     @property
     def edge_s(self) -> float:
-        if self._events:
+        if self._events is not None:
             return self._events[0].at
         edge = self._wake if self._wake < self._ends_at else self._ends_at
         return self._arriving_s if self._arriving_s < edge else edge
@@ -125,7 +120,7 @@ class EmulatedEngine(TimedEngine):
     def quiet(self) -> bool:
         """The next edge is one that jumping passes over: nothing can change there. A shell that steps serves it after
         everything else of its instant."""
-        if self.jumps or not self._busy or self._k >= self._last or self._events:
+        if self.jumps or not self._busy or self._k >= self._last or self._events is not None:
             return False
         return self._wake > self._ends_at and self._arriving_s > self._ends_at
 
@@ -133,16 +128,22 @@ class EmulatedEngine(TimedEngine):
         """Everything up to `now`, in order."""
         self._pass(now, inclusive=True)
         self._skip_to(now, inclusive=True)
-        events, self._events = self._events, []
-        return events
+        events, self._events = self._events, None
+        return [] if events is None else events
 
     def generated(self, key: Hashable, now: float) -> int:
         """Tokens of the output that exist at `now` (forced ones included); 0 for an unknown task."""
         self._catch_up(now)
-        job = self._jobs.get(key)
-        if job is None:
-            return 0
-        return job.generated + self.core.decoded if job.decodes else job.generated
+        job = self._job(key)
+        return 0 if job is None else self.core.known(job)
+
+    def _job(self, key: Hashable) -> Job | None:
+        """The task, here or about to arrive."""
+        for job in self._arriving:
+            if job.key == key:
+                return job
+        task = self.core.task(key)
+        return None if task is None else _job_of(task)
 
     def _catch_up(self, now: float) -> None:
         """Brings all to the state just before `now`: what happens at `now` itself comes behind what is told now."""
@@ -157,7 +158,6 @@ class EmulatedEngine(TimedEngine):
             self._look_ahead()
 
     def _pass(self, now: float, inclusive: bool) -> None:
-        arriving = self._arriving
         while True:
             at = self._wake if self._wake < self._ends_at else self._ends_at
             arrives = self._arriving_s <= at
@@ -167,9 +167,9 @@ class EmulatedEngine(TimedEngine):
                 return
             if arrives:
                 self._skip_to(at)
-                _, task = arriving.popleft()
-                self._arriving_s = arriving[0][0] if arriving else NEVER
-                self._arrive(task, at)
+                job, self._arriving = self._arriving[0], self._arriving[1:]
+                self._arriving_s = self._arriving[0].arrives_at if self._arriving else NEVER
+                self._arrive(job, at)
                 self._changed(at)
             elif at == self._ends_at:
                 self._complete(at)
@@ -179,14 +179,13 @@ class EmulatedEngine(TimedEngine):
 
     # ------------------------------------------------------------------------------------------------- iterations
 
-    def _arrive(self, task: EngineTask, at: float) -> None:
+    def _arrive(self, job: Job, at: float) -> None:
         try:
-            self._jobs[task.key].prompt = self.core.submit(task, at)
+            self.core.enter(job)
         except Refused as refusal:
-            self._refuse(task.key, refusal, at)
+            self._refuse(job.key, refusal, at)
 
     def _refuse(self, key: Hashable, refusal: Refused, at: float) -> None:
-        del self._jobs[key]
         kind: Kind = "rejected" if refusal.code == "engine_rejected" else "failed"
         self._tell(EmulatedEvent(kind, key, at, code=refusal.code, message=refusal.message))
 
@@ -196,10 +195,10 @@ class EmulatedEngine(TimedEngine):
         core = self.core
         while core.can_issue and (batch := core.next_batch(at)) is not None:
             for key in batch.preempted:
-                self._decoding.leave(self._jobs[key], core.decoded)
-            for key, cached in batch.admitted:
-                self._jobs[key].cached = cached
-                self._tell(EmulatedEvent("started", key, at, cached))
+                if (job := self._job(key)) is not None:
+                    self._decoding.leave(job)
+            for task in batch.begun:
+                self._tell(EmulatedEvent("started", task.key, at, task.cached))
             if not self._busy:
                 self._start(batch, at)
         if core.failed:
@@ -218,7 +217,7 @@ class EmulatedEngine(TimedEngine):
             self._k += 1
         else:
             shape = batch.shape
-            graph = shape.decode_rows <= self._graph_rows
+            graph = shape.decode_rows <= self.latency.graph_rows
             self._t0, self._run, self._k = at, self.latency.decode_run(shape, graph), 1
 
     def _look_ahead(self) -> None:
@@ -226,7 +225,7 @@ class EmulatedEngine(TimedEngine):
         core, k = self.core, self._k
         last = k
         if not core.in_flight[0].fills and not self._decoding.streaming:
-            end = self._decoding.next_end()
+            end = core.next_end()
             if end:
                 last += core.decode_horizon(end - core.decoded) - 1
         self._last = last
@@ -253,34 +252,35 @@ class EmulatedEngine(TimedEngine):
 
     def _complete(self, at: float) -> None:
         """The edge that was looked ahead to: ends the iteration under way, and the quiet ones before it."""
-        core, jobs, decoding = self.core, self._jobs, self._decoding
+        core, decoding = self.core, self._decoding
         batch = core.in_flight[0]
         quiet = self._last - self._k if self.jumps else 0
         self._pass_over(batch, quiet + 1)
         if quiet:
             core.advance(quiet)
             self._k += quiet
-        ended: dict[Hashable, int] = {}
+        ended: dict[Task, int] = {}
         sampled: list[Job] = []
         if batch.decoders:
-            decoding.end(batch.step, ended)
-        for task, row in batch.fills:
-            if row.samples and (job := jobs.get(task.key)) is not None:
+            for task in core.ending(batch.step):
+                ended[task] = task.expected
+        for row in batch.fills:
+            if row.samples and row.task.state != ENDED:
+                job = _job_of(row.task)
                 sampled.append(job)
                 job.sampled(at)
-                if job.generated >= job.output:
-                    ended[job.key] = job.output
-        progress = core.complete(batch, ended, at)
-        for key in progress.first_tokens:
-            if key in jobs:
-                self._tell(EmulatedEvent("first_token", key, at))
+                if job.known + 1 >= job.expected:
+                    ended[job] = job.expected
+        progress = core.complete_tasks(batch, ended)
+        for task in progress.begun:
+            self._tell(EmulatedEvent("first_token", task.key, at))
         if decoding.streaming or sampled:
             self._tell_progress(batch, sampled, at)
-        for key in progress.finished:
-            self._finish(key, at)
+        for task in progress.ended:
+            self._finish(_job_of(task), at)
         for job in sampled:
-            if job.key not in ended:
-                decoding.join(job, core.decodes_after(job.key))
+            if job not in ended:
+                decoding.join(job)
         self._busy, self._ends_at = False, NEVER
         self._previous = batch.decoders if not batch.fills else None
         if core.in_flight:
@@ -296,19 +296,19 @@ class EmulatedEngine(TimedEngine):
         if batch.decoders:
             self._decoding.went(batch.step, count, self._run, self._t0, self._k)
 
-    def _finish(self, key: Hashable, at: float) -> None:
-        job = self._jobs.pop(key)
-        self._decoding.leave(job, self.core.decoded)
+    def _finish(self, job: Job, at: float) -> None:
+        self._decoding.leave(job)
         decode_s = job.last_at - job.first_at if job.first_at >= 0.0 else 0.0
-        self._tell(EmulatedEvent("finished", key, at, job.cached, 0, job.output, job.prompt, decode_s, job.max_gap_s))
+        told = EmulatedEvent("finished", job.key, at, job.cached, 0, job.expected, job.prompt, decode_s, job.max_gap_s)
+        self._tell(told)
 
     def _tell_progress(self, batch: Batch, sampled: list[Job], at: float) -> None:
         """What jobs that stream have got: those that decode first, in the order in which they began to."""
-        streaming = self._decoding.streaming
-        if streaming:
+        if self._decoding.streaming:
             for task in batch.decoders:
-                if task.key in streaming:
-                    self._tell(EmulatedEvent("progressed", task.key, at, tokens=1))
+                job = _job_of(task)
+                if job.stream and job.decodes:
+                    self._tell(EmulatedEvent("progressed", job.key, at, tokens=1))
         for job in sampled:
             if job.stream:
                 self._tell(EmulatedEvent("progressed", job.key, at, tokens=1))
@@ -318,6 +318,11 @@ class EmulatedEngine(TimedEngine):
     def _tell(self, event: EmulatedEvent) -> None:
         if self._evicted or self.core.has_evicted:
             event.evicted = self.take_evicted()
+        self._add(event)
+
+    def _add(self, event: EmulatedEvent) -> None:
+        if self._events is None:
+            self._events = []
         self._events.append(event)
 
     def _note(self, batch: Batch, count: int) -> None:
@@ -326,3 +331,9 @@ class EmulatedEngine(TimedEngine):
         keys = tuple([task.key for task in batch.tasks])
         start, end = self._t0 + self._run.at(self._k - 1), self._t0 + self._run.at(self._k + count - 1)
         self._observe(Iterations(start, end, count, batch.shape, keys))
+
+
+def _job_of(task: Task) -> Job:
+    """The core's task, which this engine made."""
+    assert isinstance(task, Job)
+    return task

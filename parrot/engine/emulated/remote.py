@@ -16,7 +16,7 @@ from typing import Final
 
 from parrot.engine.batches import EngineTask
 from parrot.engine.emulated.events import EmulatedEvent, Kind
-from parrot.engine.emulated.jobs import Gaps
+from parrot.engine.emulated.jobs import Gap, largest_since, with_gap
 from parrot.engine.emulated.timed import NEVER, TimedEngine
 from parrot.engine.rate_limits import RateLimits
 from parrot.remote_latency import RemoteCoverage, RemoteModel, quantile
@@ -90,7 +90,7 @@ class RemoteEngine(TimedEngine):
         self._tpot_s = LEAST_TPOT_S
         self._goals: list[tuple[float, int, _Request]] = []  # heap: where it stands at a request's last token
         self._decoding = 0
-        self._gaps = Gaps()
+        self._gaps: Gap | None = None
         self._changes = 0  # how often the time a token may have changed
 
     # ------------------------------------------------------------------------------------------------ what is told
@@ -268,7 +268,7 @@ class RemoteEngine(TimedEngine):
     def _last_token(self, request: _Request, at: float) -> None:
         self._count, self._count_at = self._count_now(at), at
         request.decode_s = at - request.first_at
-        request.max_gap_s = self._gaps.largest_since(request.joined) * request.stretch
+        request.max_gap_s = largest_since(self._gaps, request.joined) * request.stretch
         self._leave()
         self._ended(request, at)
 
@@ -310,12 +310,12 @@ class RemoteEngine(TimedEngine):
 
     def _note_gap(self) -> None:
         self._changes += 1
-        self._gaps.add(self._changes, self._tpot_s)
+        self._gaps = with_gap(self._gaps, self._changes, self._tpot_s)
 
     def _leave(self) -> None:
         """One request decodes no more."""
         self._decoding -= 1
         if not self._decoding:
-            self._gaps.clear()
+            self._gaps = None
             self._goals.clear()
             self._count = 0.0

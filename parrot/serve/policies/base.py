@@ -99,7 +99,7 @@ class Cluster:
     @staticmethod
     def cached_links(task: Task, engine: Engine) -> int:
         """How many leading links of the task's chain the engine holds."""
-        return PrefixStore.cached_links(task.path or [], engine.id)
+        return PrefixStore.cached_links(task.path or [], engine)
 
     @staticmethod
     def cached_tokens(task: Task, engine: Engine) -> int:
@@ -222,7 +222,7 @@ def length_of(lengths: dict[str, int], tokenizer: str) -> int:
 def cached_tokens(task: Task, engine: Engine) -> int:
     total = 0
     for node in task.path or ():
-        context = node.contexts.get(engine.id) if node.contexts else None
+        context = node.context_on(engine)
         if context is None:
             break
         total += context.tokens
@@ -252,7 +252,7 @@ def admits(engine: Engine, task: Task, bound: int | None = None) -> bool:
     tokens = prompt_tokens(task, engine)
     if tokens >= engine.max_seq_len:
         return False
-    running = len(engine.tasks)
+    running = engine.running
     if running == 0:
         return True  # one task alone always has room
     if running >= engine.tasks_capacity:

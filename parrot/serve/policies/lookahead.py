@@ -193,9 +193,10 @@ class Lookahead(ByShare):
         lane = task.call.lane
         deepest = None
         for node in task.path or ():
-            if not node.contexts:
+            contexts = node.contexts
+            if not contexts:
                 break
-            deepest = node.contexts
+            deepest = contexts
         if deepest is None:
             return {}
         if len(deepest) <= MOST_HOLDERS:

@@ -29,9 +29,10 @@ def levels_of(task: Task) -> list[dict[int, Context]]:
     holds a prefix holds its prefixes, so each is part of the next."""
     levels: list[dict[int, Context]] = []
     for node in task.path or ():
-        if not node.contexts:
+        contexts = node.contexts
+        if not contexts:
             break
-        levels.append(node.contexts)
+        levels.append(contexts)
     levels.reverse()
     return levels
 

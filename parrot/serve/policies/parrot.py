@@ -301,9 +301,10 @@ class Parrot(Passing):
         """Engines of the task's lane that hold a prefix of it: all, or of a prefix that many hold the least loaded."""
         levels = []
         for node in task.path or ():
-            if not node.contexts:
+            contexts = node.contexts
+            if not contexts:
                 break
-            levels.append(node.contexts)
+            levels.append(contexts)
         lane = task.call.lane.engines
         found: dict[int, Engine] = {}
         for contexts in reversed(levels):
