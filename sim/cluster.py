@@ -233,9 +233,8 @@ class Cluster:
         return {name: coverage.outside for name, coverage in coverages.items() if coverage.outside}
 
     def dissolve(self) -> None:
-        """The run is over, and nobody waits for an answer. What would hold each other for ever lets go, as in the core."""
+        """The run is over, and nobody waits for an answer: who did would hold this cluster, and it them, for ever."""
         self._waiting = Slots()
-        self.core.dissolve()
 
     def explain(self, recorder: Recorder) -> None:
         """Hands over what the core says of its policy: its errors, and why each task went where it went, if that was kept."""
