@@ -119,7 +119,7 @@ class _NoRecorder:
 
     def program_ended(self, player: Any) -> None: ...
 
-    def calls_ended(self, serial: int, calls: Any, outputs: Any) -> None: ...
+    def calls_ended(self, serial: int, calls: Any, numbers: Any, first: int = 0) -> None: ...
 
 
 class _KeyedCluster(Cluster):
@@ -134,7 +134,7 @@ class _KeyedCluster(Cluster):
         if isinstance(event, events.OpenSession | events.SubmitCall | events.CreateVariable | events.SetVariable):
             event = msgspec.structs.replace(event, idempotency_key=f"key{next(self._key)}")
         elif isinstance(event, events.CloseSession) and self._rng.random() < ABANDONED:
-            asker = self._waiting.pop(event.request)
+            asker = self.taken(event.request)
             self.timeline.call_at(self.timeline.now, functools.partial(asker.replied, None, None))
             return
         super().post(event, *priority)
@@ -189,7 +189,7 @@ class _Hours:
         self._done = 0
 
     def held(self) -> dict[str, int]:
-        engines = (engine.engine.core.contexts for engine in self._cluster.engines.values())
+        engines = (engine.engine.core.contexts for engine in self._cluster.engines)
         return {**held(self._cluster.core), "on engines": sum(len(tree._index) for tree in engines)}
 
     def play(self, programs: Iterator[Program], sample_s: float) -> None:

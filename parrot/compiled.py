@@ -95,6 +95,8 @@ MODULES = (
     "sim.model_types",
     "sim.population",
     "sim.recorder",
+    "sim.slots",
+    "sim.steps",
 )
 
 

@@ -52,11 +52,10 @@ class Reference:
 class Into:
     """An output, into a preallocated variable or (`var_id` None) a new one. Lengths are tokens."""
 
-    __slots__ = ("key", "max_gen_length", "name", "output_length", "var_id")
+    __slots__ = ("max_gen_length", "name", "output_length", "var_id")
 
-    def __init__(self, name: str, key: str, output_length: int, max_gen_length: int, var_id: str | None = None) -> None:
+    def __init__(self, name: str, output_length: int, max_gen_length: int, var_id: str | None = None) -> None:
         self.name = name
-        self.key = key
         self.output_length = output_length
         self.max_gen_length = max_gen_length
         self.var_id = var_id

@@ -14,8 +14,10 @@ request: the baseline, a client that knows no semantic variables. Each output is
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
+
+from mypy_extensions import mypyc_attr
 
 from parrot.protocol.api import Criteria
 from parrot.protocol.errors import ErrorInfo
@@ -35,9 +37,14 @@ from sim.actions import (
     Value,
     Wait,
 )
+from sim.steps import Steps, is_plain, session_steps
 from sim.workloads.program import Call, Get, Program, Read, Set, Text, Write
 
+NOT_YET: Final = -1.0  #: in the place of a time that has not come
 _ROUNDING_S: Final = 1e-9  #: an answer at the deadline itself is in time, however its moment was added up
+
+_ISSUED: Final = 0
+_RETURNED: Final = 1
 
 # By names of this module's own that never change: the compiled module need not look up what each segment is.
 _TEXT: Final = Text
@@ -50,14 +57,15 @@ class Mode(enum.StrEnum):
     REQUEST = "request"
 
 
+@mypyc_attr(acyclic=True)
 class Player:
-    """Plays one program in one mode. Steps (sets, then calls, then gets) are numbered in the order of the file.
+    """Plays one program in one mode.
 
     `serial` makes the keys of generated texts unique in a run; `max_gen_length` stands in for a limit that the program
     does not give (an output that is longer gets its own length).
     """
 
-    def __init__(self, program: Program, serial: int, max_gen_length: int) -> None:
+    def __init__(self, program: Program, serial: int, max_gen_length: int, steps: Steps | None) -> None:
         self.program = program
         self.serial = serial
         self.started_s = 0.0
@@ -65,25 +73,14 @@ class Player:
         self.ended = False  #: nothing is left to do, the session's close included
         self.error: ErrorInfo | None = None
         self.refusals = 0  #: answers 429, each of which was waited out and tried again
-        self.issued: dict[int, float] = {}
-        self.returned: dict[int, float] = {}
         self._max_gen_length = max_gen_length
-        sets, calls, gets = program.sets, program.calls, program.gets
-        self._first_call = len(sets)
-        self._first_get = self._first_call + len(calls)
-        self._calls = calls
-        self._gets = gets
-        self._steps: tuple[Set | Call | Get, ...] = (*sets, *calls, *gets)
-        self._blocked = [len(step.after) for step in self._steps]
-        self._left = len(self._steps)
-        self._returned_s = -1.0  # when a get last returned; below 0: none has
-        self._on_get: dict[str, list[tuple[int, float]]] | None = None
-        if any(self._blocked):
-            self._on_get = {}
-            for node, step in enumerate(self._steps):
-                for edge in step.after:
-                    if edge.get is not None:
-                        self._on_get.setdefault(edge.get, []).append((node, edge.delay_s))
+        self._steps = steps  # None: nothing is held back, or not any more
+        self._left = len(program.sets) + len(program.calls) + len(program.gets)  # steps that are not done
+        self._last_returned_s = NOT_YET
+        # The times of the first get, which for most programs is all, and of the others, two a get from the first on.
+        self._issued_s = NOT_YET
+        self._returned_s = NOT_YET
+        self._times: list[float] | None = None
 
     # ------------------------------------------------------------------------------------- what a shell calls
 
@@ -127,12 +124,31 @@ class Player:
 
     def waits_for(self) -> str:
         """What the program waits for, for a person to read."""
-        pending = [g.id for n, g in enumerate(self.program.gets) if n in self.issued and n not in self.returned]
+        gets = self.program.gets
+        issued = [n for n in range(len(gets)) if self.issued_s(n) is not None]
+        pending = [gets[n] for n in issued if self.returned_s(n) is None]
         if pending:
-            variables = {get.id: get.var for get in self.program.gets}
-            return ", ".join(f"get {get!r} of variable {variables[get]!r}" for get in pending)
-        blocked = [self._name(node) for node, count in enumerate(self._blocked) if count > 0]
+            return ", ".join([f"get {get.id!r} of variable {get.var!r}" for get in pending])
+        steps = self._steps
+        blocked = [steps.name(node) for node, count in enumerate(steps.blocked) if count > 0] if steps is not None else []
         return f"the control edges of {', '.join(blocked)}" if blocked else "answers to its requests"
+
+    def issued_s(self, number: int) -> float | None:
+        """When get `number` went out (`request`: was due); None: not yet."""
+        return self._time(number, _ISSUED)
+
+    def returned_s(self, number: int) -> float | None:
+        """When get `number` was answered; None: not yet."""
+        return self._time(number, _RETURNED)
+
+    def output_key(self, call: int, output: int) -> str:
+        """The content key of what is generated into output `output` of call number `call`."""
+        for segment in self.program.calls[call].segments:
+            if type(segment) is _WRITE:
+                if not output:
+                    return segment.key if segment.key is not None else f"{self.serial}/{self.program.id}/{segment.var}"
+                output -= 1
+        raise IndexError(f"call {call} of program {self.program.id!r} has no such output")
 
     # ------------------------------------------------------------------------------------------ the two modes
 
@@ -140,7 +156,7 @@ class Player:
         """`action` gave `answer`: what follows goes to `out`."""
         raise NotImplementedError
 
-    def _release(self, node: int, now: float, out: list[Action]) -> None:
+    def _release(self, steps: Steps, node: int, now: float, out: list[Action]) -> None:
         """Nothing holds step `node` back any more."""
         raise NotImplementedError
 
@@ -150,29 +166,41 @@ class Player:
 
     # ------------------------------------------------------------------------------------------------- shared
 
-    def _begin(self, now: float, out: list[Action]) -> None:
+    def _begin(self, steps: Steps, now: float, out: list[Action]) -> None:
         """Releases the steps that nothing holds back and starts the waits that count from the arrival."""
-        free = [count == 0 for count in self._blocked]  # as things stand now: a release may free others, and releases them
-        for node, step in enumerate(self._steps):
+        free = [count == 0 for count in steps.blocked]  # as things stand now: a release may free others, and releases them
+        for node, step in enumerate(steps.steps):
             if free[node]:
-                self._release(node, now, out)
+                self._go(steps, node, now, out)
             elif step.after:
                 delays = [edge.delay_s for edge in step.after if edge.get is None]
                 if delays:
-                    self._blocked[node] -= len(delays) - 1
+                    steps.blocked[node] -= len(delays) - 1
                     out.append(Wait(max(self.started_s + max(delays) - now, 0.0), nodes=(node,)))
 
     def _unblock(self, nodes: Iterable[int], now: float, out: list[Action]) -> None:
-        blocked = self._blocked
+        steps = self._steps
+        if steps is None:
+            return
+        blocked = steps.blocked
         for node in nodes:
             blocked[node] -= 1
             if blocked[node] == 0:
-                self._release(node, now, out)
+                self._go(steps, node, now, out)
+
+    def _go(self, steps: Steps, node: int, now: float, out: list[Action]) -> None:
+        steps.left -= 1
+        if not steps.left:
+            self._steps = None
+        self._release(steps, node, now, out)
 
     def _get_returned(self, number: int, now: float, out: list[Action]) -> None:
-        self.returned[number] = now
-        self._returned_s = now
-        edges = self._on_get.get(self._gets[number].id) if self._on_get is not None else None
+        self._note(number, _RETURNED, now)
+        self._last_returned_s = now
+        steps = self._steps
+        if steps is None or steps.on_get is None:
+            return
+        edges = steps.on_get.get(self.program.gets[number].id)
         if edges is None:
             return
         at_once: list[int] = []
@@ -183,15 +211,32 @@ class Player:
                 at_once.append(node)
         self._unblock(sorted(at_once), now, out)
 
+    def _note(self, number: int, which: int, now: float) -> None:
+        """Get `number` was issued or answered (`which`)."""
+        if number:
+            if self._times is None:
+                self._times = [NOT_YET] * (2 * len(self.program.gets))
+            self._times[2 * number + which] = now
+        elif which == _ISSUED:
+            self._issued_s = now
+        else:
+            self._returned_s = now
+
+    def _time(self, number: int, which: int) -> float | None:
+        time_s = self._issued_s if which == _ISSUED else self._returned_s
+        if number:
+            time_s = NOT_YET if self._times is None else self._times[2 * number + which]
+        return None if time_s == NOT_YET else time_s
+
     def _left_s(self, number: int, now: float) -> float | None:
         """Seconds to the deadline of get `number`, below 0 after it; None while it has none, or none that runs yet."""
-        get = self._gets[number]
+        get = self.program.gets[number]
         deadline_s = get.deadline_s
         if deadline_s is None:
             return None
         begun_s = self.started_s
         for edge in get.after:
-            returned_s = self.started_s if edge.get is None else self.returned.get(self._number_of(edge.get))
+            returned_s = self.started_s if edge.get is None else self.returned_s(self._number_of(edge.get))
             if returned_s is None:
                 return None
             begun_s = max(begun_s, returned_s + edge.delay_s)
@@ -212,73 +257,21 @@ class Player:
 
     def _into(self, write: Write, var_id: str | None = None) -> Into:
         most = write.max_gen_length or max(self._max_gen_length, write.tokens)
-        key = write.key if write.key is not None else f"{self.serial}/{self.program.id}/{write.var}"
-        return Into(write.var, key, min(write.tokens, most), most, var_id)
-
-    def _name(self, node: int) -> str:
-        if node < self._first_call:
-            return f"set of {self.program.sets[node].var!r}"
-        if node < self._first_get:
-            number = node - self._first_call
-            return f"call {number} ({self.program.calls[number].name!r})"
-        return f"get {self.program.gets[node - self._first_get].id!r}"
+        return Into(write.var, min(write.tokens, most), most, var_id)
 
 
+@mypyc_attr(acyclic=True)
 class SemanticPlayer(Player):
     """One session; the core keeps the variables and runs the DAG."""
 
     def __init__(self, program: Program, serial: int, max_gen_length: int, preallocate: bool = False) -> None:
-        super().__init__(program, serial, max_gen_length)
-        self._ids: dict[str, str] = {}
-        self._on_id: dict[str, list[int]] = {}
-        self._to_create: list[str] = []
-        reads: list[tuple[int, str]] = []
-        for number, call in enumerate(self._calls):
-            for segment in call.segments:
-                if type(segment) is _READ:
-                    reads.append((number, segment.var))
-        if reads or self._first_call:
-            self._hold_all(list(dict.fromkeys(reads)), preallocate)
-        else:  # as it does
-            self._hold_gets()
-
-    def _hold_gets(self) -> None:
-        for number, get in enumerate(self._gets):
-            self._hold_until_id(self._first_get + number, get.var)
-
-    def _hold_all(self, reads: list[tuple[int, str]], preallocate: bool) -> None:
-        """What reads, gets or gives a variable waits for its id; what must be created first is found. `reads`: call and
-        variable."""
-        to_create = [source.var for source in self.program.sets]
-        producers: dict[str, int] = {}
-        for number, call in enumerate(self._calls):
-            for segment in call.segments:
-                if type(segment) is _WRITE:
-                    producers[segment.var] = number
-        fed: list[str] = []
-        for number, var in reads:
-            self._hold_until_id(self._first_call + number, var)
-            if var in producers:
-                fed.append(var)
-                if producers[var] == number:  # only a variable that exists can be read by the call that writes it
-                    to_create.append(var)
-        self._hold_gets()
-        if preallocate and fed:
-            to_create += [var for var in dict.fromkeys([*fed, *(get.var for get in self._gets)]) if var in producers]
-        self._to_create = list(dict.fromkeys(to_create))
-        for var in self._to_create:
-            if var in producers:  # its call names the variable, so it needs the id
-                self._hold_until_id(self._first_call + producers[var], var)
-        for number, source in enumerate(self.program.sets):
-            self._hold_until_id(number, source.var)
+        steps = None if is_plain(program) else session_steps(program, preallocate)
+        super().__init__(program, serial, max_gen_length, steps)
+        self._plain = steps is None
 
     def start(self, now: float) -> list[Action]:
         self.started_s = now
         return [Open(self.program.tenant)]
-
-    def _hold_until_id(self, node: int, var: str) -> None:
-        self._blocked[node] += 1
-        self._on_id.setdefault(var, []).append(node)
 
     def _advance(self, action: Action, answer: Any, now: float, out: list[Action]) -> None:
         if isinstance(action, Fetch):
@@ -298,46 +291,59 @@ class SemanticPlayer(Player):
             self._identified(action.var, answer, now, out)
         elif isinstance(action, Assign):
             self._left -= 1
+        elif self._steps is not None:
+            out += [Create(var) for var in self._steps.to_create]
+            self._begin(self._steps, now, out)
         else:
-            out += [Create(var) for var in self._to_create]
-            self._begin(now, out)
+            self._submit(0, {}, out)
         if not self._left and self.ended_s is None:
-            self.ended_s = self._returned_s if self.returned else now
+            self.ended_s = self._last_returned_s if self._last_returned_s != NOT_YET else now
             out.append(Close())
 
     def _identified(self, var: str, var_id: str, now: float, out: list[Action]) -> None:
-        if var not in self._ids:
-            self._ids[var] = var_id
-            nodes = self._on_id.get(var)
+        steps = self._steps
+        if steps is None:
+            if self._plain:
+                for number, get in enumerate(self.program.gets):
+                    if get.var == var:
+                        self._fetch(number, var_id, now, out)
+        elif var not in steps.ids:
+            steps.ids[var] = var_id
+            nodes = steps.on_var.get(var)
             if nodes is not None:
                 self._unblock(nodes, now, out)
 
-    def _release(self, node: int, now: float, out: list[Action]) -> None:
-        if node >= self._first_get:
-            number = node - self._first_get
-            get = self._gets[number]
-            self.issued[number] = now
-            deadline_s = None if get.deadline_s is None else max(self._left_s(number, now) or 0.0, 0.0)
-            out.append(Fetch(number, self._ids[get.var], get.criteria, deadline_s))
-        elif node >= self._first_call:
-            number = node - self._first_call
-            call = self._calls[number]
-            out.append(Submit(number, call, tuple(self._pieces(call))))
+    def _release(self, steps: Steps, node: int, now: float, out: list[Action]) -> None:
+        if node >= steps.first_get:
+            number = node - steps.first_get
+            self._fetch(number, steps.ids[self.program.gets[number].var], now, out)
+        elif node >= steps.first_call:
+            self._submit(node - steps.first_call, steps.ids, out)
         else:
             source = self.program.sets[node]
-            out.append(Assign(self._ids[source.var], Value(source.key, source.tokens)))
+            out.append(Assign(steps.ids[source.var], Value(source.key, source.tokens)))
 
-    def _pieces(self, call: Call) -> list[Piece]:
+    def _submit(self, number: int, ids: Mapping[str, str], out: list[Action]) -> None:
+        call = self.program.calls[number]
+        out.append(Submit(number, call, tuple(self._pieces(call, ids))))
+
+    def _fetch(self, number: int, var_id: str, now: float, out: list[Action]) -> None:
+        get = self.program.gets[number]
+        self._note(number, _ISSUED, now)
+        deadline_s = None if get.deadline_s is None else max(self._left_s(number, now) or 0.0, 0.0)
+        out.append(Fetch(number, var_id, get.criteria, deadline_s))
+
+    def _pieces(self, call: Call, ids: Mapping[str, str]) -> list[Piece]:
         pieces: list[Piece] = []
         for segment in call.segments:
             if type(segment) is _TEXT:
                 if segment.tokens:
                     pieces.append(segment)
             elif type(segment) is _READ:
-                pieces.append(Reference(segment.var, self._ids[segment.var]))
+                pieces.append(Reference(segment.var, ids[segment.var]))
             else:
                 assert type(segment) is _WRITE
-                pieces.append(self._into(segment, self._ids.get(segment.var)))
+                pieces.append(self._into(segment, ids.get(segment.var)))
         return pieces
 
     def _leave(self, failed: Action) -> list[Action]:
@@ -347,6 +353,7 @@ class SemanticPlayer(Player):
         return [Close()]
 
 
+@mypyc_attr(acyclic=True)
 class RequestPlayer(Player):
     """The baseline: values travel to the client and back with every request.
 
@@ -354,31 +361,28 @@ class RequestPlayer(Player):
     """
 
     def __init__(self, program: Program, serial: int, max_gen_length: int) -> None:
-        super().__init__(program, serial, max_gen_length)
+        steps = Steps(program)
+        super().__init__(program, serial, max_gen_length, steps)
         self._tenant = program.tenant or f"program/{serial}/{program.id}"
         self._criteria = {get.var: get.criteria for get in reversed(program.gets)}
         self._values: dict[str, Value] = {}
-        self._on_value: dict[str, list[int]] = {}
         self._wanted = self._outputs_wanted()
         for number, call in enumerate(program.calls):
             own = {s.var for s in call.segments if type(s) is Write}
             for var in dict.fromkeys(s.var for s in call.segments if type(s) is Read):
                 if var not in own:
-                    self._hold_until_value(self._first_call + number, var)
+                    steps.hold(steps.first_call + number, var)
         for number, get in enumerate(program.gets):
-            self._hold_until_value(self._first_get + number, get.var)
+            steps.hold(steps.first_get + number, get.var)
         self._gets_left = len(program.gets)
 
     def start(self, now: float) -> list[Action]:
         self.started_s = now
         self.ended = not self.program.gets
         out: list[Action] = []
-        self._begin(now, out)
+        if self._steps is not None:
+            self._begin(self._steps, now, out)
         return out
-
-    def _hold_until_value(self, node: int, var: str) -> None:
-        self._blocked[node] += 1
-        self._on_value.setdefault(var, []).append(node)
 
     def _outputs_wanted(self) -> list[int]:
         """For each call how many of its outputs, from the first, somebody wants; 0: the call is never made."""
@@ -401,13 +405,14 @@ class RequestPlayer(Player):
         self._values[var] = answer
         if action.output + 1 < self._wanted[action.call]:
             out.append(self._request(action.call, action.output + 1, now))
-        self._unblock(self._on_value.get(var, ()), now, out)
+        if self._steps is not None:
+            self._unblock(self._steps.on_var.get(var, ()), now, out)
 
-    def _release(self, node: int, now: float, out: list[Action]) -> None:
-        step = self._steps[node]
+    def _release(self, steps: Steps, node: int, now: float, out: list[Action]) -> None:
+        step = steps.steps[node]
         if type(step) is Get:
-            number = node - self._first_get
-            self.issued[number] = now
+            number = node - steps.first_get
+            self._note(number, _ISSUED, now)
             if self._is_late(number, now):
                 self.ended = True
                 return
@@ -417,13 +422,13 @@ class RequestPlayer(Player):
                 self.ended = True
             self._get_returned(number, now, out)
         elif type(step) is Call:
-            number = node - self._first_call
+            number = node - steps.first_call
             if self._wanted[number]:
                 out.append(self._request(number, 0, now))
         else:
             assert type(step) is Set
             self._values[step.var] = Value(step.key, step.tokens)
-            self._unblock(self._on_value.get(step.var, ()), now, out)
+            self._unblock(steps.on_var.get(step.var, ()), now, out)
 
     def _request(self, number: int, output: int, now: float) -> Complete:
         call = self.program.calls[number]

@@ -9,8 +9,10 @@ edges' own events go together.) Nothing here waits in a process: an idle client,
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
+
+from mypy_extensions import mypyc_attr
 
 from parrot.engine.core import EngineLimits, EngineTask, Link
 from parrot.engine.emulated.engine import EmulatedEngine
@@ -32,6 +34,7 @@ from parrot.serve.graph import Call
 from sim.engines import SimEngine
 from sim.model_types import ModelTypes
 from sim.recorder import Recorder
+from sim.slots import Slots
 from sim.timeline import Timeline
 
 __all__ = ["Cluster", "EngineModel", "OutOfRange", "Timeline"]
@@ -40,7 +43,10 @@ AUTH: Final = "simulated"
 FLUSH: Final = 2  #: SimPy priority: after all clients of the instant (urgent 0, normal 1), before the engines' edges (3)
 FLUSH_EDGES: Final = 3.5  #: after all engines' edges, before those at which nothing happens (4, only when stepping)
 
-KEPT_LENGTHS: Final = 65_536  #: contents of as many different lengths share what says their length
+KEPT_LENGTHS: Final = 65_536  #: contents of the same length share what says it, up to so many tokens
+
+_SLOT_BITS: Final = 24  # of a request's number: the last ones are the slot of its asker, the others count
+_SLOTS: Final = 1 << _SLOT_BITS
 
 # By names of this module's own that never change: the compiled module need not look up what each effect is.
 _REPLY: Final = effects.Reply
@@ -51,7 +57,6 @@ _TASK_FINISHED: Final = events.TaskFinished
 _CONTENT: Final = events.Content
 _CONTEXTS_EVICTED: Final = events.ContextsEvicted
 
-Output = tuple[int, int, str]  #: a program's call, which of its outputs, the content key of what is generated into it
 OnReply = Callable[[Any, ErrorInfo | None], None]  #: called with payload and error
 #: The tokens that an engine generates for a dispatch, and what gives the content of as many of them as it did generate.
 Generate = Callable[[effects.Dispatch], tuple[int, Callable[[int], events.Content]]]
@@ -73,8 +78,11 @@ class EngineModel(NamedTuple):
     draw: Callable[[], float] | None = None
 
 
+@mypyc_attr(acyclic=True)
 class Asker:
     """Who waits for the answer to a request."""
+
+    __slots__ = ()
 
     def replied(self, payload: Any, error: ErrorInfo | None) -> None:
         """The core has answered."""
@@ -84,6 +92,8 @@ class Asker:
 class _Callback(Asker):
     """A function that waits for an answer."""
 
+    __slots__ = ("_on_reply",)
+
     def __init__(self, on_reply: OnReply) -> None:
         self._on_reply = on_reply
 
@@ -91,30 +101,38 @@ class _Callback(Asker):
         self._on_reply(payload, error)
 
 
+class Author:
+    """Who submitted the calls of a session."""
+
+    __slots__ = ()
+
+    def output_key(self, call: int, output: int) -> str:
+        """The content key of what is generated into that output. Calls are numbered as the core took them in."""
+        raise NotImplementedError
+
+
+@mypyc_attr(acyclic=True)
 class _Attempt:
-    """What the shell keeps of a dispatch until its end. `content`: what gives the output that was generated, by its tokens
-    (None: its name says it)."""
+    """What the shell keeps of a dispatch until its end: the engine's key of the task. `output_key`: of what is generated.
+    `ended`: nothing more is told of it."""
 
-    __slots__ = ("content", "epoch", "number", "output_var", "task")
+    __slots__ = ("ended", "epoch", "number", "output_key", "task")
 
-    def __init__(
-        self, epoch: int, task: TaskId, number: int, output_var: str, content: Callable[[int], events.Content] | None
-    ) -> None:
+    def __init__(self, epoch: int, task: TaskId, number: int, output_key: str) -> None:
         self.epoch = epoch
         self.task = task
         self.number = number
-        self.output_var = output_var
-        self.content = content
+        self.output_key = output_key
+        self.ended = False
 
 
 class _Node(SimEngine):
-    """An engine of the cluster. `attempts`: what runs there and was not given up, by the number of its dispatch, which is the
-    engine's key of the task."""
+    """An engine of the cluster. `attempts`: what runs there, or is on its way, and was not given up."""
 
     def __init__(self, cluster: Cluster, engine_id: int, engine: TimedEngine) -> None:
         super().__init__(cluster.calendar, engine)
         self.id = engine_id
-        self.attempts: dict[int, _Attempt] = {}
+        self.attempts: set[_Attempt] = set()
         self._cluster = cluster
 
     def deliver(self, events: list[EmulatedEvent]) -> None:
@@ -138,20 +156,20 @@ class Cluster:
         self.timeline = timeline
         self.calendar = timeline.calendar
         self.core = ServeCore(config)
-        self.engines: dict[int, _Node] = {}
-        #: says what engines generate, where a task's length and its output's name (`name_outputs`) do not say it
+        self.engines: list[_Node] = []  #: in the order of their ids, which count from 1: none is ever lost
+        #: says what engines generate, where a task's length and the session's author (`name_outputs`) do not say it
         self.generate: Generate | None = None
+        self._generated: dict[_Attempt, Callable[[int], events.Content]] = {}  # what `generate` said
         self._tokenizers = tuple(dict.fromkeys(model.description.tokenizer for model in engines))
         self._delay_s = engine_delay_s
-        self._waiting: dict[int, Asker] = {}
+        self._waiting = Slots()  # askers
         self._requests = 0
         self._pending: list[events.AnyEvent] = []
         self._flushing = False
         self._flush_soon: Callable[[], None] = self._flush  # made once: every instant names it
         self._timer_s = float("inf")
-        self._lengths: dict[int, dict[str, int]] = {}
-        self._outputs: dict[int, Mapping[str, Output]] = {}  # by session
-        self._dispatches = 0
+        self._lengths: list[dict[str, int] | None] = []  # by the number of tokens
+        self._authors: dict[int, Author] = {}  # by session
         self._carry: dict[type, Callable[[Any], None]] = {
             effects.Dispatch: self._dispatch,
             effects.Abort: self._abort,
@@ -169,10 +187,14 @@ class Cluster:
     # ------------------------------------------------------------------------------------------------ for clients
 
     def ask(self, asker: Asker) -> int:
-        """A new request number, whose answer goes to `asker`."""
+        """A new request number, greater than those before, whose answer goes to `asker`."""
         self._requests += 1
-        self._waiting[self._requests] = asker
-        return self._requests
+        return self._requests << _SLOT_BITS | self._waiting.put(asker)
+
+    def taken(self, request: int) -> Asker:
+        """Who waits for that answer, and from now on waits no longer."""
+        asker: Asker = self._waiting.take(request & _SLOTS - 1)
+        return asker
 
     def expect(self, on_reply: OnReply) -> int:
         """A new request number, whose answer goes to `on_reply(payload, error)`."""
@@ -187,16 +209,19 @@ class Cluster:
 
     def content(self, key: str, tokens: int) -> events.Content:
         """A text of `tokens` tokens under every tokenizer of the cluster."""
-        lengths = self._lengths.get(tokens)
+        known = self._lengths
+        if tokens >= KEPT_LENGTHS:
+            return _CONTENT(key, dict.fromkeys(self._tokenizers, tokens))
+        if tokens >= len(known):
+            known += [None] * (2 * tokens + 1 - len(known))
+        lengths = known[tokens]
         if lengths is None:
-            if len(self._lengths) >= KEPT_LENGTHS:
-                self._lengths.clear()
-            lengths = self._lengths[tokens] = dict.fromkeys(self._tokenizers, tokens)
+            lengths = known[tokens] = dict.fromkeys(self._tokenizers, tokens)
         return _CONTENT(key, lengths)
 
-    def name_outputs(self, session_id: int, outputs: Mapping[str, Output]) -> None:
-        """The session's outputs by the ids of their variables, as far as there are any: `outputs` grows with them."""
-        self._outputs[session_id] = outputs
+    def name_outputs(self, session_id: int, author: Author) -> None:
+        """The session's outputs are named by `author`."""
+        self._authors[session_id] = author
 
     def calls(self, session_id: int) -> Sequence[Call]:
         """The session's calls as the core has them, to be read only and at once; () when it is gone."""
@@ -206,6 +231,10 @@ class Cluster:
         """For each latency profile that was asked for more than it was fitted to: `Coverage.outside`."""
         coverages: dict[str, Outside] = {**self._coverages, **self._remote_coverages}
         return {name: coverage.outside for name, coverage in coverages.items() if coverage.outside}
+
+    def dissolve(self) -> None:
+        """The run is over, and nobody waits for an answer: who did would hold this cluster, and it them, for ever."""
+        self._waiting = Slots()
 
     def explain(self, recorder: Recorder) -> None:
         """Hands over what the core says of its policy: its errors, and why each task went where it went, if that was kept."""
@@ -227,16 +256,12 @@ class Cluster:
         """Hands the instant's events to the core, then what follows from them in no time, until nothing more does."""
         now = self.calendar.now
         self._flushing = True
-        core, carry, waiting = self.core, self._carry, self._waiting
+        core, carry = self.core, self._carry
         while self._pending:
             batch, self._pending = self._pending, []
             for effect in core.handle(batch, now):
                 if type(effect) is _REPLY:
-                    request: int = effect.request
-                    asker = waiting.get(request)
-                    if asker is not None:
-                        del waiting[request]
-                        asker.replied(effect.payload, effect.error)
+                    self.taken(effect.request).replied(effect.payload, effect.error)
                 elif type(effect) is not _TASK_ENDED:
                     carry[type(effect)](effect)
             if core.scheduler.faults:
@@ -263,8 +288,8 @@ class Cluster:
 
     def _session_ended(self, effect: effects.SessionEnded) -> None:
         session_id: int = effect.session_id
-        if session_id in self._outputs:
-            del self._outputs[session_id]
+        if session_id in self._authors:
+            del self._authors[session_id]
 
     # ------------------------------------------------------------------------------------------------- the engines
 
@@ -275,7 +300,8 @@ class Cluster:
         def registered(answer: Any, error: ErrorInfo | None) -> None:
             if error is not None:
                 raise ParrotError.of(error)
-            self.engines[answer.engine_id] = _Node(self, answer.engine_id, emulated)
+            self.engines.append(_Node(self, answer.engine_id, emulated))
+            assert answer.engine_id == len(self.engines)
 
         self._pending.append(events.RegisterEngine(self.expect(registered), model.description))
 
@@ -318,32 +344,48 @@ class Cluster:
             action(*arguments)
 
     def _dispatch(self, effect: effects.Dispatch) -> None:
-        sampling = effect.sampling
+        sampling, task_id = effect.sampling, effect.task
         most: int = sampling.max_gen_length
-        output_tokens, content = sampling.output_length or most, None
+        output_tokens = sampling.output_length or most
         if self.generate is not None:
             output_tokens, content = self.generate(effect)
-        engine = self.engines[effect.engine_id]
-        self._dispatches += 1
-        key = self._dispatches
-        engine.attempts[key] = _Attempt(effect.epoch, effect.task, effect.attempt, effect.output_var, content)
+            attempt = _Attempt(effect.epoch, task_id, effect.attempt, "")
+            self._generated[attempt] = content
+        else:
+            output_key = self._authors[task_id.session_id].output_key(task_id.call, task_id.output)
+            attempt = _Attempt(effect.epoch, task_id, effect.attempt, output_key)
+        engine = self._engine(effect.engine_id)
+        engine.attempts.add(attempt)
         links = tuple([Link(link.context_id, link.tokens) for link in effect.chain])
-        task = EngineTask(key, links, effect.generate_context_id, most)
+        task = EngineTask(attempt, links, effect.generate_context_id, most)
         if self._delay_s:
             self._to_engine(engine.submit, task, output_tokens)
         else:
             engine.submit(task, output_tokens)
 
     def _abort(self, effect: effects.Abort) -> None:
-        engine = self.engines[effect.engine_id]
-        for key, attempt in engine.attempts.items():
+        engine = self._engine(effect.engine_id)
+        for attempt in engine.attempts:
             if attempt.number == effect.attempt and attempt.task == effect.task:
-                del engine.attempts[key]
-                self._to_engine(engine.abort, key)
+                self._ended(engine, attempt)
+                self._to_engine(engine.abort, attempt)
                 return  # else it has ended, in this very instant
 
     def _free(self, effect: effects.FreeContexts) -> None:
-        self._to_engine(self.engines[effect.engine_id].free_contexts, effect.context_ids)
+        engine = self._engine(effect.engine_id)
+        if self._delay_s:
+            self._to_engine(engine.free_contexts, effect.context_ids)
+        else:
+            engine.free_contexts(effect.context_ids)
+
+    def _engine(self, engine_id: int) -> _Node:
+        return self.engines[engine_id - 1]
+
+    def _ended(self, engine: _Node, attempt: _Attempt) -> None:
+        attempt.ended = True
+        engine.attempts.remove(attempt)
+        if self._generated:
+            self._generated.pop(attempt, None)
 
     def hear(self, engine: _Node, emulated: list[EmulatedEvent]) -> None:
         """An engine tells of an edge."""
@@ -354,16 +396,15 @@ class Cluster:
 
     def _deliver(self, engine: _Node, emulated: list[EmulatedEvent]) -> None:
         """An engine's events in the core's terms. Those of an attempt that was given up go no further."""
-        attempts = engine.attempts
         for event in emulated:
             if event.evicted:
                 self.post(_CONTEXTS_EVICTED(engine.id, event.evicted), FLUSH_EDGES)
-            key: int = event.key  # type: ignore[assignment]
-            attempt = attempts.get(key)
-            if attempt is not None:
-                if event.kind == "finished" or event.kind == "failed" or event.kind == "rejected":
-                    del attempts[key]  # nothing more is told of it
+            attempt = event.key
+            assert isinstance(attempt, _Attempt)
+            if not attempt.ended:
                 self._pending.append(self._told(event, attempt))
+                if event.kind == "finished" or event.kind == "failed" or event.kind == "rejected":
+                    self._ended(engine, attempt)
         if self._pending and not self._flushing:
             self._flushing = True
             self.calendar.call_now(self._flush_soon, FLUSH_EDGES)
@@ -372,11 +413,10 @@ class Cluster:
         task, number = attempt.task, attempt.number
         kind, epoch = event.kind, attempt.epoch
         if kind == "finished":
-            if attempt.content is not None:
-                content = attempt.content(event.output_tokens)
+            if self.generate is not None:
+                content = self._generated[attempt](event.output_tokens)
             else:
-                _, _, content_key = self._outputs[task.session_id][attempt.output_var]
-                content = self.content(content_key, event.output_tokens)
+                content = self.content(attempt.output_key, event.output_tokens)
             return _TASK_FINISHED(
                 epoch,
                 task,

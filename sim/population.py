@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import msgspec
+from mypy_extensions import mypyc_attr
 
 from parrot.protocol.api import CallAnswer, SamplingConfig
 from parrot.protocol.errors import ERRORS, ErrorInfo
@@ -33,9 +34,10 @@ from sim.actions import (
     Wait,
 )
 from sim.clients import Mode, Player, new_player
-from sim.cluster import AUTH, Asker, Cluster, EngineModel, Observe, Output, Timeline
+from sim.cluster import AUTH, Asker, Author, Cluster, EngineModel, Observe, Timeline
 from sim.network import Network
 from sim.recorder import Recorder
+from sim.slots import Slots
 from sim.workloads.program import Call, Program
 
 RETRY_AFTER_S: Final = 1.0  #: when a refusal does not say how long to wait
@@ -84,7 +86,7 @@ class Population:
         self._mode = mode
         self._max_gen_length = max_gen_length
         self._on_ended = on_ended
-        self._live: dict[int, Conversation] = {}
+        self._live = Slots()  # conversations
         self._serial = 0
         self._sessions = 0
         self._samplings: dict[int, SamplingConfig] = {}
@@ -98,7 +100,7 @@ class Population:
     def ended(self, conversation: Conversation) -> None:
         """A program has ended, well or badly."""
         self.recorder.program_ended(conversation.player)
-        del self._live[conversation.player.serial]
+        self._live.take(conversation.slot)
         if self._on_ended is not None:
             self._on_ended()
         if self.is_over():
@@ -108,7 +110,7 @@ class Population:
 
     def is_over(self) -> bool:
         """Whether every program has arrived and ended."""
-        return self._next is None and not self._live
+        return self._next is None and not len(self._live)
 
     def new_session_id(self) -> int:
         self._sessions += 1
@@ -131,9 +133,8 @@ class Population:
 
     def waiting(self) -> str:
         """Which programs wait for what; the first few of them."""
-        lines = [
-            f"program {c.player.program.id!r} waits for {c.player.waits_for()}{c.work()}" for c in list(self._live.values())[:5]
-        ]
+        first: list[Conversation] = sorted(self._live, key=lambda conversation: conversation.player.serial)[:5]
+        lines = [f"program {c.player.program.id!r} waits for {c.player.waits_for()}{c.work()}" for c in first]
         more = f"; and {len(self._live) - 5} more" if len(self._live) > 5 else ""
         return "; ".join(lines) + more
 
@@ -153,40 +154,42 @@ class Population:
         self._serial += 1
         far = not self.network.is_local
         player = new_player(program, self._mode, serial=serial, max_gen_length=self._max_gen_length, preallocate=far)
-        if not self._live:
+        if not len(self._live):
             self.answered_s = calendar.now
-        conversation = self._live[serial] = Conversation(self, player)
+        conversation = Conversation(self, player)
+        conversation.slot = self._live.put(conversation)
         if not self._closed:
             self._await_next()
         conversation.perform(player.start(calendar.now))
 
 
-class Conversation:
-    """One program's client: its player, and what the core's end knows of its sessions."""
+class Conversation(Author):
+    """One program's client: its player, and what the core's end knows of its session."""
 
-    __slots__ = ("_cluster", "_network", "_outputs", "_over", "_session_id", "exchanges", "player", "population")
+    __slots__ = ("_calls", "_numbers", "_over", "_session_id", "exchanges", "player", "population", "slot")
 
     def __init__(self, population: Population, player: Player) -> None:
         self.player = player
         self.population = population
+        self.slot = 0  #: in the population
         self.exchanges: dict[Exchange, None] | None = None  # requests of the baseline that are at the core
-        self._cluster = population.cluster
-        self._network = None if population.network.is_local else population.network
         self._session_id = 0
-        self._outputs: dict[str, Output] = {}  # of the session, by the variable's id
+        self._calls = 0  # that the session has
+        self._numbers: list[int] | None = None  # of those in the program; None: it numbers them as the session does
         self._over = False
 
     def perform(self, actions: Iterable[Action]) -> None:
         """Sends the player's actions on their way."""
         for action in actions:
+            population = self.population
             if isinstance(action, Wait):
-                calendar = self._cluster.calendar
+                calendar = population.cluster.calendar
                 calendar.call_at(calendar.now + action.delay_s, functools.partial(self._answer, action, None, None))
-            elif self._network is None:
+            elif population.network.is_local:
                 self._arrive(action, 0.0)
             else:
-                calendar = self._cluster.calendar
-                half_s = self._network.round_trip_s() / 2
+                calendar = population.cluster.calendar
+                half_s = population.network.round_trip_s() / 2
                 calendar.call_at(calendar.now + half_s, functools.partial(self._arrive, action, half_s))
         if self.player.ended and not self._over:
             self._over = True
@@ -196,7 +199,7 @@ class Conversation:
 
     def work(self) -> str:
         """What the core says of the session's tasks, for a message."""
-        calls = self._cluster.calls(self._session_id)
+        calls = self.population.cluster.calls(self._session_id)
         states = [f"{task.state} (attempts: {task.attempt})" for call in calls for task in call.tasks]
         return f"; its tasks are {', '.join(states[:5])}" if states else ""
 
@@ -204,7 +207,7 @@ class Conversation:
 
     def _arrive(self, action: Action, half_s: float) -> None:
         """The action's request reaches the core."""
-        cluster, session_id = self._cluster, self._session_id
+        cluster, session_id = self.population.cluster, self._session_id
         if isinstance(action, Complete):
             if not self._over:
                 Exchange(self, action, half_s)
@@ -218,10 +221,9 @@ class Conversation:
             event = self.submit_call(request, session_id, action.spec, action.pieces)
         elif isinstance(action, Open):
             self._session_id = self.population.new_session_id()
-            cluster.name_outputs(self._session_id, self._outputs)
             event = _OPEN_SESSION(request, self._session_id, AUTH, action.tenant)
         elif isinstance(action, Close):
-            self.record(session_id, self._outputs)
+            self.record(session_id, range(self._calls) if self._numbers is None else self._numbers)
             event = _CLOSE_SESSION(request, session_id, AUTH)
         elif isinstance(action, Create):
             event = events.CreateVariable(request, session_id, AUTH, action.var)
@@ -232,7 +234,8 @@ class Conversation:
         cluster.post(event)
 
     def submit_call(self, request: int, session_id: int, call: Call, pieces: Sequence[Piece]) -> events.SubmitCall:
-        content = self._cluster.content
+        cluster = self.population.cluster
+        content = cluster.content
         segments: list[events.Segment] = []
         for piece in pieces:
             if isinstance(piece, Into):
@@ -244,32 +247,49 @@ class Conversation:
             else:
                 segments.append(_CONSTANT(content(piece.key, piece.tokens)))
         # by place: a name would cost as much as its value
-        model_type = self._cluster.model_types.of(call)
+        model_type = cluster.model_types.of(call)
         return _SUBMIT_CALL(request, session_id, AUTH, tuple(segments), call.name, call.models, model_type, call.cache_prefix)
 
-    def record(self, session_id: int, outputs: dict[str, Output]) -> None:
-        """Takes down what the core knows of the session before it closes."""
-        self.population.recorder.calls_ended(self.player.serial, self._cluster.calls(session_id), outputs)
+    def record(self, session_id: int, numbers: Sequence[int], first: int = 0) -> None:
+        """Takes down what the core knows of the session before it closes; as `Recorder.calls_ended`."""
+        population = self.population
+        population.recorder.calls_ended(self.player.serial, population.cluster.calls(session_id), numbers, first)
+
+    def output_key(self, call: int, output: int) -> str:
+        """As `Author` has it."""
+        return self.player.output_key(call if self._numbers is None else self._numbers[call], output)
 
     def replied(self, payload: Any, error: ErrorInfo | None, action: Action, half_s: float) -> None:
         """The core has answered; the answer goes back."""
         answer: Any = None
         if error is None:
             if isinstance(action, Submit):
-                answer = note_outputs(self._outputs, action.call, 0, action.pieces, payload)
+                answer = self._submitted(action.call, payload)
             elif isinstance(action, Create):
                 answer = payload["var_id"]
             elif isinstance(action, Fetch):
                 answer = Value(payload, 0)
+            elif isinstance(action, Open):
+                self.population.cluster.name_outputs(self._session_id, self)
         if half_s or error is not None:
             self.send_back(action, half_s, answer, error)
         else:  # as `_answer` does: what happens most takes the fewest steps
-            now = self.population.answered_s = self._cluster.calendar.now
+            population = self.population
+            now = population.answered_s = population.cluster.calendar.now
             self.perform(self.player.answer(action, answer, now))
+
+    def _submitted(self, number: int, answer: CallAnswer) -> tuple[str, ...]:
+        """The session has the program's call `number`: the ids of its outputs."""
+        if number != self._calls and self._numbers is None:
+            self._numbers = list(range(self._calls))
+        if self._numbers is not None:
+            self._numbers.append(number)
+        self._calls += 1
+        return outputs_of(answer)
 
     def send_back(self, action: Action, half_s: float, answer: Any, error: ErrorInfo | None) -> None:
         if half_s:
-            calendar = self._cluster.calendar
+            calendar = self.population.cluster.calendar
             calendar.call_at(calendar.now + half_s, functools.partial(self._answer, action, answer, error))
         else:
             self._answer(action, answer, error)
@@ -277,7 +297,7 @@ class Conversation:
     # -------------------------------------------------------------------------------------------- the client's end
 
     def _answer(self, action: Action, answer: Any, error: ErrorInfo | None) -> None:
-        now = self._cluster.calendar.now
+        now = self.population.cluster.calendar.now
         player = self.player
         if error is None:
             if not isinstance(action, Wait):
@@ -290,6 +310,7 @@ class Conversation:
             self.perform(player.fail(action, error, now))
 
 
+@mypyc_attr(acyclic=True)
 class _Asked(Asker):
     """An action at the core, and how long its answer is under way."""
 
@@ -304,24 +325,23 @@ class _Asked(Asker):
         self._conversation.replied(payload, error, self._action, self._half_s)
 
 
-class Exchange:
+class Exchange(Author):
     """A request of the baseline at the core's end: open, submit, get, close, with no network in between."""
 
-    __slots__ = ("_action", "_conversation", "_half_s", "_outputs", "_over", "_session_id")
+    __slots__ = ("_action", "_conversation", "_half_s", "_over", "_session_id", "_submits")
 
     def __init__(self, conversation: Conversation, action: Complete, half_s: float) -> None:
         self._conversation = conversation
-        self._outputs: dict[str, Output] = {}
         self._action = action
         self._half_s = half_s
         self._over = False
+        self._submits = True  # its call has not been taken in yet
         if conversation.exchanges is None:
             conversation.exchanges = {}
         conversation.exchanges[self] = None
         population = conversation.population
         cluster = population.cluster
         self._session_id = population.new_session_id()
-        cluster.name_outputs(self._session_id, self._outputs)
         request = cluster.expect(self._opened)
         cluster.post(_OPEN_SESSION(request, self._session_id, AUTH, action.tenant))
         request = cluster.expect(self._submitted)
@@ -331,6 +351,12 @@ class Exchange:
         if error is not None:
             self._end()  # the submission fails too, for want of a session
             self._conversation.send_back(self._action, self._half_s, None, error)
+        else:
+            self._conversation.population.cluster.name_outputs(self._session_id, self)
+
+    def output_key(self, call: int, output: int) -> str:
+        """As `Author` has it."""
+        return self._conversation.player.output_key(self._action.call, self._action.output + output)
 
     def _submitted(self, answer: CallAnswer | None, error: ErrorInfo | None) -> None:
         if self._over:
@@ -340,7 +366,8 @@ class Exchange:
             return
         assert answer is not None
         action, cluster = self._action, self._conversation.population.cluster
-        (var_id,) = note_outputs(self._outputs, action.call, action.output, action.pieces, answer)
+        self._submits = False
+        (var_id,) = outputs_of(answer)
         request = cluster.expect(self._fetched)
         deadline_s = action.deadline_s
         cluster.post(_GET_VARIABLE(request, self._session_id, AUTH, var_id, action.criteria, None, False, deadline_s))
@@ -360,7 +387,7 @@ class Exchange:
         """The client has gone: closes the session, whatever it still does."""
         conversation, cluster = self._conversation, self._conversation.population.cluster
         self._end()
-        conversation.record(self._session_id, self._outputs)
+        conversation.record(self._session_id, () if self._submits else (self._action.call,), self._action.output)
         cluster.post(_CLOSE_SESSION(cluster.expect(_ignore), self._session_id, AUTH))
 
     def _close(self, value: Value | None, error: ErrorInfo | None) -> None:
@@ -373,17 +400,9 @@ class Exchange:
             del self._conversation.exchanges[self]
 
 
-def note_outputs(
-    known: dict[str, Output], call: int, output: int, pieces: Iterable[Piece], answer: CallAnswer
-) -> tuple[str, ...]:
-    """The ids of the outputs; `known` has from now on what they are and what will be generated into them."""
-    var_ids = tuple([item.var_id for item in answer.param_info if item.is_output])
-    place = 0
-    for piece in pieces:
-        if isinstance(piece, Into):
-            known[var_ids[place]] = (call, output + place, piece.key)
-            place += 1
-    return var_ids
+def outputs_of(answer: CallAnswer) -> tuple[str, ...]:
+    """The ids of a call's outputs, in order."""
+    return tuple([item.var_id for item in answer.param_info if item.is_output])
 
 
 def _ignore(_: Any, __: ErrorInfo | None) -> None:
@@ -424,5 +443,5 @@ def simulate(
         recorder.outside = cluster.outside()
         cluster.explain(recorder)
     finally:
-        cluster.core.dissolve()  # the process may have more runs before it
+        cluster.dissolve()  # the process may have more runs before it
     return recorder

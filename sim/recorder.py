@@ -10,8 +10,6 @@ from array import array
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
-import numpy as np
-
 from parrot.protocol.api import CallReport, SessionReport, TaskReport
 from parrot.protocol.engine import TaskId
 from parrot.protocol.errors import ErrorInfo
@@ -27,8 +25,7 @@ if TYPE_CHECKING:
 _Row = TypeVar("_Row", ProgramRow, GetRow, CallRow, TaskRow)
 
 
-RECENT: Final = 4096  #: numbers that are kept as they came
-_UNKNOWN: Final = (-1, 0, "")  #: an output that no program asked for
+_PART: Final = 1024  #: numbers that lie in one piece of memory
 
 
 class Played(Protocol):
@@ -39,30 +36,36 @@ class Played(Protocol):
     ended_s: float | None
     error: ErrorInfo | None
     refusals: int
-    issued: dict[int, float]
-    returned: dict[int, float]
 
     @property
     def program(self) -> Program: ...
 
+    def issued_s(self, number: int) -> float | None: ...
+
+    def returned_s(self, number: int) -> float | None: ...
+
 
 class _Values:
-    """Numbers, eight bytes each but for the last `RECENT`: an array takes them one by one slowly."""
+    """Numbers, eight bytes each. Nothing that was written is touched again before somebody asks: one array of them all would be
+    copied as it grows."""
 
     def __init__(self) -> None:
-        self._numbers = array("d")
-        self._recent: list[float] = []
+        self._full: list[array[float]] = []
+        self._part = array("d")
 
     def add(self, number: float) -> None:
-        self._recent.append(number)
-        if len(self._recent) >= RECENT:
-            self.all()
+        self._part.append(number)
+        if len(self._part) == _PART:
+            self._full.append(self._part)
+            self._part = array("d")
 
     def all(self) -> array[float]:
         """All that were added, in order."""
-        self._numbers.frombytes(np.array(self._recent, dtype=float).tobytes())
-        self._recent.clear()
-        return self._numbers
+        numbers = array("d")
+        for part in self._full:
+            numbers.extend(part)
+        numbers.extend(self._part)
+        return numbers
 
 
 class Recorder:
@@ -183,10 +186,10 @@ class Recorder:
                 player.refusals,
                 f"{error.code}: {error.message}" if error is not None else None,
             )
-            issued, returned = player.issued, player.returned
             for number, get in enumerate(program.gets):
-                if number in issued:
-                    self._get_values += (player.serial, get.id, get.var, get.criteria, issued[number], returned.get(number))
+                issued_s = player.issued_s(number)
+                if issued_s is not None:
+                    self._get_values += (player.serial, get.id, get.var, get.criteria, issued_s, player.returned_s(number))
 
     def session_ended(self, serial: int, report: SessionReport, outputs: Mapping[str, tuple[int, int]]) -> None:
         """Takes a session of program `serial`. `outputs`: variable id -> (call, output) of the program."""
@@ -199,12 +202,17 @@ class Recorder:
                     self.names[TaskId(report.session_id, call.request_id, place)] = (serial, number, output + place)
             self._call(serial, number, output, call, tasks)
 
-    def calls_ended(self, serial: int, calls: Sequence[Call], outputs: Mapping[str, tuple[int, int, str]]) -> None:
-        """As `session_ended`, from the core's own calls where they are at hand: nobody need make a report of them. `outputs`
-        may say more of each."""
-        for call in calls:
+    def calls_ended(self, serial: int, calls: Sequence[Call], numbers: Sequence[int], first: int = 0) -> None:
+        """As `session_ended`, from the core's own calls where they are at hand: nobody need make a report of them.
+
+        numbers: of each call, which of the program's it is; -1, or nothing behind the last: it is not known. first: which of
+        that call's outputs its first one is.
+        """
+        known = len(numbers)
+        for accepted, call in enumerate(calls):
             tasks = call.tasks
-            number, output, _ = outputs.get(tasks[0].output.id, _UNKNOWN) if tasks else _UNKNOWN
+            number = numbers[accepted] if accepted < known else -1
+            output = first if number >= 0 else 0
             for place, task in enumerate(tasks):
                 self._task(serial, number, output + place, task, task.attempt, task.engine_name, task.criteria)
                 if self.names is not None:

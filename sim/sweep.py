@@ -231,6 +231,7 @@ def _simulate(run: Run, expect: Callable[[int], None], ended: Callable[[], None]
             return simulate_programs(run, keeps_rows(run), expect, ended)
         engines = engine_models_of(run)
         programs = _programs(run, engines, expect)
+        gc.freeze()  # what was read stays until it arrives
         recorder = simulate(
             programs,
             core_config_of(run),

@@ -12,8 +12,6 @@ from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Final
 
-from mypy_extensions import mypyc_attr
-
 from parrot.serve.states import CONTEXT
 
 if TYPE_CHECKING:
@@ -38,7 +36,6 @@ def prefix_hash(parent: str, keys: Iterable[str]) -> str:
     return parent
 
 
-@mypyc_attr(acyclic=True)  # `PrefixStore` breaks its cycles, with `Context`
 class PrefixNode:
     """One prefix. `contexts`: engine id -> the context that holds it there; to be read only. `queued`: tasks waiting for a
     placement whose prompt begins with it (kept only for policies that ask). `users`: queued tasks whose whole prompt it is.
@@ -160,7 +157,6 @@ class PrefixNode:
         return self.key if self.domain == self.parent.domain else self.key[1:]
 
 
-@mypyc_attr(acyclic=True)
 class Context:
     """A prefix on an engine. `tasks` counts tasks in flight that use it or a child of it; `filled`: a task has said
     that the engine holds it complete. `owner`: the session whose end frees it (None: shared, with a lifetime). `older` and
@@ -170,20 +166,19 @@ class Context:
     __slots__ = ("engine", "filled", "id", "last_use_s", "newer", "node", "older", "owner", "state", "tasks", "tokens")
 
     def __init__(self, id: int, engine: Engine, node: PrefixNode | None, tokens: int, owner: Session | None) -> None:
-        self.id = id
-        self.engine = engine
-        self.node = node  # None while it is being generated
-        self.tokens = tokens
-        self.owner = owner
+        self.filled = False
         self.state = "live"
         self.tasks = 1  # the one that it is made for
-        self.filled = False
+        self.tokens = tokens
+        self.owner = owner
+        self.node = node  # None while it is being generated
+        self.engine = engine
+        self.id = id
         self.last_use_s = 0.0
         self.older: Context | None = None
         self.newer: Context | None = None
 
 
-@mypyc_attr(acyclic=True)
 class Line:
     """Contexts one behind the other. Each stands in one line at most, and is taken out before it is forgotten."""
 

@@ -191,14 +191,6 @@ class ServeCore:
     def _refuse_journal_event(self, event: AnyEvent, now: float) -> None:
         raise ValueError(f"{type(event).__name__} is for recall alone")
 
-    def dissolve(self) -> None:
-        """Gives back what it holds, when it is of no use any more: compiled, no garbage collector looks for it."""
-        for session in list(self._sessions.values()):
-            self._end_session(session, "close", self._now)
-        for engine_id in list(self.engines):
-            self.scheduler.lose(engine_id, "the core is dissolved", self._now)
-        self._effects.clear()
-
     def take_faults(self) -> list[Fault]:
         """What went wrong inside since the last call: for a shell to log, for a test to find empty."""
         faults = self.scheduler.faults[:]

@@ -59,9 +59,9 @@ class Engine:
     """
 
     __slots__ = (
-        "bos_tokens", "cached_tokens", "claimed", "contexts", "description", "failures", "id", "lanes", "latency_tasks",
-        "max_seq_len", "name", "next_context_id", "prefill_tokens", "prompt_tokens", "reports_evictions", "reserved", "running",
-        "state", "suspected_s", "tasks", "tasks_capacity", "tokenizer", "tokens_capacity", "version",
+        "bos_tokens", "cached_tokens", "claimed", "contexts", "description", "failures", "id", "indexes", "lanes",
+        "latency_tasks", "max_seq_len", "name", "next_context_id", "prefill_tokens", "prompt_tokens", "reports_evictions",
+        "reserved", "running", "state", "suspected_s", "tasks", "tasks_capacity", "tokenizer", "tokens_capacity", "version",
     )  # fmt: skip
 
     def __init__(self, id: int, description: EngineDescription) -> None:
@@ -77,16 +77,17 @@ class Engine:
         self.tokenizer = description.tokenizer
         self.bos_tokens = description.bos_tokens
         self.lanes: tuple[Lane, ...] = ()  # those that it serves
+        self.indexes: tuple[EngineIndex, ...] = ()  # theirs
         self.prompt_tokens = 0
         self.prefill_tokens = 0
         self.cached_tokens = 0
         self.latency_tasks = 0
         self.version = 0
+        self.failures = 0
+        self.next_context_id = 0
         self.tasks: dict[Task, None] = {}
         self.contexts: dict[int, Context] = {}
-        self.next_context_id = 0
         self.name = description.engine_name
-        self.failures = 0
         self.suspected_s = -1.0
         self.description = description
         self.reports_evictions = description.engine_type != "openai"  # a remote endpoint says nothing of its cache
@@ -138,6 +139,7 @@ class EngineIndex:
     def __init__(self, key: Callable[[Engine], Load]) -> None:
         self._key = key
         self._loads: list[Load] = []  # sorted
+        self._whole = True  # whether all of them have been whole numbers, among which a place is found without Python's help
         self._engines: list[Engine] = []  # whose loads these are, side by side: a search looks at numbers alone
         self._load_of: dict[int, Load] = {}  # engine id -> the load by which it stands there
         self._by_id: dict[int, Engine] = {}
@@ -156,6 +158,8 @@ class EngineIndex:
         """Its load may be another one now."""
         if not self._outdated:
             noted = self._noted
+            if noted and noted[-1] is engine:
+                return
             noted.append(engine)
             if len(noted) > LEAST_NOTED and len(noted) > len(self._engines):
                 noted.clear()
@@ -176,10 +180,14 @@ class EngineIndex:
             self._load_of = {engine_id: load for load, engine_id, _ in found}
             engines[:] = [engine for _, _, engine in found]
             self._loads = [load for load, _, _ in found]
+            for load in self._loads:
+                self._whole = self._whole and isinstance(load, int)
             self._outdated = False
 
     def _insert(self, engine: Engine, load: Load) -> None:
-        place = _bisect_left(self._loads, load)
+        if self._whole and not isinstance(load, int):
+            self._whole = False
+        place = self._first_from(load)
         if place < len(self._loads) and self._loads[place] == load:
             place = self._place_among_equals(load, place, engine.id)
         self._loads.insert(place, load)
@@ -187,11 +195,15 @@ class EngineIndex:
         self._load_of[engine.id] = load
 
     def _take_out(self, engine: Engine, load: Load) -> None:
-        place = _bisect_left(self._loads, load)
+        place = self._first_from(load)
         if self._engines[place] is not engine:
             place = self._place_among_equals(load, place, engine.id)
         del self._loads[place]
         del self._engines[place]
+
+    def _first_from(self, load: Load) -> int:
+        """The place of the first with at least that load."""
+        return _lowest_from(self._loads, load) if self._whole else _bisect_left(self._loads, load)
 
     def _place_among_equals(self, load: Load, first: int, engine_id: int) -> int:
         """Where the engine of that id stands, or would, among those of one load. `first`: where these begin."""
@@ -256,6 +268,18 @@ class EngineIndex:
         return len(self._engines)
 
 
+def _lowest_from(loads: list[int], load: int) -> int:
+    """As bisect_left, on whole numbers."""
+    low, high = 0, len(loads)
+    while low < high:
+        middle = (low + high) >> 1
+        if loads[middle] < load:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
 def _met(engines: list[Engine], ids: Collection[int]) -> Iterator[Engine]:
     for engine in engines:
         if engine.id in ids:
@@ -301,6 +325,7 @@ class Lane:
             index = self.indexes[key] = EngineIndex(key)
             for engine in self.engines.values():
                 index.add(engine)
+                engine.indexes = (*engine.indexes, index)
         return index
 
     def describe(self) -> str:
@@ -341,6 +366,7 @@ class Engines:
             del self.lanes[oldest.models, oldest.model_type]
             for engine in oldest.engines.values():
                 engine.lanes = tuple([lane for lane in engine.lanes if lane is not oldest])
+                engine.indexes = tuple([index for lane in engine.lanes for index in lane.indexes.values()])
 
     def register(self, description: EngineDescription) -> Engine:
         self._next_id += 1
@@ -357,12 +383,13 @@ class Engines:
             for index in lane.indexes.values():
                 index.add(engine)
             engine.lanes = (*engine.lanes, lane)
+            engine.indexes = (*engine.indexes, *lane.indexes.values())
 
     def lose(self, engine: Engine) -> tuple[Lane, ...]:
         """Takes the engine out of everything; returns the lanes that it served."""
         engine.state = ENGINE[engine.state, "lose"]
         del self.live[engine.id]
-        lanes, engine.lanes = engine.lanes, ()
+        lanes, engine.lanes, engine.indexes = engine.lanes, (), ()
         for lane in lanes:
             del lane.engines[engine.id]
             for index in lane.indexes.values():
@@ -372,10 +399,9 @@ class Engines:
     def load_changed(self, engine: Engine, more_room: bool = False) -> None:
         """The engine's load is another one now: every index that holds it moves it. With `more_room`, whatever waits
         for room asks again."""
+        for index in engine.indexes:
+            index.update(engine)
         if more_room:
             engine.version += 1
-        for lane in engine.lanes:
-            if more_room:
+            for lane in engine.lanes:
                 lane.open(engine)
-            for index in lane.indexes.values():
-                index.update(engine)

@@ -41,7 +41,6 @@ def latency_bound(criteria: Criteria | None) -> bool:
     return criteria is _LATENCY or criteria is _TTFT
 
 
-@mypyc_attr(acyclic=True)  # `Session.forget` breaks its cycles
 class Call:
     """A submitted semantic call. `variables`: one for each segment, None for constants. `until_s`: its outputs are worthless
     after that; inf: never."""
@@ -86,7 +85,6 @@ class Call:
         return "finished"
 
 
-@mypyc_attr(acyclic=True)  # `Session.forget` breaks its cycles
 class Group:
     """A task group: the tasks of one stage, which run in parallel and matter as a whole. `root`: the fetched output's task
     that they lead to, `depth` tasks from here. `members`: two or more, ended ones included, in no order that means anything;
@@ -125,7 +123,6 @@ class Link:
         self.role = role
 
 
-@mypyc_attr(acyclic=True)  # `Session.forget` breaks its cycles
 class Task:
     """A completion task: fills, then one generate. It is also the view of itself that policies read.
 
@@ -139,12 +136,12 @@ class Task:
     """
 
     __slots__ = (
-        "activated", "aim", "alone", "attempt", "begin", "cached_tokens", "call", "charged", "contexts", "cost",
-        "counted_latency", "criteria", "deadline_s", "decode_s", "depth", "dispatched_at", "end", "engine", "engine_name",
-        "finished_at", "first_token_at", "granted", "group", "held", "id", "lends", "level", "links", "max_gap_s",
-        "max_gen_length", "missing", "order", "output", "output_tokens", "path", "path_s", "pinned", "placed_tokens",
-        "prompt_tokens", "rank", "ready_at", "reason", "refusals", "reserved", "sampling", "sequence", "sources", "stage",
-        "started_at", "state", "tokens", "touched", "tries", "wanted_until_s",
+        "activated", "aim", "alone", "attempt", "begin", "cached_tokens", "call", "charged", "contexts", "cost", "counted",
+        "counted_latency", "counted_under", "criteria", "deadline_s", "decode_s", "depth", "dispatched_at", "end", "engine",
+        "finished_at", "first_token_at", "granted", "group", "held", "id", "last_engine", "lends", "level", "links",
+        "max_gap_s", "max_gen_length", "missing", "order", "output", "output_tokens", "path", "path_s", "pinned",
+        "placed_tokens", "prompt_tokens", "rank", "ready_at", "reason", "refusals", "reserved", "sampling", "sequence",
+        "sources", "stage", "started_at", "state", "tokens", "touched", "tries", "wanted_until_s",
     )  # fmt: skip
 
     def __init__(self, id: TaskId, call: Call, begin: int, end: int, output: Variable, sampling: SamplingConfig) -> None:
@@ -189,13 +186,15 @@ class Task:
         self.order: Any = None
         self.links: list[Link] | None = None
         self.path: list[PrefixNode] | None = None
-        self.tokens: dict[str, int] | None = None  # prompt length by tokenizer
+        self.counted_under: str | None = None  # the first one that its prompt was counted under,
+        self.counted = 0  # and the length; BOS is not counted
+        self.tokens: dict[str, int] | None = None  # the length by other tokenizers
         # from then on
         self.refusals: dict[int, int] | None = None  # engine id -> its capacity version then; -1: never again
         self.granted = 0  # tokens that count against its tenant's max_tokens_in_flight
         self.charged = 0  # tokens that count against its tokens_per_minute until it is known what it used
         # its life, for reports
-        self.engine_name: str | None = None
+        self.last_engine: Engine | None = None  # the one that it was placed on last
         self.ready_at = NEVER
         self.dispatched_at = NEVER
         self.finished_at = NEVER
@@ -207,6 +206,11 @@ class Task:
         self.cost = 0.0
         self.reason = ""
         self.path_s = 0.0  # service along the longest path that led to it, its own included once it ends (`Service`)
+
+    @property
+    def engine_name(self) -> str | None:
+        """Where it ran, or runs."""
+        return None if self.last_engine is None else self.last_engine.name
 
     # Times as policies and reports see them. What changes them knows the fields: a number there is no object of its own.
 

@@ -38,6 +38,7 @@ from parrot.serve.tenants import Tenant, Tenants
 _CHAIN_LINK: Final = ChainLink
 _CONSTANT: Final = Constant
 _DISPATCH: Final = Dispatch
+_FREE_CONTEXTS: Final = FreeContexts
 _TASK_ENDED: Final = TaskEnded
 _ENQUEUE: Final = TASK.of("enqueue")
 _PLACE: Final = TASK.of("place")
@@ -85,7 +86,7 @@ class Scheduler:
         patience = self._config.patience
         in_order = getattr(policy, "in_order", False)
         self.claims = None if patience is None else Claims(self.engines, patience, self._first_of, in_order)
-        self.freed: dict[int, list[int]] = {}  # engine id -> contexts to be freed with this instant
+        self.freed: dict[Engine, list[int]] = {}  # contexts to be freed with this instant
 
     # ------------------------------------------------------------------------------------------- tasks in and out
 
@@ -225,7 +226,7 @@ class Scheduler:
         """Drops what only a task that waits for an engine needs."""
         if task.path:
             self.prefixes.leave(task.path)
-        task.path = task.links = task.tokens = None
+        task.path = task.links = task.tokens = task.counted_under = None
 
     def _remember_prefixes(self, task: Task) -> None:
         """Another attempt may follow: its prefixes stay the same ones, even if nothing else needs them meanwhile."""
@@ -300,7 +301,7 @@ class Scheduler:
         task.attempt += 1
         task.tries += 1
         task.engine = engine
-        task.engine_name = engine.name
+        task.last_engine = engine
         task.dispatched_at = now
         chain, parent, cached_links, new_tokens, generate_id = self._hold_chain(task, engine, self._owner(task))
         task.reserved = new_tokens + task.max_gen_length
@@ -409,7 +410,7 @@ class Scheduler:
             if self.claims is not None:
                 self.claims.without(engine)
             self._pauses.forget(engine.id)
-            self.freed.pop(engine.id, None)
+            self.freed.pop(engine, None)
             for task in list(engine.tasks):
                 self._remember_prefixes(task)
                 self._release(task, now)
@@ -562,7 +563,7 @@ class Scheduler:
                 continue
             for gone in self.prefixes.drop(context):
                 if gone.id not in told:
-                    self.freed.setdefault(engine_id, []).append(gone.id)
+                    self._will_free(gone)
         self.engines.load_changed(engine)
 
     def _again(self, task: Task, code: str, message: str, now: float) -> None:
@@ -607,7 +608,14 @@ class Scheduler:
     def _free(self, context: Context) -> None:
         """Drops a context and tells its engine."""
         for gone in self.prefixes.drop(context):
-            self.freed.setdefault(gone.engine.id, []).append(gone.id)
+            self._will_free(gone)
+
+    def _will_free(self, context: Context) -> None:
+        ids = self.freed.get(context.engine)
+        if ids is None:
+            self.freed[context.engine] = [context.id]
+        else:
+            ids.append(context.id)
 
     def free_session(self, session: Session) -> None:
         """The session has ended, and its tasks with it: drops its contexts and its account."""
@@ -627,9 +635,9 @@ class Scheduler:
 
     def flush_freed(self) -> None:
         """One effect an engine for all that was freed in this instant."""
-        for engine_id, ids in self.freed.items():
-            if engine_id in self.engines.live:
-                self.effects.append(FreeContexts(engine_id, tuple(ids)))
+        for engine, ids in self.freed.items():
+            if engine.state != "lost":
+                self.effects.append(_FREE_CONTEXTS(engine.id, tuple(ids)))
         self.freed.clear()
 
     # ------------------------------------------------------------------------------------------- time

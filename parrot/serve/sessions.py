@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from mypy_extensions import mypyc_attr
-
 from parrot.protocol.engine import TaskId
 from parrot.protocol.errors import ParrotError
 from parrot.serve.contexts import Line
@@ -15,7 +13,6 @@ from parrot.serve.tenants import Tenant
 from parrot.serve.variables import Variable
 
 
-@mypyc_attr(acyclic=True)  # `forget` breaks its cycles
 class Session:
     """One session. `account`: what its tenant may have. `sequence`: the order of arrival. `domain`: whom it shares contexts
     with. `ephemeral`: it ends with the core's life at the latest.

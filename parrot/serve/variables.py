@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mypy_extensions import mypyc_attr
-
 from parrot.protocol.api import Criteria
 from parrot.protocol.errors import ErrorInfo
 from parrot.serve.events import Content
@@ -15,7 +13,6 @@ if TYPE_CHECKING:
     from parrot.serve.sessions import Session
 
 
-@mypyc_attr(acyclic=True)  # `Session.forget` breaks its cycles
 class Variable:
     """One semantic variable. `producer` writes it; `consumers` read it, or have read it; `getters` are the requests of pending
     gets. `criteria`: the strictest that a get, or the call that makes it, has named: its performance objective."""

@@ -29,7 +29,9 @@ KNOTS = (0, 16, 64, 256, 512, 1024, 2048, 4096)
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 LEAST_ITERATIONS = 40  #: of a fit: fewer cannot tell the coefficients apart
 LEAST_IN_BUCKET = 10  #: iterations above a knot or in a batch-size bucket, for it to get a coefficient of its own
-STALL = 10.0  #: an iteration that takes so many times what the fit says, and the median, is a machine that stood still
+#: An iteration that takes so many times what the fit says, and the median, is a machine that stood still; one that takes less
+#: than this part of what the fit says, one whose beginning was seen late.
+STALL = 10.0
 #: An iteration that is further off than so many times the median one, and than this part of what the fit says, pulls no harder
 #: (Huber's loss).
 FAR_OFF, LEAST_FAR_OFF = 5.0, 0.1
@@ -93,27 +95,30 @@ def _iterations(runs: Sequence[Run]) -> list[Iteration]:
 def without_stalls(
     runs: Sequence[Run], held: Sequence[Run], *, knots: Sequence[int] = KNOTS, shared_kv_once: bool = False, where: str = ""
 ) -> tuple[list[Run], list[Run], int]:
-    """The runs without iterations in which the machine stood still (suspended, swapping), and how many those were. One of
-    them can outweigh all others of its batch size. Raises CalibrationError when they are many."""
+    """The runs without iterations in which the machine stood still (suspended, swapping) and those of next to no time, whose
+    beginning was seen together with their end; and how many those were. One of them can outweigh all others of its batch size,
+    or of its run. Raises CalibrationError when they are many."""
     fitted, apart, count = list(runs), list(held), 0
     while len(iterations := _iterations(fitted)) >= LEAST_ITERATIONS:
         model = LatencyModel(_solved(iterations, knots, shared_kv_once, header=fitted[0].header, name="steady"))
         usual_s = float(np.median([i.duration_s for i in iterations]))  # a fit that is bent may say 0
-        ratios = {id(i): i.duration_s / max(model.duration(i.shape), usual_s) for i in _iterations([*fitted, *apart])}
+        judged = [(i, model.duration(i.shape)) for i in _iterations([*fitted, *apart])]
+        ratios = {id(i): i.duration_s / max(told_s, usual_s) for i, told_s in judged}
         limit = max(STALL, max(ratios.values()) / 3)  # the worst first: they bend the fit that judges the others
-        found = sum(ratio > limit for ratio in ratios.values())
+        found = {key for key, ratio in ratios.items() if ratio > limit}
+        found = found or {id(i) for i, told_s in judged if STALL * i.duration_s < told_s}
         if not found:
             break
-        count += found
+        count += len(found)
         for part in (fitted, apart):
             for place, run in enumerate(part):
-                steady = [i for i in run.iterations if ratios[id(i)] <= limit]
+                steady = [i for i in run.iterations if id(i) not in found]
                 part[place] = msgspec.structs.replace(run, iterations=steady)
     total = sum(len(run.iterations) for run in (*runs, *held))
     if count > max(1, MOST_STALLS * total):
         raise CalibrationError(
-            f"{where}: {count} of {total} iterations took more than {STALL:g} times what the others say: the machine was busy "
-            "with something else; record the logs on a quiet one"
+            f"{where}: {count} of {total} iterations took more than {STALL:g} times what the others say, or less than "
+            f"1/{STALL:g} of it: the machine was busy with something else; record the logs on a quiet one"
         )
     return fitted, apart, count
 
@@ -261,8 +266,10 @@ def _solve(columns: Array, measured: Array) -> Array:
 
 
 def error_on(profile: LatencyProfile, runs: Sequence[Run]) -> dict[str, float]:
-    """What the profile is worth on runs that it was not fitted to: `LatencyProfile.error` as docs/calibration.md has it."""
-    return _error(profile, _iterations(runs), runs)
+    """What the profile is worth on runs that it was not fitted to: `LatencyProfile.error` as docs/calibration.md has it. Raises
+    CalibrationError when the machine stood still too often."""
+    steady, _, _ = without_stalls(runs, (), shared_kv_once=profile.shared_kv_once, where="the logs")
+    return _error(profile, _iterations(steady), steady)
 
 
 def _error(profile: LatencyProfile, apart: Sequence[Iteration], held: Sequence[Run]) -> dict[str, float]:
@@ -310,7 +317,10 @@ def _notes(
             f"{len(apart)} iterations, which were not fitted but are of a load that was: it says nothing of other loads. "
         )
     if stalls:
-        notes += f"Left out: {stalls} iteration(s) of more than {STALL:g} times what the fit says (the machine stood still). "
+        notes += (
+            f"Left out: {stalls} iteration(s) of more than {STALL:g} times what the fit says, or less than 1/{STALL:g} of it "
+            "(the machine stood still, or the end of the one before was seen late). "
+        )
     if len(levels([*runs, *held])) > 1:
         notes += f"`spread`: {ratios} run(s), each predicted by a fit without the runs of its load."
     else:

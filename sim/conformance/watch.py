@@ -18,7 +18,9 @@ from parrot.serve.queue import TaskQueue
 from sim.conformance.play import Violation
 
 #: Fields of the views that a reader fills in.
-_CACHES = frozenset({"tokens", "indexes", "__weakref__", "_fitting", "_with_room", "_roomy", "_ages"})
+_CACHES = frozenset(
+    {"counted", "counted_under", "tokens", "indexes", "__weakref__", "_fitting", "_with_room", "_roomy", "_ages"}
+)
 
 _CONTAINERS = frozenset({dict, list, deque, set})
 

@@ -51,8 +51,6 @@ class Account:
         self.error: ErrorInfo | None = None
         self.refusals = 0
         self.sessions: list[int] = []  #: in the order in which they were opened
-        self.issued: dict[int, float] = {}  #: gets by number, with the times of their requests and answers
-        self.returned: dict[int, float] = {}
         self._name = name
         self._application = application
         self._arrival_s = arrival_s
@@ -61,6 +59,8 @@ class Account:
         self._calls: list[str] = []
         self._vars: dict[str, str] = {}
         self._gets: list[Get] = []
+        self._issued_s: dict[int, float] = {}  # gets by number, with the times of their requests and answers
+        self._returned_s: dict[int, float] = {}
 
     # ------------------------------------------------------------------------------------------- what carriers tell
 
@@ -74,7 +74,7 @@ class Account:
         criteria = Criteria(_asked(request.body).criteria or Criteria.THROUGHPUT)
         number = len(self._gets)
         self._gets.append(Get(f"get{number}", self._vars.get(var_id, var_id), criteria))
-        self.issued[number] = now
+        self._issued_s[number] = now
         return Sent(request, number)
 
     def answered(self, sent: Sent, status: int, body: bytes, now: float) -> int | None:
@@ -83,7 +83,7 @@ class Account:
         if status != 200:
             return None
         if sent.get >= 0:
-            self.returned[sent.get] = now
+            self._returned_s[sent.get] = now
         elif sent.request.method == "POST" and sent.request.path == SESSIONS:
             session_id = _session_answer_of(body).session_id
             self.sessions.append(session_id)
@@ -106,13 +106,21 @@ class Account:
     def end(self, now: float, error: ErrorInfo | None = None) -> None:
         """The instance has ended, well or with `error`."""
         self.error = error
-        self.ended_s = now if error is not None else max(self.returned.values(), default=now)
+        self.ended_s = now if error is not None else max(self._returned_s.values(), default=now)
 
     # ------------------------------------------------------------------------------------------ what a recorder asks
 
     def outputs_of(self, session_id: int) -> Mapping[str, tuple[int, int]]:
         """Variable -> (call, output) of the instance, for a session of it."""
         return self._outputs.get(session_id, {})
+
+    def issued_s(self, number: int) -> float | None:
+        """When get `number` went out."""
+        return self._issued_s.get(number)
+
+    def returned_s(self, number: int) -> float | None:
+        """When it was answered; None: it was not."""
+        return self._returned_s.get(number)
 
     @property
     def program(self) -> Program:

@@ -167,7 +167,7 @@ class Door:
         self._timeline = cluster.timeline
         self._tokenizers = tokenizers
         self._tokenizer_of = {
-            engine_id: engine.description.tokenizer for engine_id, engine in zip(cluster.engines, engines, strict=True)
+            node.id: engine.description.tokenizer for node, engine in zip(cluster.engines, engines, strict=True)
         }
         self._outputs = outputs
         self._closed = closed

@@ -145,7 +145,8 @@ def simulate_instances(
     recorder = Recorder(Mode.SEMANTIC, tables, names=config.global_scheduler.explain_placements > 0)
 
     def closed(account: Account, calls: Sequence[Call], known: Mapping[str, tuple[int, int]]) -> None:
-        recorder.calls_ended(account.serial, calls, {var_id: (call, output, "") for var_id, (call, output) in known.items()})
+        firsts = [known.get(call.tasks[0].output.id, (-1, 0)) if call.tasks else (-1, 0) for call in calls]
+        recorder.calls_ended(account.serial, calls, [number for number, _ in firsts])
 
     door = Door(cluster, fitted, tokenizers, strands, outputs, closed)
     try:
@@ -156,16 +157,16 @@ def simulate_instances(
             instances = Instances(source, inputs, count, starts, door, network, strands, recorder, clients, on_ended)
             if not timeline.run_until(instances.is_over):
                 raise StuckError(f"nothing more can happen, but {_waiting(strands)}")
+            recorder.outside = cluster.outside()
+            cluster.explain(recorder)
     except Stopped as stopped:
         raise StuckError(str(stopped)) from None
     finally:
         strands.kill_programs()
         door.close()
-    recorder.outside = cluster.outside()
+        cluster.dissolve()
     if instances.failures:
         print(instances.failures.tell(source.spec, count), file=sys.stderr)
-    recorder.outside = cluster.outside()
-    cluster.explain(recorder)
     return recorder
 
 

@@ -107,7 +107,7 @@ def test_a_profile_is_compared_with_what_was_held_out_and_stays_as_it_is(
     """Two requests, of a real engine of one small layer, in the place of the loads that are held out."""
     pytest.importorskip("torch")
     held = closed("held", 2, 2, seed=1, prompt=(8, 30), output=(10, 20))
-    monkeypatch.setattr("experiments.calibrate.planned", lambda *_: [Planned(held, True), Planned(Load("fitted", ()))])
+    monkeypatch.setattr("experiments.calibrate.planned", lambda *_, **__: [Planned(held, True), Planned(Load("fitted", ()))])
     (tmp_path / "engine.json").write_text(CPU_ENGINE)
     profile = profile_at(tmp_path / "p.json")
     before = Path(profile).read_bytes()

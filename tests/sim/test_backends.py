@@ -36,7 +36,7 @@ def test_pieces_become_a_template_whose_segments_stay_apart() -> None:
         Reference("v", "id-7"),
         Given("x", Value("k", 2, "real text")),
         Reference("v", "id-7"),
-        Into("out", "key", 4, 16),
+        Into("out", 4, 16),
     )
     template, parameters = render(pieces, TOLD)
     assert len(parse_template(template, [json_parameter(p) for p in parameters])) == len(pieces)

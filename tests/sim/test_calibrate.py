@@ -13,6 +13,7 @@ from parrot.configuration import load
 from parrot.latency import BatchShape, FixedCost, Hinge, LatencyModel, LatencyProfile
 from sim.calibrate import CalibrationError, fit, hold_out_by_load, read_log, read_logs, write_profile
 from sim.calibrate.__main__ import main
+from sim.calibrate.fitting import error_on
 
 HEADER = {"kind": "header", "iteration_log": 1, "engine": "e", "engine_type": "builtin", "model": "m", "device": "cpu",
           "attn_func": "torch_sdpa", "dtype": "float32", "num_threads": 1,
@@ -219,6 +220,24 @@ def test_a_machine_that_stood_still_once_does_not_spoil_the_fit(tmp_path: Path) 
         assert LatencyModel(once).duration(shape) == pytest.approx(LatencyModel(quiet).duration(shape), rel=0.05)
     assert "Left out: 1 iteration(s)" in once.notes
     assert "Left out" not in quiet.notes
+
+
+def test_an_iteration_whose_beginning_was_seen_late_is_left_out_of_the_fit_and_of_the_error(tmp_path: Path) -> None:
+    """It is over when the one before is seen to be: the log has next to no time for it."""
+    quiet = fit(read_log(write_log(tmp_path / "quiet", shapes(400), noise=0.05)), "p")
+    log = write_log(tmp_path / "late", shapes(400), noise=0.05)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    iterations = [line for line in lines if line["kind"] == "iteration"]
+    iterations[200]["duration_s"] += iterations[201]["duration_s"] - 1e-6
+    iterations[201]["duration_s"] = 1e-6
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    late = fit(read_log(log), "p")
+    for shape in shapes(50, seed=9):
+        assert LatencyModel(late).duration(shape) == pytest.approx(LatencyModel(quiet).duration(shape), rel=0.05)
+    assert "Left out: 1 iteration(s)" in late.notes
+    error = error_on(quiet, read_log(log))
+    assert error["iterations"] == 399
+    assert error["mean"] < 0.1
 
 
 def test_a_busy_machine_is_refused(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def _running(play: Play) -> Any:
 
 
 def _other_domain(play: Play) -> None:
-    node = _running(play).path[0]
+    node = _running(play).contexts[0].node
     node.domain = "another's"
 
 
@@ -178,7 +178,7 @@ BREAKS: dict[str, list[Callable[[Play], object]]] = {
         lambda play: setattr(_running(play), "state", "queued"),
         lambda play: play.flying.clear(),
     ],
-    "causality": [lambda play: setattr(_running(play), "ready_s", play.now + 1)],
+    "causality": [lambda play: setattr(_running(play), "ready_at", play.now + 1)],
     "contexts": [
         lambda play: play.contexts[_running(play).engine.id].add(9999),
         lambda play: setattr(_running(play).contexts[0], "tasks", 99),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 
 import msgspec
@@ -147,6 +149,52 @@ def test_a_run_that_cannot_end_says_which_program_waits_for_what(monkeypatch: py
     monkeypatch.setattr(POLICIES["round_robin"], "place", lambda *_: iter(()))
     with pytest.raises(StuckError, match="program 'stuck' waits for get 'g' of variable 'answer'"):
         run([one_call("stuck")], "round_robin")
+
+
+class Watched(Program, gc=True, weakref=True):
+    """A program of which can be seen whether somebody still has it."""
+
+
+def watched(some: list[Program], known: list[weakref.ref[Program]]) -> Iterator[Program]:
+    """Each of `some`, anew, as the run asks for it; `known` gets a reference to it."""
+    for program in some:
+        mine = Watched(*msgspec.structs.astuple(program))
+        known.append(weakref.ref(mine))
+        yield mine
+        del mine
+
+
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("rtt_s", [0.0, 0.4])
+def test_a_program_that_has_ended_is_let_go_of_at_once(mode: Mode, rtt_s: float) -> None:
+    known: list[weakref.ref[Program]] = []
+    left: list[int] = []
+
+    def ended() -> None:
+        left.append(sum(program() is not None for program in known))
+
+    kinds = (one_call, lambda name, at_s: chat(3, name=name, arrival_s=at_s), lambda name, at_s: chain(3, name, at_s))
+    some = [kind(f"p{n}", 1000.0 * n) for n, kind in enumerate(kinds * 3)]
+    some.append(one_call("fails", 1000.0 * len(some), prompt=5000))
+    gc.collect()
+    gc.disable()
+    try:
+        recorder = simulate(watched(some, known), config(), [engine()], mode=mode, network=Constant(rtt_s), on_ended=ended)
+    finally:
+        gc.enable()
+    assert (recorder.counts["finished"], recorder.counts["failed"]) == (9, 1)
+    assert left == [2] * 9 + [1]  # the one that is ending, and the next
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_a_run_that_cannot_end_keeps_no_program(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(POLICIES["round_robin"], "place", lambda *_: iter(()))
+    known: list[weakref.ref[Program]] = []
+    some = [one_call(f"p{n}") for n in range(3)]
+    with pytest.raises(StuckError, match="program 'p0' waits"):
+        simulate(watched(some, known), config("round_robin"), [engine()], mode=mode, network=LOCAL)
+    gc.collect()
+    assert [program() for program in known] == [None] * 3
 
 
 def test_an_event_at_an_absolute_time_arrives_at_exactly_that_time() -> None:

@@ -4,7 +4,7 @@ temperature and truncation. Natural logarithms, float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,32 +15,40 @@ from parrot.tokenizer import Tokenizer
 
 
 class Logprobs:
-    """Of the rows `rows` of an iteration, on its device until `send_home`. `counts`: how many of the most probable tokens each
-    wants. Made before the logits are changed."""
+    """Of some rows of an iteration. `counts`: how many of the most probable tokens each row wants, by row. It keeps those rows'
+    logits as they are when it is made."""
 
-    def __init__(self, logits: Tensor, rows: Sequence[int], counts: Sequence[int]) -> None:
-        self.rows = list(rows)
-        self._counts = list(counts)
-        self._all = logits.index_select(0, to_device(self.rows, logits.device)).float().log_softmax(dim=-1)
-        self._top_values, self._top_ids = self._all.topk(min(max(counts), logits.shape[1]), dim=-1)
-        self._chosen_values = self._all[:, 0]
+    def __init__(self, logits: Tensor, counts: Mapping[int, int]) -> None:
+        self._counts = dict(counts)
+        self._places = to_device(list(counts), logits.device)
+        self._logits = logits.index_select(0, self._places)
+        self._ready: torch.cuda.Event | None = None
 
-    def choose(self, chosen: Tensor) -> None:
-        """The tokens were chosen, one a row of the iteration."""
-        ids = chosen.index_select(0, to_device(self.rows, chosen.device)).unsqueeze(1)
-        self._chosen_values = self._all.gather(1, ids).squeeze(1)
-        del self._all
+    def send_home(self, chosen: Tensor, aside: torch.cuda.Stream | None) -> None:
+        """The tokens were chosen, one a row of the iteration: what is told of them begins its way to the host. `aside`: where a
+        GPU computes it, so that the next iteration does not wait; what that overwrites is copied before."""
+        ids = chosen.index_select(0, self._places)
+        if aside is None:
+            self._find(ids)
+            return
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for used in (self._logits, ids):
+                used.record_stream(aside)
+            self._find(ids)
+            self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._ready.record()
 
-    def send_home(self) -> None:
-        """Begins to copy them to the host; they are there when the device has come so far."""
-        if self._chosen_values.device.type != "cpu":
-            self._top_values, self._top_ids, self._chosen_values = map(
-                _copied, (self._top_values, self._top_ids, self._chosen_values)
-            )
+    def _find(self, ids: Tensor) -> None:
+        every = self._logits.float().log_softmax(dim=-1)
+        top = every.topk(min(max(self._counts.values()), every.shape[1]), dim=-1)
+        self._found = [_copied(values) for values in (every.gather(1, ids.unsqueeze(1)).squeeze(1), top.values, top.indices)]
 
     def tokens(self, chosen: Sequence[int], tokenizer: Tokenizer) -> dict[int, TokenLogprob]:
-        """By row; `chosen`: the chosen token of each row of the iteration."""
-        values, top_values, top_ids = self._chosen_values.tolist(), self._top_values.tolist(), self._top_ids.tolist()
+        """By row; `chosen`: the chosen token of each row of the iteration. Waits for the device."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        values, top_values, top_ids = (found.tolist() for found in self._found)
         return {
             row: TokenLogprob(
                 _text(tokenizer, chosen[row]),
@@ -52,11 +60,13 @@ class Logprobs:
                     ]
                 ),
             )
-            for place, (row, count) in enumerate(zip(self.rows, self._counts, strict=True))
+            for place, (row, count) in enumerate(self._counts.items())
         }
 
 
 def _copied(values: Tensor) -> Tensor:
+    if values.device.type == "cpu":
+        return values
     home = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     home.copy_(values, non_blocking=True)
     return home

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from parrot.engine.builtin.kv_cache import KVCache, to_device
 from parrot.engine.builtin.logprobs import Logprobs
 from parrot.engine.builtin.models.decoder import Decoder
 from parrot.engine.builtin.outputs import ContextTokens, Output, TaskTokens
-from parrot.engine.builtin.sampler import check_sampling, sample
+from parrot.engine.builtin.sampler import SamplingRow, check_sampling, sample
 from parrot.engine.core import EngineCore
 from parrot.engine.runner import TokenResult
 from parrot.protocol.api import SamplingConfig
@@ -115,6 +115,22 @@ class BuiltinRunner:
         self._taking = threading.Lock()
         self._graphs = Graphs(decoder, attention, self._slots.tokens, graphs) if attention.buckets else None
         self._captures = graphs
+        self._aside = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        if graphs:
+            self._warm_up()
+
+    @torch.inference_mode()
+    def _warm_up(self) -> None:
+        """A GPU loads a kernel at its first use, which stops all rows for tens of milliseconds: what graphs do not hold of
+        sampling and log-probabilities is used here once."""
+        kinds: list[dict[str, Any]] = [{}, {"top_p": 0.5, "top_k": 9}, {"repetition_penalty": 1.1, "logit_bias": {"0": 0.0}}]
+        for count in (1, 32):  # a library has kernels of its own for one row
+            logits = torch.zeros((count, self._vocab), device=self._device)
+            for kind in kinds:
+                row = SamplingRow(SamplingConfig(**kind), 0, prompt=(0,), counts=Counter({0: 1}))
+                chosen = sample(logits, [row] * count, [0] * count)
+            Logprobs(logits, dict.fromkeys(range(count), 1)).send_home(chosen, self._aside)
+        torch.cuda.synchronize(self._device)
 
     # ------------------------------------------------------------------------------------------- what the shell tells
 
@@ -233,10 +249,11 @@ class BuiltinRunner:
         inputs.sampled[:count] = [lasts[i] for i in sampling]
         inputs.targets[:count] = [output.slot for output in launched.outputs]
         plan = self._plan(prepared, bucket)
-        logits, chosen = graphs.run(bucket, plan, inputs)
+        logits, chosen = (found[:count] for found in graphs.run(bucket, plan, inputs))
+        self._keep_logprobs(logits, launched)
         if any(not output.sampling.plain for output in launched.outputs):
-            self._choose(logits[:count], launched, chosen[:count])
-        return chosen[:count]
+            self._choose(logits, launched, chosen)
+        return chosen
 
     def _plan(self, prepared: Prepared, bucket: Bucket | None = None) -> Any:
         rows = [row.attention for row in prepared.rows]
@@ -268,8 +285,16 @@ class BuiltinRunner:
         )
         chosen = torch.zeros(len(sampling), dtype=torch.int64, device=device)
         if sampling:
+            self._keep_logprobs(logits, launched)
             self._choose(logits, launched, chosen)
         return chosen
+
+    def _keep_logprobs(self, logits: Tensor, launched: Launched) -> None:
+        """Those of the logits as they are, before sampling changes them."""
+        wanted = ((row, output.sampling.sampling.logprobs) for row, output in enumerate(launched.outputs))
+        counts = {row: count for row, count in wanted if count is not None}
+        if counts:
+            launched.logprobs = Logprobs(logits, counts)
 
     def _choose(self, logits: Tensor, launched: Launched, chosen: Tensor) -> None:
         """Samples into `chosen` and into the tasks' slots."""
@@ -277,17 +302,12 @@ class BuiltinRunner:
         for output in outputs:
             output.ready()
         positions = [end - len(output.prompt) for output, end in zip(outputs, launched.ends, strict=True)]
-        telling = [row for row, output in enumerate(outputs) if output.sampling.sampling.logprobs is not None]
-        if telling:  # of the logits as they are, which sampling changes
-            launched.logprobs = Logprobs(logits, telling, [outputs[i].sampling.sampling.logprobs or 0 for i in telling])
         chosen.copy_(sample(logits, [output.sampling for output in outputs], positions))
         self._slots.tokens.index_copy_(0, to_device([output.slot for output in outputs], self._device), chosen)
-        if launched.logprobs is not None:
-            launched.logprobs.choose(chosen)
 
     def _send_home(self, chosen: Tensor, launched: Launched) -> None:
         if launched.logprobs is not None:
-            launched.logprobs.send_home()
+            launched.logprobs.send_home(chosen, self._aside)
         if self._device.type == "cpu":
             launched.tokens = chosen
         else:
@@ -322,7 +342,7 @@ class BuiltinRunner:
         tokens = [] if launched.tokens is None else launched.tokens.tolist()
         told = {} if launched.logprobs is None else launched.logprobs.tokens(tokens, self._tokenizer)
         launched.results = [
-            output.push(token_id)._replace(logprob=told.get(row)) if told else output.push(token_id)
+            output.push(token_id)._replace(logprob=told[row]) if row in told else output.push(token_id)
             for row, (output, token_id) in enumerate(zip(launched.outputs, tokens, strict=True))
             if not output.ended
         ]

@@ -10,8 +10,11 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from parrot.engine.builtin.kv_cache import to_device
@@ -33,6 +36,7 @@ class SamplingRow:
     prompt: Sequence[int] = ()  #: ids, for the repetition penalty only
     counts: Counter[int] = field(default_factory=Counter)  #: of its output's ids, for the penalties only
     position: int = 0
+    _prompt_ids: frozenset[int] | None = None
 
     @property
     def greedy(self) -> bool:
@@ -45,8 +49,15 @@ class SamplingRow:
 
     @property
     def plain(self) -> bool:
-        """The most probable token, and nothing else that the logits tell."""
-        return self.greedy and not self.penalised and not self.sampling.logit_bias and self.sampling.logprobs is None
+        """The most probable token, nothing else."""
+        return self.greedy and not self.penalised and not self.sampling.logit_bias
+
+    def seen(self, vocab_size: int) -> NDArray[np.int64]:
+        """The ids of the prompt, which stays what it is at the first call, and of the output, each once."""
+        if self._prompt_ids is None:  # synthetic ids know no vocabulary: they are folded as the runner folds them
+            self._prompt_ids = frozenset(token_id % vocab_size for token_id in self.prompt)
+        ids = self._prompt_ids.union(self.counts)
+        return np.fromiter(ids, np.int64, len(ids))
 
     def took(self, token_id: int) -> None:
         """The token was chosen."""
@@ -90,9 +101,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow], positions: Sequence[int]
     if positions is None:
         positions = [row.position for row in rows]
     device = logits.device
-    for index, row in enumerate(rows):
-        if row.penalised or row.sampling.logit_bias:
-            _adjust(logits[index], row)
+    _adjust(logits, rows)
     chosen = logits.argmax(dim=-1)
     drawing = [i for i, row in enumerate(rows) if not row.greedy]
     for wanted, draw in ((False, _draw_whole), (True, _draw_truncated)):
@@ -111,23 +120,45 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
 
 
-def _adjust(logits: Tensor, row: SamplingRow) -> None:
-    """Penalties and bias, in place; logits: [vocab_size]."""
-    sampling, device = row.sampling, logits.device
-    if row.penalised:
-        if sampling.repetition_penalty not in (None, 1.0):
-            vocab = logits.shape[0]  # synthetic ids know none: they are folded as the runner folds them
-            seen = to_device(sorted({i % vocab for i in (*row.prompt, *row.counts)}), device)
-            values = logits[seen]
-            penalty = sampling.repetition_penalty
-            # A finite penalty may still leave float32's range: no row may ever hold an infinity, of which a NaN comes.
-            logits[seen] = torch.where(values > 0, values / penalty, values * penalty).nan_to_num()
-        if row.counts:
-            counts = to_device(list(row.counts.values()), device, logits.dtype)
-            logits[to_device(list(row.counts), device)] -= sampling.frequency_penalty * counts + sampling.presence_penalty
-    if sampling.logit_bias:
-        ids = to_device([int(key) for key in sampling.logit_bias], device)
-        logits.index_add_(0, ids, to_device(list(sampling.logit_bias.values()), device, logits.dtype))
+def _adjust(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+    """Penalties and biases, in place, in as many steps for all rows as for one; logits: [rows, vocab_size]."""
+    vocab, flat = logits.shape[1], logits.view(-1)
+    repeated: list[_Changes] = []
+    added: list[_Changes] = []
+    for index, row in enumerate(rows):
+        sampling, first = row.sampling, index * vocab
+        if row.penalised:
+            if sampling.repetition_penalty not in (None, 1.0):
+                repeated.append(_Changes(first + row.seen(vocab), sampling.repetition_penalty))
+            if sampling.frequency_penalty or sampling.presence_penalty:
+                taken = np.fromiter(row.counts.values(), np.float64)
+                penalties = -(sampling.frequency_penalty * taken + sampling.presence_penalty)
+                added.append(_Changes(first + np.fromiter(row.counts, np.int64), penalties))
+        if sampling.logit_bias:
+            ids = np.array([int(key) for key in sampling.logit_bias])
+            added.append(_Changes(first + ids, list(sampling.logit_bias.values())))
+    if repeated:
+        places, penalties_of = _joined(repeated, logits.device)
+        values = flat[places].double()
+        # A finite penalty may still leave float32's range: no row may ever hold an infinity, of which a NaN comes.
+        flat[places] = torch.where(values > 0, values / penalties_of, values * penalties_of).to(logits.dtype).nan_to_num()
+    if added:
+        places, amounts = _joined(added, logits.device)
+        flat.index_put_((places,), amounts.to(logits.dtype), accumulate=True)
+
+
+class _Changes(NamedTuple):
+    """`places`: in the logits of all rows, one behind the other. `values`: one for each of them, or for all."""
+
+    places: NDArray[np.int64]
+    values: ArrayLike
+
+
+def _joined(parts: Sequence[_Changes], device: torch.device) -> tuple[Tensor, Tensor]:
+    """All places, and a value for each, float64."""
+    values = [np.broadcast_to(np.asarray(part.values, np.float64), part.places.shape) for part in parts]
+    places = np.concatenate([part.places for part in parts])
+    return to_device(places, device), to_device(np.concatenate(values), device, torch.float64)
 
 
 def _truncated(sampling: SamplingConfig) -> bool:

@@ -187,30 +187,42 @@ class Cluster:
 def prompt_tokens(task: Task, engine: Engine) -> int:
     """Tokens of the prompt under the engine's tokenizer, BOS included; computed once a tokenizer."""
     tokenizer = engine.tokenizer
-    if task.tokens is None:
-        task.tokens = {}
-    found = task.tokens.get(tokenizer)
-    if found is None:
+    found = counted_tokens(task, tokenizer)
+    if found < 0:
         found = 0
         for link in task.links or ():
             for content in link.contents:
                 found += length_of(content.lengths, tokenizer)
-        task.tokens[tokenizer] = found
+        _keep_count(task, tokenizer, found)
     return found + engine.bos_tokens
 
 
 def least_prompt(task: Task) -> int:
     """Tokens of the prompt under the tokenizer that makes it shortest, without BOS; computed once."""
-    if task.tokens is None:
-        task.tokens = {}
-    found = task.tokens.get("")
-    if found is None:
+    found = counted_tokens(task, "")
+    if found < 0:
         found = 0
         for link in task.links or ():
             for content in link.contents:
                 found += min(content.lengths.values(), default=0)
-        task.tokens[""] = found
+        _keep_count(task, "", found)
     return found
+
+
+def counted_tokens(task: Task, tokenizer: str) -> int:
+    """The length of its prompt under that tokenizer, without BOS, if it has been counted; else -1."""
+    if task.counted_under is not None and task.counted_under == tokenizer:
+        return task.counted
+    return -1 if task.tokens is None else task.tokens.get(tokenizer, -1)
+
+
+def _keep_count(task: Task, tokenizer: str, tokens: int) -> None:
+    if task.counted_under is None:
+        task.counted_under, task.counted = tokenizer, tokens
+    elif task.tokens is None:
+        task.tokens = {tokenizer: tokens}
+    else:
+        task.tokens[tokenizer] = tokens
 
 
 def length_of(lengths: dict[str, int], tokenizer: str) -> int:

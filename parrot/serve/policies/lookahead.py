@@ -30,7 +30,7 @@ from mypy_extensions import mypyc_attr
 from parrot.serve.engines import Engine, Lane, Load, by_load
 from parrot.serve.events import Constant
 from parrot.serve.graph import Task
-from parrot.serve.policies.base import FEW_OPEN, MOST_CANDIDATES, Cluster, Placement, Terms, best_of, length_of
+from parrot.serve.policies.base import FEW_OPEN, MOST_CANDIDATES, Cluster, Placement, Terms, best_of, counted_tokens, length_of
 from parrot.serve.policies.expected import ExpectedTimes, decode_s, fill_s
 from parrot.serve.policies.parameters import Parameter
 from parrot.serve.policies.share import ByShare
@@ -117,8 +117,9 @@ class Lookahead(ByShare):
 
     def _prompt(self, task: Task, tokenizer: str) -> int:
         """Tokens of its prompt, of inputs that are not there yet what their producers are expected to write."""
-        if task.tokens is not None and tokenizer in task.tokens:
-            return task.tokens[tokenizer]
+        counted = counted_tokens(task, tokenizer)
+        if counted >= 0:
+            return counted
         tokens = 0.0
         call = task.call
         for segment, variable in zip(call.segments[: task.end - 1], call.variables, strict=False):

@@ -13,6 +13,7 @@ from parrot.engine.config import BuiltinEngineConfig, parse_engine_config
 from parrot.engine.core import EngineCore, EngineLimits, EngineTask, Link
 from parrot.engine.runner import TokenResult
 from parrot.protocol.api import SamplingConfig
+from parrot.protocol.engine import TokenLogprob
 
 GREEDY = SamplingConfig(temperature=0.0, max_gen_length=8, ignore_tokenizer_eos=True)
 
@@ -54,6 +55,7 @@ class Drive:
         self.finished: list[Hashable] = []
         self.preempted: list[Hashable] = []
         self.contexts: list[int] = []
+        self.told: dict[Hashable, list[TokenLogprob]] = {}  #: of the tokens of each task that asks for log-probabilities
         self._issued: deque[tuple[Any, Any]] = deque()
 
     def submit(
@@ -82,6 +84,8 @@ class Drive:
         results = self.runner.finish(launched)
         for result in results:
             self.streamed[result.key] = self.streamed.get(result.key, "") + result.text
+            if result.logprob is not None:
+                self.told.setdefault(result.key, []).append(result.logprob)
             if result.reason is not None:
                 self.results[result.key] = result
         progress = self.core.complete(batch, {r.key: r.kept for r in results if r.reason is not None}, 0.0)

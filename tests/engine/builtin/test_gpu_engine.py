@@ -23,10 +23,8 @@ from parrot.engine.builtin.kv_cache import KVCache  # noqa: E402
 from parrot.engine.builtin.models.config import config_at, model_config  # noqa: E402
 from parrot.engine.builtin.runner import BuiltinRunner, Launched, Prepared  # noqa: E402
 from parrot.engine.builtin.weights import Checkpoint, load_decoder  # noqa: E402
-from parrot.engine.runner import TokenResult  # noqa: E402
 from parrot.model_files import ModelFiles  # noqa: E402
 from parrot.protocol.api import SamplingConfig  # noqa: E402
-from parrot.protocol.engine import TokenLogprob  # noqa: E402
 from parrot.tokenizer import load_tokenizer  # noqa: E402
 from tests.engine.builtin.conftest import VOCABULARY, make_model  # noqa: E402
 from tests.engine.builtin.driving import Drive, limits  # noqa: E402
@@ -62,13 +60,12 @@ class Anew(NamedTuple):
 
 
 class Recording(BuiltinRunner):
-    """Keeps the logits of every sampled row, (task, tokens before it) -> [vocabulary]; the log-probabilities that were told of
-    each task's tokens; the iterations that were launched kernel by kernel."""
+    """Keeps the logits of every row that is looked at, (task, tokens before it) -> [vocabulary], and the iterations that were
+    launched kernel by kernel."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.seen: dict[tuple[Any, int], torch.Tensor] = {}
-        self.told: dict[Any, list[TokenLogprob]] = {}
         self.anew: list[Anew] = []
 
     def launch(self, prepared: Prepared) -> Launched:
@@ -82,13 +79,6 @@ class Recording(BuiltinRunner):
         for row, output, end in zip(logits.float().cpu().clone(), launched.outputs, launched.ends, strict=True):
             self.seen[output.key, end] = row
         super()._choose(logits, launched, chosen)
-
-    def finish(self, launched: Launched) -> list[TokenResult]:
-        results = super().finish(launched)
-        for result in results:
-            if result.logprob is not None:
-                self.told.setdefault(result.key, []).append(result.logprob)
-        return results
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

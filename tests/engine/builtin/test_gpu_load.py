@@ -28,7 +28,7 @@ from parrot.engine.core import EngineCore  # noqa: E402
 from parrot.engine.jobs import Job  # noqa: E402
 from parrot.engine.loop import BuiltinLoop  # noqa: E402
 from parrot.protocol.api import SamplingConfig  # noqa: E402
-from parrot.protocol.engine import Finished  # noqa: E402
+from parrot.protocol.engine import Finished, Tokens  # noqa: E402
 from tests.engine.builtin.conftest import VOCABULARY, make_model  # noqa: E402
 from tests.engine.builtin.driving import Drive, limits  # noqa: E402
 from tests.engine.builtin.test_gpu_engine import LOOKED_AT, WIDER, Recording, engine  # noqa: E402
@@ -74,6 +74,7 @@ class Load:
         kinds: list[dict[str, Any]] = [
             {"temperature": 0.0}, {"temperature": 0.0}, {"seed": draw.randrange(99)}, {"top_p": 0.8, "seed": 1},
             {"top_k": 5, "seed": 2}, {"presence_penalty": 0.5, "repetition_penalty": 1.1, "temperature": 0.0},
+            {"temperature": 0.0, "logprobs": 4}, {"seed": 3, "logprobs": 0},
         ]  # fmt: skip
         return SamplingConfig(max_gen_length=draw.choice([1, 3, 20, 60, 120]), ignore_tokenizer_eos=True, **draw.choice(kinds))
 
@@ -88,13 +89,15 @@ class Load:
             self.loop.submit(job)
             patience = self.draw.choice([0.0, 0.01, 0.1]) if self.draw.random() < 0.2 else None
             try:
-                last = await asyncio.wait_for(_last_event(job), patience)
+                last, told = await asyncio.wait_for(_outcome(job), patience)
             except TimeoutError:
                 self.loop.abort(key)
                 self.counts["cancelled"] += 1
             else:
                 good = isinstance(last, Finished)
                 self.counts["finished" if good else "other"] += 1
+                if good:
+                    assert told == (len(last.ids) if sampling.logprobs is not None else 0), f"seed {SEED}"
                 if good and sampling == SamplingConfig(
                     temperature=0.0, max_gen_length=sampling.max_gen_length, ignore_tokenizer_eos=True
                 ):
@@ -103,11 +106,13 @@ class Load:
                 self.loop.free_contexts([chain[-1], output])
 
 
-async def _last_event(job: Job) -> Any:
-    last = None
+async def _outcome(job: Job) -> tuple[Any, int]:
+    """Its last event, and of how many tokens log-probabilities were told."""
+    last, told = None, 0
     while events := await job.stream.take():
+        told += sum(len(event.logprobs) for event in events if isinstance(event, Tokens))
         last = events[-1]
-    return last
+    return last, told
 
 
 async def run_load(runner: Recording, given: EngineLimits, seconds: float) -> Load:

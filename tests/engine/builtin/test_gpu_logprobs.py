@@ -51,13 +51,12 @@ def test_log_probabilities_are_those_of_a_float32_reference(model: tuple[Path, A
 
     def run(asking: dict[str, int]) -> tuple[dict[Any, tuple[int, ...]], dict[Any, list[TokenLogprob]]]:
         """Outputs, and what was told, of two requests of each sampling; those with even keys are `asking`."""
-        runner = engine(folder, name, kind, given)
-        drive = Drive(runner, given)
+        drive = Drive(engine(folder, name, kind, given), given)
         for i, (sampling, ids) in enumerate(zip(SAMPLINGS, own, strict=True)):
             for key, more in ((2 * i, asking), (2 * i + 1, {})):
                 config = SamplingConfig(max_gen_length=TOKENS, ignore_tokenizer_eos=True, **sampling, **more)
                 drive.submit(key, [(1, prefix), (10 + key, ids)], 100 + key, config)
-        return drive.run(), runner.told
+        return drive.run(), drive.told
 
     outputs, told = run({"logprobs": TOP})
     assert run({}) == (outputs, {}), "to be asked changes what is chosen"

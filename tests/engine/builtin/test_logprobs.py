@@ -7,39 +7,39 @@ from typing import Any
 
 import pytest
 
-from parrot.protocol.api import SamplingConfig
-from parrot.protocol.engine import TokenLogprob
-from tests.engine.builtin.driving import Drive, limits, load
-
 torch = pytest.importorskip("torch")
+
+from parrot.engine.builtin.attention import load_attention  # noqa: E402
+from parrot.engine.builtin.kv_cache import KVCache  # noqa: E402
+from parrot.engine.builtin.runner import BuiltinRunner  # noqa: E402
+from parrot.protocol.api import SamplingConfig  # noqa: E402
+from parrot.protocol.engine import TokenLogprob  # noqa: E402
+from parrot.tokenizer import load_tokenizer  # noqa: E402
+from tests.engine.builtin import emulation  # noqa: E402
+from tests.engine.builtin.driving import Drive, limits, load  # noqa: E402
 
 PROMPT = [3, 17, 42, 99, 5, 120, 64]
 
 
-@pytest.fixture(scope="module")
-def runner(tiny: tuple[Path, Any]) -> Any:
-    return load(str(tiny[0]), tokenizer="synthetic", dtype="float32").runner
+@pytest.fixture(params=["torch_sdpa", "xformers_paged"])
+def runner(tiny: tuple[Path, Any], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Of iterations as they are, and of iterations that are padded as for a graph, with the kernels in plain torch."""
+    loaded = load(str(tiny[0]), tokenizer="synthetic", dtype="float32").runner
+    if request.param == "torch_sdpa":
+        return loaded
+    emulation.install(monkeypatch)
+    cache = KVCache(loaded.decoder.config, 256, 16, torch.float32, torch.device("cpu"), spare_page=True)
+    attention = load_attention(request.param, loaded.decoder.config, cache, 16, 2048, 256)
+    return BuiltinRunner(loaded.decoder, cache, attention, load_tokenizer("synthetic"))
 
 
-def generated(runner: Any, sampling: SamplingConfig, depth: int = 0) -> tuple[list[int], list[TokenLogprob | None]]:
+def generated(runner: Any, sampling: SamplingConfig, depth: int = 0) -> tuple[tuple[int, ...], list[TokenLogprob]]:
     """The output's ids, and what was told of each chosen token."""
-    told: list[TokenLogprob | None] = []
-    finish = runner.finish
-
-    def watching(launched: Any) -> Any:
-        results = finish(launched)
-        told.extend(result.logprob for result in results)
-        return results
-
-    runner.finish = watching
-    try:
-        drive = Drive(runner, limits(pipeline_depth=depth))
-        drive.submit("task", [(1, PROMPT)], 2, sampling)
-        found = drive.run()["task"]
-        drive.close()
-    finally:
-        del runner.finish
-    return found, told
+    drive = Drive(runner, limits(pipeline_depth=depth, max_batch_size=16))
+    drive.submit("task", [(1, PROMPT)], 2, sampling)
+    found = drive.run()["task"]
+    drive.close()
+    return found, drive.told.get("task", [])
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -61,9 +61,7 @@ def test_they_are_the_models_own_whatever_the_sampling_made_of_them(
     with torch.inference_mode():
         logits = tiny[1](torch.tensor([[*PROMPT, *ids]])).logits[0].float()
     expected = logits.log_softmax(-1)[len(PROMPT) - 1 : -1]
-    assert len(told) >= len(ids)
-    for place, (token_id, each) in enumerate(zip(ids, told, strict=False)):
-        assert each is not None
+    for place, (token_id, each) in enumerate(zip(ids, told, strict=True)):
         assert each.token == f"w{token_id}"
         assert each.logprob == pytest.approx(float(expected[place, token_id]), abs=1e-4)
         values, top_ids = expected[place].topk(3)
@@ -72,7 +70,7 @@ def test_they_are_the_models_own_whatever_the_sampling_made_of_them(
 
 
 def test_who_asks_for_none_is_told_none_beside_who_asks_for_them(runner: Any) -> None:
-    drive = Drive(runner, limits())
+    drive = Drive(runner, limits(max_batch_size=16))
     drive.submit(
         "asks", [(1, PROMPT)], 2, SamplingConfig(temperature=0.0, max_gen_length=4, ignore_tokenizer_eos=True, logprobs=0)
     )

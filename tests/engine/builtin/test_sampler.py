@@ -111,6 +111,24 @@ def test_penalties_and_bias_change_what_is_most_probable() -> None:
     assert first({}, logit_bias={"2": 5.0}) == 2
 
 
+def test_penalties_and_biases_of_a_row_change_no_other() -> None:
+    """Alone or among rows with others of their own: the logits are the same to the bit."""
+    kinds = [{}, {"repetition_penalty": 1.3}, {"presence_penalty": 0.5, "frequency_penalty": 0.2, "logit_bias": {"1": -2.0}},
+             {"logit_bias": {"0": 1.0, "4": 3.0}}, {"repetition_penalty": 0.7, "presence_penalty": -0.5}]  # fmt: skip
+    rows = [SamplingRow(SamplingConfig(**kind), 0, (i, 4), Counter({1: i, 3: 2})) for i, kind in enumerate(kinds)]  # type: ignore[arg-type]
+    together = torch.randn(5, 5, generator=torch.Generator().manual_seed(1))
+    alone = together.clone()
+    before = together.clone()
+    sampler.sample(together, rows)
+    for i, row in enumerate(rows):
+        sampler.sample(alone[i : i + 1], [row])
+    assert torch.equal(together, alone)
+    assert [bool((a != b).any()) for a, b in zip(before, together, strict=True)] == [False, True, True, True, True]
+    assert together[2].tolist() == pytest.approx(
+        (before[2] - torch.tensor([0.0, 0.5 + 2 * 0.2 + 2.0, 0.0, 0.5 + 2 * 0.2, 0.0])).tolist()
+    )
+
+
 @pytest.mark.parametrize(
     ("sampling", "named"),
     [
