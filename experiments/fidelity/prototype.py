@@ -28,11 +28,12 @@ UNBOUNDED = 10**9  #: a capacity, see `run`
 
 class Ran(NamedTuple):
     """The tables of a run, and the iterations of its engines, one row a run of them. `prefilled`: when a task's prompt was last
-    computed (that of one that was preempted is computed again), by the number of its dispatch, from 1."""
+    computed (that of one that was preempted is computed again). Tasks are numbered from 1 as they came to be computed: on one
+    engine, in the order of their dispatch."""
 
     tables: dict[str, pd.DataFrame]
     iterations: pd.DataFrame
-    prefilled: dict[Any, float]
+    prefilled: dict[int, float]
 
 
 def limits(*, tokens: int, max_batch_size: int, tasks: int = 256, batched: int = 10**6) -> EngineLimits:
@@ -67,13 +68,16 @@ def run(
     models = [EngineModel(_description(profile, of, tokens, number), of, profile) for number in range(engines)]
     seen: list[tuple[Any, ...]] = []
     previous: dict[str, frozenset[Any]] = {}  # engine -> who was in its last iteration
-    prefilled: dict[Any, float] = {}
+    numbers: dict[Any, int] = {}  # of the tasks, by the engines' keys
+    prefilled: dict[int, float] = {}
 
     def observe(engine: str, edges: Iterations) -> None:
         seen.append((edges.start, edges.iterations, *edges.shape.fields().values()))
-        now = frozenset(edges.keys)
-        prefilled.update(dict.fromkeys(now - previous.get(engine, frozenset()), edges.end))  # no fill is cut
-        previous[engine] = now
+        before = previous.get(engine, frozenset())
+        for key in edges.keys:
+            if key not in before:
+                prefilled[numbers.setdefault(key, len(numbers) + 1)] = edges.end  # no fill is cut
+        previous[engine] = frozenset(edges.keys)
 
     config = ServeCoreConfig(global_scheduler=msgspec.structs.replace(scheduler, max_queue_size=100_000))
     recorder = simulate(programs, config, models, mode=mode, network=network, observe=observe)
