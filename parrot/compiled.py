@@ -18,9 +18,7 @@ from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent  #: the folder of the packages `parrot` and `sim`
 ELSEWHERE = "PARROT_COMPILED"
-FOLDER = Path(
-    os.environ.get(ELSEWHERE) or Path(__file__).resolve().parent / "_compiled" / str(sys.implementation.cache_tag)
-)
+FOLDER = Path(os.environ.get(ELSEWHERE) or Path(__file__).resolve().parent / "_compiled" / str(sys.implementation.cache_tag))
 MANIFEST = FOLDER / "manifest.json"
 PURE = "PARROT_PURE"
 

@@ -125,6 +125,11 @@ class _Attempt:
         self.output_key = output_key
         self.ended = False
 
+    def __repr__(self) -> str:
+        """As in an engine's logs: its errors name it, and results must not depend on where it lies in memory."""
+        task = self.task
+        return f"{task.session_id}.{task.call}.{task.output}#{self.number}"
+
 
 class _Node(SimEngine):
     """An engine of the cluster. `attempts`: what runs there, or is on its way, and was not given up."""

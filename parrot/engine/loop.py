@@ -274,7 +274,7 @@ class BuiltinLoop:
         self._last_edge = edge
         self._recent_s.append(edge - began)
         if self._log is not None:
-            shape = issued.batch.shape.after(0)  # of its own
+            shape = issued.batch.shape
             shape.graph = issued.graph
             self._log.iteration(began, edge - began, run_s, shape, issued.labels, failed)
 

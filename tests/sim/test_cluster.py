@@ -11,6 +11,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from parrot.engine.emulated.events import Iterations
 from parrot.serve.config import GlobalSchedulerConfig, ServeCoreConfig
 from parrot.serve.policies import POLICIES, parse_policy
 from sim.clients import Mode
@@ -195,6 +196,16 @@ def test_a_run_that_cannot_end_keeps_no_program(mode: Mode, monkeypatch: pytest.
         simulate(watched(some, known), config("round_robin"), [engine()], mode=mode, network=LOCAL)
     gc.collect()
     assert [program() for program in known] == [None] * 3
+
+
+def test_engines_name_tasks_as_their_logs_do() -> None:
+    named: list[str] = []
+
+    def observe(_: str, edges: Iterations) -> None:
+        named.extend(repr(key) for key in edges.keys)
+
+    run([one_call("p0")], observe=observe)
+    assert set(named) == {"1.0.0#1"}
 
 
 def test_an_event_at_an_absolute_time_arrives_at_exactly_that_time() -> None:
