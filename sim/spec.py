@@ -47,6 +47,11 @@ Backend = Literal["sim", "emulated", "real"]
 LONGEST_NAME = 200  #: bytes of a run's folder's name; a longer one is cut, and told apart by a hash
 KEPT_PLACEMENTS = 1 << 40  #: with `explain`: all of them
 EVERY = "*"  #: among policies: every shipped one that is not named
+DECIDED = {
+    "global_scheduler.policy": "policies (--policy)",
+    "global_scheduler.random_seed": "seeds (--seed)",
+    "global_scheduler.explain_placements": "explain (--explain)",
+}  #: keys of the core's configuration that a run sets itself -> from what
 ENGINE_PREFIX = "engine."  #: settings with this prefix are of the engines' files; the rest are of the core's
 
 
@@ -162,6 +167,12 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     explain: bool
 
 
+def cell_of(run: Run) -> Run:
+    """What is the same for all runs of a cell: the run without its name, seed, repeat and draw, and without what is written of
+    it, which draws have none of."""
+    return msgspec.structs.replace(run, name="", seed=0, repeat=0, draw=None, tables=True, trace=False, explain=False)
+
+
 _VARIED = {
     "workload", "engines", "policy", "rate", "clients", "seed", "settings", "count", "tables", "trace", "explain",
 }  # fmt: skip
@@ -235,7 +246,8 @@ def runs_of(spec: Specification) -> list[Run]:
             )
             runs.append(msgspec.structs.replace(run, name=_name(spec, run, len(clusters))))
     if len({run.name for run in runs}) != len(runs):
-        raise ConfigurationError("the specification names the same run twice (something in one of its lists is repeated)")
+        ((twice, _),) = Counter(run.name for run in runs).most_common(1)
+        raise ConfigurationError(f"the specification names run {twice} twice: something in one of its lists is repeated")
     return runs
 
 
@@ -455,7 +467,13 @@ def _spread_of(profile: AnyProfile) -> float:
 
 
 def check_files(run: Run) -> None:
-    """Raises ConfigurationError for whatever in the run's files would stop it, before anything starts."""
+    """Raises ConfigurationError for whatever in the run's files would stop it, and for settings that would change nothing,
+    before anything starts."""
+    for key in run.settings:
+        if key in DECIDED:
+            raise ConfigurationError(f"--set {key}: every run takes it from {DECIDED[key]}; a setting would change nothing")
+        if run.core_url is not None:
+            raise ConfigurationError(f"--set {key}: the cluster at {run.core_url} has a configuration of its own")
     read_round_trips(run.rtt_ms)
     if run.program is not None:
         from sim.programs import check_program  # what only programs need, the server's code for one

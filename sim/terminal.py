@@ -48,6 +48,8 @@ class Display:
         """One run more is done, now or in an earlier start."""
         self._ended += 1
         self._kept += kept
+        if self._ended == self._runs:
+            self._progress.update(self._bar, completed=self._runs, description=f"{self._runs}/{self._runs} runs")
 
     def show(self, progress: Sequence[pool.Progress]) -> None:
         """How far the runs are that are carried out."""
@@ -68,13 +70,16 @@ def table_of(cells: Sequence[Cell], metrics: Sequence[str]) -> Table:
     settings = sorted({key for cell in cells for key in cell.settings if len({str(c.settings.get(key)) for c in cells}) > 1})
     caption = None if any(cell.over for cell in cells) else "one seed: no confidence intervals (--seed takes a list)"
     table = Table(box=None, header_style="bold", pad_edge=False, caption=caption, caption_justify="left")
+    # where the terminal is narrow, names and intervals go on in the next line; no number is cut
     for name in [*names, *settings]:
-        table.add_column(name)
-    for metric in chosen:
-        table.add_column(metric, justify="right")
-    for cell in cells:
+        table.add_column(name, overflow="fold")
+    numbers = {metric: [_number(cell.metrics[metric]) for cell in cells] for metric in chosen}
+    for metric, column in numbers.items():
+        longest = max((len(word) for text in column for word in text.split()), default=0)
+        table.add_column(metric, justify="right", overflow="fold", min_width=longest)
+    for cell, row in zip(cells, zip(*numbers.values(), strict=True), strict=True):
         which = [_key(cell, name) for name in names] + [str(cell.settings.get(key)) for key in settings]
-        table.add_row(*which, *(_number(cell.metrics[metric]) for metric in chosen))
+        table.add_row(*which, *row)
     return table
 
 

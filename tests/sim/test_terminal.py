@@ -76,6 +76,17 @@ def test_a_number_has_as_many_digits_as_its_interval_gives_reason_for(estimate: 
     assert shown([cell(jct_s__mean=estimate)], ("jct_s.mean",))[1][1:] == text
 
 
+def test_no_name_and_no_number_is_cut_on_a_narrow_terminal() -> None:
+    output = io.StringIO()
+    jct = Estimate(12.345678, (11.0, 13.691356), None)
+    rows = [cell("preble_e2:threshold=0.25", throughput_tokens_per_s=Estimate(1234.5, None, None), jct_s__p99=jct)]
+    Console(file=output, width=80).print(table_of([*rows, cell("round_robin", 2.0, jct_s__p99=jct)], ()))
+    assert "…" not in output.getvalue()
+    letters = "".join(output.getvalue().split())
+    assert letters.count("12.3") == 2
+    assert "1,234" in letters
+
+
 def test_goodput_is_a_column_when_objectives_were_given() -> None:
     assert "goodput_programs_per_s" not in shown([cell()])[0]
     assert "goodput_programs_per_s" in shown([cell(goodput_programs_per_s=Estimate(1.5, None, None))])[0]
