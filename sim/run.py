@@ -296,7 +296,7 @@ def execute(specification: Specification, folder: Path, where: Where = Where(), 
         _warn_of_what_was_not_seen(results)
         _warn_of_policies(results)
         if console.is_terminal:
-            console.print(table_of(cells, specification.metrics))
+            console.print(table_of(cells, specification.metrics, console.width))
         if specification.report and specification.tables:
             from sim.report import write_report  # matplotlib
 
