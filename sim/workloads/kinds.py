@@ -97,6 +97,8 @@ def open_source(spec: str, options: Mapping[str, Any], setting: Setting) -> Sour
     if colon and name in TRACES:
         match = _PATH.fullmatch(rest)
         assert match is not None
+        if not match["path"]:
+            raise WorkloadError(f"workload {spec!r}: names no file; expected {name}:PATH[:parameter=value,…]")
         kind, opener = TRACES[name]
         given = {**_parameters(name, match["parameters"] or ""), **options}
         return opener(match["path"], parameters_of(name, kind, given), setting)
