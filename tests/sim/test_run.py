@@ -195,7 +195,7 @@ def test_a_program_that_cannot_run_is_refused_before_the_first_is_run(
     monkeypatch.setattr("sim.sweep.simulate", simulate)
     last = tmp_path / "last.jsonl"
     write_programs(last, [*(one_call(f"p{n}", float(n)) for n in range(20)), one_call("large", 20.0, prompt=10**6)])
-    assert "program 'large', call 0" in refused([*flags, "--workload", str(last)], tmp_path, capsys)
+    assert f"{last}:21: program 'large', call 0" in refused([*flags, "--workload", str(last)], tmp_path, capsys)
 
 
 def test_an_engine_with_no_profile_is_refused(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,6 +251,22 @@ def test_an_engine_too_small_for_one_prompt_is_refused(
 ) -> None:
     write_programs(flags[5], [one_call("p", prompt=4096, output=1)])
     assert "4096" in refused(flags, tmp_path, capsys)
+
+
+def test_the_line_of_a_trace_that_does_not_fit_is_named(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    azure, mooncake = tmp_path / "trace.csv", tmp_path / "trace.jsonl"
+    head = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03,48,10\n\n"
+    azure.write_text(head + "2023-11-16 18:17:04,900000,10\n")
+    assert f"{azure}:4: program 'trace/1', call 0: its prompt has 900000" in refused(
+        flags, tmp_path, capsys, "--workload", f"azure:{azure}", "--rate", "3"
+    )
+    request = '{{"timestamp": 0, "input_length": {0}, "output_length": 5, "hash_ids": {1}}}\n'
+    mooncake.write_text(request.format(9, [1]) + request.format(5120, list(range(10))))
+    assert f"{mooncake}:2: program 'trace/1', call 0: its prompt has 5120" in refused(
+        flags, tmp_path, capsys, "--workload", f"mooncake:{mooncake}:merge=true"
+    )
 
 
 def test_a_call_that_reads_its_own_output_too_early_is_refused(
