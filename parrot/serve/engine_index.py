@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
@@ -11,13 +12,15 @@ from mypy_extensions import mypyc_attr
 if TYPE_CHECKING:
     from parrot.serve.engines import Engine
 
-Load = Any  #: whatever sorts engines; most are one whole number, of which an index compares a dozen at each change
+Load = Any  #: whatever sorts engines; one whole number is compared fastest
 
 LEAST_NOTED = 64  #: changes of loads that an index takes note of before it is sorted anew, or as many as it has engines
 SHELF: Final = 64  #: engines on a shelf, at most
 
-# By a name of this module's own that never changes: the compiled module need not look it up.
+# By names of this module's own that never change: the compiled module need not look them up.
 _all_of: Final = chain.from_iterable
+_bisect_left: Final[Callable[..., int]] = bisect_left
+_bisect_right: Final[Callable[..., int]] = bisect_right
 
 
 @mypyc_attr(acyclic=True)
@@ -46,7 +49,7 @@ class EngineIndex:
     def __init__(self, key: Callable[[Engine], Load]) -> None:
         self._key = key
         self._shelves: list[_Shelf] = []
-        self._whole = True  # whether all loads have been whole numbers, among which a place is found without Python's help
+        self._lasts: list[Load] = []  # of each shelf
         self._load_of: dict[int, Load] = {}  # engine id -> the load by which it stands there
         self._by_id: dict[int, Engine] = {}
         self._noted: list[Engine] = []  # whose load may be another one since anybody asked
@@ -94,23 +97,22 @@ class EngineIndex:
         for first in range(0, len(found), SHELF // 2):
             some = found[first : first + SHELF // 2]
             self._shelves.append(_Shelf([load for load, _ in some], [self._by_id[engine_id] for _, engine_id in some]))
-        for load, _ in found:
-            self._whole = self._whole and isinstance(load, int)
+        self._lasts = [shelf.loads[-1] for shelf in self._shelves]
         self._outdated = False
 
     def _insert(self, engine: Engine, load: Load) -> None:
-        if self._whole and not isinstance(load, int):
-            self._whole = False
         self._load_of[engine.id] = load
-        shelves = self._shelves
+        shelves, lasts = self._shelves, self._lasts
         if not shelves:
             shelves.append(_Shelf([load], [engine]))
+            lasts.append(load)
             return
         number = self._shelf_of(load, engine.id)
-        if number == len(shelves):
-            number -= 1  # behind all others
+        if number == len(shelves):  # behind all others
+            number -= 1
+            lasts[number] = load
         shelf = shelves[number]
-        place = self._place_on(shelf, load, engine.id)
+        place = _place_of(shelf, load, engine.id)
         shelf.loads.insert(place, load)
         shelf.engines.insert(place, engine)
         if len(shelf.loads) > SHELF:
@@ -118,53 +120,40 @@ class EngineIndex:
             shelves.insert(number + 1, _Shelf(shelf.loads[half:], shelf.engines[half:]))
             del shelf.loads[half:]
             del shelf.engines[half:]
+            lasts.insert(number, shelf.loads[-1])
 
     def _take_out(self, engine: Engine, load: Load) -> None:
-        shelves = self._shelves
+        shelves, lasts = self._shelves, self._lasts
         number = self._shelf_of(load, engine.id)
         shelf = shelves[number]
-        place = self._place_on(shelf, load, engine.id)
+        place = _place_of(shelf, load, engine.id)
         del shelf.loads[place]
         del shelf.engines[place]
-        if len(shelf.loads) < SHELF // 4 and number + 1 < len(shelves):
+        left = len(shelf.loads)
+        if left < SHELF // 4 and number + 1 < len(shelves) and left + len(shelves[number + 1].loads) <= SHELF // 2:
             after = shelves[number + 1]
-            if len(shelf.loads) + len(after.loads) <= SHELF // 2:
-                shelf.loads += after.loads
-                shelf.engines += after.engines
-                del shelves[number + 1]
-        if not shelf.loads:
+            after.loads[:0] = shelf.loads
+            after.engines[:0] = shelf.engines
+            left = 0
+        if not left:
             del shelves[number]
+            del lasts[number]
+        elif place == left:
+            lasts[number] = shelf.loads[-1]
 
     def _shelf_of(self, load: Load, engine_id: int) -> int:
         """The first shelf that does not end before the engine of that id with that load; one more than there are: all do."""
-        shelves = self._shelves
-        if self._whole:
-            return _shelf_of_number(shelves, load, engine_id)
-        low, high = 0, len(shelves)
-        while low < high:
-            middle = (low + high) >> 1
-            shelf = shelves[middle]
-            last = shelf.loads[-1]
-            if last < load or (last == load and shelf.engines[-1].id < engine_id):
-                low = middle + 1
-            else:
-                high = middle
-        return low
-
-    def _place_on(self, shelf: _Shelf, load: Load, engine_id: int) -> int:
-        """The first place that is not before the engine of that id with that load."""
-        if self._whole:
-            return _place_of_number(shelf.loads, shelf.engines, load, engine_id)
-        loads = shelf.loads
-        low, high = 0, len(loads)
-        while low < high:
-            middle = (low + high) >> 1
-            other = loads[middle]
-            if other < load or (other == load and shelf.engines[middle].id < engine_id):
-                low = middle + 1
-            else:
-                high = middle
-        return low
+        lasts = self._lasts
+        number = _bisect_left(lasts, load)
+        if number < len(lasts) and lasts[number] == load:
+            shelves, end = self._shelves, _bisect_right(lasts, load, number)
+            while number < end:
+                middle = (number + end) >> 1
+                if shelves[middle].engines[-1].id < engine_id:
+                    number = middle + 1
+                else:
+                    end = middle
+        return number
 
     # -------------------------------------------------------------------------------------------------- questions
 
@@ -218,74 +207,38 @@ class EngineIndex:
         """How many have at most that load."""
         self._settle()
         shelves = self._shelves
-        number = self._first_beyond(load)
+        number = _bisect_right(self._lasts, load)
         count = 0
         for place in range(number):
             count += len(shelves[place].loads)
-        return count + _count_up_to(shelves[number].loads, load) if number < len(shelves) else count
+        return count + _bisect_right(shelves[number].loads, load) if number < len(shelves) else count
 
     def after(self, load: Load) -> Iterator[Engine]:
         """All of them, first those with more than that load; then, from the beginning, the others."""
         self._settle()
         shelves = self._shelves
-        number = self._first_beyond(load)
+        number = _bisect_right(self._lasts, load)
         if number == len(shelves):
             return iter(self)
         engines = shelves[number].engines
-        place = _count_up_to(shelves[number].loads, load)
+        place = _bisect_right(shelves[number].loads, load)
         parts = [shelf.engines for shelf in (*shelves[number + 1 :], *shelves[:number])]
         return _all_of([engines[place:], *parts, engines[:place]])
 
-    def _first_beyond(self, load: Load) -> int:
-        """The first shelf that ends with more than that load; one more than there are: none does."""
-        shelves = self._shelves
-        low, high = 0, len(shelves)
-        while low < high:
-            middle = (low + high) >> 1
-            if shelves[middle].loads[-1] > load:
-                high = middle
+
+def _place_of(shelf: _Shelf, load: Load, engine_id: int) -> int:
+    """The first place on the shelf that is not before the engine of that id with that load."""
+    loads, engines = shelf.loads, shelf.engines
+    place = _bisect_left(loads, load)
+    if place < len(loads) and engines[place].id < engine_id and loads[place] == load:
+        end = _bisect_right(loads, load, place)
+        while place < end:
+            middle = (place + end) >> 1
+            if engines[middle].id < engine_id:
+                place = middle + 1
             else:
-                low = middle + 1
-        return low
-
-
-def _shelf_of_number(shelves: list[_Shelf], load: int, engine_id: int) -> int:
-    """As `EngineIndex._shelf_of`, of whole numbers."""
-    low, high = 0, len(shelves)
-    while low < high:
-        middle = (low + high) >> 1
-        shelf = shelves[middle]
-        last: int = shelf.loads[-1]
-        if last < load or (last == load and shelf.engines[-1].id < engine_id):
-            low = middle + 1
-        else:
-            high = middle
-    return low
-
-
-def _place_of_number(loads: list[int], engines: list[Engine], load: int, engine_id: int) -> int:
-    """As `EngineIndex._place_on`, of whole numbers."""
-    low, high = 0, len(loads)
-    while low < high:
-        middle = (low + high) >> 1
-        other = loads[middle]
-        if other < load or (other == load and engines[middle].id < engine_id):
-            low = middle + 1
-        else:
-            high = middle
-    return low
-
-
-def _count_up_to(loads: list[Load], load: Load) -> int:
-    """How many of the sorted `loads` are at most `load`."""
-    low, high = 0, len(loads)
-    while low < high:
-        middle = (low + high) >> 1
-        if loads[middle] > load:
-            high = middle
-        else:
-            low = middle + 1
-    return low
+                end = middle
+    return place
 
 
 def _met(engines: EngineIndex, ids: Collection[int]) -> Iterator[Engine]:
