@@ -46,6 +46,7 @@ MODULES = (
     "parrot.serve.core",
     "parrot.serve.deadlines",
     "parrot.serve.deduction",
+    "parrot.serve.engine_index",
     "parrot.serve.engines",
     "parrot.serve.gets",
     "parrot.serve.graph",
