@@ -48,25 +48,21 @@ class EngineCore(EngineState):
         """What to compute next; None when there is nothing, or pipeline_depth forbids to issue before a completion."""
         if not self.can_issue or not self._make_decode_room():
             return None
-        lockstep = self._lockstep
-        rows, decoders, kv, kv_unique, step = lockstep.rows, lockstep.members, 0, 0, 0
-        fills: tuple[Row, ...] = ()
+        number = self._number + 1
         copies: list[tuple[int, int]] = []
+        fills: tuple[Row, ...] = ()
+        alone = False
         if self._may_fill:
-            fills, alone = self._fill_rows(self._number + 1, copies)
-            if alone:
-                rows, decoders = 0, ()
-        if rows:
-            kv, kv_unique = lockstep.kv + rows, lockstep.kv_unique + rows
-            if lockstep.step(copies):
-                self._stuck = False
-            step = lockstep.steps
-        elif not fills:
+            fills, alone = self._fill_rows(number, copies)
+        if self._lockstep.rows and not alone:
+            batch = self._decode(number, fills, copies)
+        elif fills:
+            batch = Batch(number, 0, 0, (), fills, tuple(copies), 0, 0)
+        else:
             return None
         if self._joining:
-            lockstep.join(self._joining)
+            self._lockstep.join(self._joining)
             self._joining = ()
-        batch = Batch(self._number + 1, step, rows, decoders, fills, tuple(copies) if copies else (), kv, kv_unique)
         self._issue(batch)
         return batch
 
@@ -82,6 +78,15 @@ class EngineCore(EngineState):
             if alone:  # what it holds is split by copies that it would not need had it come first: it begins anew
                 self._evict_all()
         return True
+
+    def _decode(self, number: int, fills: tuple[Row, ...], copies: list[tuple[int, int]]) -> Batch:
+        """The next token of every decoding task, and the fills beside them."""
+        lockstep = self._lockstep
+        rows, decoders = lockstep.rows, lockstep.members
+        kv, kv_unique = lockstep.kv + rows, lockstep.kv_unique + rows
+        if lockstep.step(copies):
+            self._stuck = False
+        return Batch(number, lockstep.steps, rows, decoders, fills, tuple(copies) if copies else (), kv, kv_unique)
 
     def _fill_rows(self, number: int, copies: list[tuple[int, int]]) -> tuple[tuple[Row, ...], bool]:
         """Rule 2: the fills of this iteration, running ones first, then newly admitted ones, and whether one runs alone."""
