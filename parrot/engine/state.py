@@ -5,8 +5,9 @@ The states of a task (`parrot.engine.running`), and who brings it from one to th
 
     enter           -> waiting                      in the queue, with a claim on its output's id
     _admit          waiting -> filling              it uses the contexts of its chain, and has room for its prompt
-    Lockstep.join   filling -> decoding             its prompt is computed: a token an iteration
-    _leave          filling, decoding -> draining   no row of it is issued any more
+    _leave          filling, decoding -> draining   the last row of its fill, or of all, is issued
+    Lockstep.join   draining -> decoding            behind its fill: a token an iteration, if it may generate more than one
+    Lockstep.step   decoding -> draining            the row with which it reaches its max_gen_length is issued
     _preempt        filling, decoding -> waiting    its room is given back; what it has generated will be filled again
     _end            -> ended                        its output stays, as far as it is kept
     _drop           -> ended                        its output goes too
@@ -219,7 +220,7 @@ class EngineState:
         self._filling = (*self._filling, task)
 
     def _leave(self, task: Task) -> None:
-        """The task is issued no more rows: it drains."""
+        """The task is issued no more rows, or no more of its fill: it drains."""
         if task.state == DECODING:
             self._lockstep.leave(task)
         elif task.state == FILLING:
