@@ -38,6 +38,7 @@ MODULES = (
     "parrot.engine.lockstep",
     "parrot.engine.rate_limits",
     "parrot.engine.running",
+    "parrot.engine.state",
     "parrot.latency",
     "parrot.remote_latency",
     "parrot.serve.claims",
