@@ -31,6 +31,9 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except BrokenPipeError:
         return leave_stdout()
+    except KeyboardInterrupt:
+        print("sim.workloads: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 import msgspec
@@ -256,6 +258,22 @@ def test_convert_writes_into_a_pipe_and_through_a_link(tmp_path: Path, capsys: p
     assert link.is_symlink()
     assert target.read_bytes() == read.result()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe", "target"]
+
+
+def test_an_interrupted_conversion_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sim.workloads", "convert", "chat", str(tmp_path / "out.jsonl"), "--count", "100000000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = monotonic() + 60
+        while not list(tmp_path.iterdir()) and monotonic() < deadline:
+            sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, told) == (130, "sim.workloads: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("command", [["describe", "chat"], ["parameters"]])
