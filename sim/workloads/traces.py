@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from io import TextIOWrapper
 from typing import BinaryIO
 
+from sim.workloads.plain import open_plain
 from sim.workloads.program import WorkloadError
 
 CHUNK_BYTES = 1 << 20
@@ -25,7 +27,7 @@ def text_lines(path: str) -> Iterator[tuple[int, str]]:
     Raises WorkloadError when it cannot be read.
     """
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with TextIOWrapper(open_plain(path), encoding="utf-8-sig", newline="") as file:
             yield from enumerate(file, 1)
     except OSError as error:
         raise WorkloadError(f"{path}: cannot be read: {error.strerror}") from error
@@ -36,7 +38,7 @@ def text_lines(path: str) -> Iterator[tuple[int, str]]:
 def byte_lines(path: str) -> Iterator[tuple[int, bytes]]:
     """The lines of a file that are not empty, with their numbers from 1. Raises WorkloadError when it cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             for number, line in enumerate(file, 1):
                 if not line.isspace():
                     yield number, line
@@ -51,7 +53,7 @@ def json_elements(path: str) -> Iterator[tuple[int, bytes]]:
     read, a list that is not closed, and what follows its end.
     """
     try:
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             head = file.read(CHUNK_BYTES)
             begin = len(head) - len(head.lstrip(b"\xef\xbb\xbf \t\r\n"))
             if head[begin : begin + 1] == b"[":
