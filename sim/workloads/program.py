@@ -19,7 +19,7 @@ import msgspec
 from msgspec import Meta
 
 from parrot.protocol.api import Criteria
-from sim.workloads.plain import open_plain
+from sim.workloads.plain import refuse_compressed
 
 Tokens = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(ge=0.0)]
@@ -268,7 +268,8 @@ def read_programs(path: str | Path) -> Iterator[Program]:
     last = 0.0
     lengths = TextLengths()
     try:
-        with open_plain(path) as file:
+        with open(path, "rb") as file:
+            refuse_compressed(file)
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue

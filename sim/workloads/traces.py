@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from io import TextIOWrapper
+from io import BufferedReader
 from typing import BinaryIO
 
-from sim.workloads.plain import open_plain
+from sim.workloads.plain import refuse_compressed
 from sim.workloads.program import WorkloadError
 
 CHUNK_BYTES = 1 << 20
@@ -27,7 +27,9 @@ def text_lines(path: str) -> Iterator[tuple[int, str]]:
     Raises WorkloadError when it cannot be read.
     """
     try:
-        with TextIOWrapper(open_plain(path), encoding="utf-8-sig", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if isinstance(file.buffer, BufferedReader):
+                refuse_compressed(file.buffer)
             yield from enumerate(file, 1)
     except OSError as error:
         raise WorkloadError(f"{path}: cannot be read: {error.strerror}") from error
@@ -38,7 +40,8 @@ def text_lines(path: str) -> Iterator[tuple[int, str]]:
 def byte_lines(path: str) -> Iterator[tuple[int, bytes]]:
     """The lines of a file that are not empty, with their numbers from 1. Raises WorkloadError when it cannot be read."""
     try:
-        with open_plain(path) as file:
+        with open(path, "rb") as file:
+            refuse_compressed(file)
             for number, line in enumerate(file, 1):
                 if not line.isspace():
                     yield number, line
@@ -53,7 +56,8 @@ def json_elements(path: str) -> Iterator[tuple[int, bytes]]:
     read, a list that is not closed, and what follows its end.
     """
     try:
-        with open_plain(path) as file:
+        with open(path, "rb") as file:
+            refuse_compressed(file)
             head = file.read(CHUNK_BYTES)
             begin = len(head) - len(head.lstrip(b"\xef\xbb\xbf \t\r\n"))
             if head[begin : begin + 1] == b"[":
