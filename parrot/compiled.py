@@ -91,8 +91,11 @@ MODULES = (
     "sim.cluster",
     "sim.engines",
     "sim.model_types",
+    "sim.player",
     "sim.population",
     "sim.recorder",
+    "sim.request_player",
+    "sim.semantic_player",
     "sim.slots",
     "sim.steps",
 )

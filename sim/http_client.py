@@ -37,9 +37,9 @@ from sim.actions import (
     Value,
     Wait,
 )
-from sim.clients import Player
 from sim.model_types import ModelTypes
 from sim.network import Network
+from sim.player import Player
 from sim.recorder import Recorder
 from sim.workloads.program import Text
 

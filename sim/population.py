@@ -33,9 +33,10 @@ from sim.actions import (
     Value,
     Wait,
 )
-from sim.clients import Mode, Player, new_player
+from sim.clients import Mode, new_player
 from sim.cluster import AUTH, Asker, Author, Cluster, EngineModel, Observe, Timeline
 from sim.network import Network
+from sim.player import Player
 from sim.recorder import Recorder
 from sim.slots import Slots
 from sim.workloads.program import Call, Program
