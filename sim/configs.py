@@ -30,7 +30,7 @@ from parrot.protocol.errors import ParrotError
 from parrot.remote_profile import RemoteProfile
 from parrot.serve.config import ServeCoreConfig
 from parrot.serve.policies import parse_policy
-from sim.cluster import EngineModel
+from sim.engine_models import EngineModel
 from sim.network import read_round_trips, stream
 from sim.spec import ENGINE_PREFIX, Run
 from sim.workloads import open_workload

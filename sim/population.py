@@ -34,11 +34,13 @@ from sim.actions import (
     Wait,
 )
 from sim.clients import Mode, new_player
-from sim.cluster import AUTH, Asker, Author, Cluster, EngineModel, Observe, Timeline
+from sim.cluster import AUTH, Asker, Author, Cluster
+from sim.engine_models import EngineModel, Observe
 from sim.network import Network
 from sim.player import Player
 from sim.recorder import Recorder
 from sim.slots import Slots
+from sim.timeline import Timeline
 from sim.workloads.program import Call, Program
 
 RETRY_AFTER_S: Final = 1.0  #: when a refusal does not say how long to wait

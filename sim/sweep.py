@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 from parrot.configuration import ConfigurationError
+from parrot.latency import OutOfRange
 from parrot.protocol.errors import ParrotError
 from sim.clients import Mode
-from sim.cluster import OutOfRange
 from sim.configs import check_files, core_config_of, engine_models_of, open_programs
 from sim.fit import check_programs
 from sim.metrics import Summary, write_tables

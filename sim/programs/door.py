@@ -29,7 +29,8 @@ from parrot.serve.streams import OutputStream, OutputStreams
 from parrot.serve.texts import Piece, Texts, content_key, pack_ids
 from parrot.serve.tokenization import Tokenization
 from parrot.tokenizer import SYNTHETIC, Tokenizer, find_stop
-from sim.cluster import FLUSH, Cluster, EngineModel
+from sim.cluster import FLUSH, Cluster
+from sim.engine_models import EngineModel
 from sim.faults.stand_ins import SimStreamResponse, serve
 from sim.programs.accounts import Account
 from sim.programs.loops import VirtualLoop

@@ -14,7 +14,8 @@ from parrot.frontend.pfunc import environment
 from parrot.serve.config import ServeCoreConfig
 from parrot.serve.graph import Call
 from sim.clients import Mode
-from sim.cluster import Cluster, EngineModel, Timeline
+from sim.cluster import Cluster
+from sim.engine_models import EngineModel
 from sim.network import Network
 from sim.population import StuckError
 from sim.programs.accounts import Account, RecordedBlocking, RecordedLooped
@@ -26,6 +27,7 @@ from sim.programs.strands import Stopped, Strand, Strands
 from sim.programs.surroundings import virtual_surroundings
 from sim.programs.transports import BlockingTransport, Client, LoopedTransport
 from sim.recorder import Recorder
+from sim.timeline import Timeline
 
 ADDRESS = "http://simulated"  #: any address is the simulated core's
 
