@@ -89,6 +89,7 @@ MODULES = (
     "sim.calendar",
     "sim.clients",
     "sim.cluster",
+    "sim.conversation",
     "sim.engines",
     "sim.model_types",
     "sim.player",

@@ -1,7 +1,7 @@
 """What the client of a program does: a state machine from a program and a mode to requests, fed with their answers.
 
 It decides which request goes out when; it never sends one, waits or reads a clock: two shells do, SimPy's in
-`sim.population` and asyncio's over HTTP in `sim.http_client`. A shell calls `start`, carries out the actions that it gets,
+`sim.conversation` and asyncio's over HTTP in `sim.http_client`. A shell calls `start`, carries out the actions that it gets,
 and hands each of them back with its answer, which gives the next actions; `ended` says when there are no more.
 
 semantic (`sim.semantic_player`): one session, whose variables the core keeps.
