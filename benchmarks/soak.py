@@ -96,7 +96,7 @@ def held(core: ServeCore) -> dict[str, int]:
         "in flight": sum(engine.running for engine in engines),
         "reserved": sum(engine.reserved for engine in engines),
         "contexts": sum(len(engine.contexts) for engine in engines),
-        "shared": len(scheduler.prefixes._shared),
+        "shared": len(list(scheduler.contexts._shared)),
         "nodes": len(nodes),
         "lanes": len(scheduler.engines.lanes),
         "waits": len(scheduler._stranded) + len(scheduler._pauses._full) + len(scheduler._pauses._suspects),

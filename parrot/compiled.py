@@ -75,6 +75,7 @@ MODULES = (
     "parrot.serve.policies.share",
     "parrot.serve.policies.vtc",
     "parrot.serve.policies.weighted",
+    "parrot.serve.prefixes",
     "parrot.serve.queue",
     "parrot.serve.rates",
     "parrot.serve.reports",

@@ -17,8 +17,8 @@ from parrot.protocol.errors import ErrorInfo
 from parrot.serve.claims import Claims
 from parrot.serve.config import ServeCoreConfig
 from parrot.serve.containment import ContainedPolicy
-from parrot.serve.contexts import Context, PrefixStore
-from parrot.serve.effects import Abort, AnyEffect, ChainLink, Dispatch, FreeContexts, TaskEnded
+from parrot.serve.contexts import Context, Contexts
+from parrot.serve.effects import Abort, AnyEffect, ChainLink, Dispatch, TaskEnded
 from parrot.serve.engines import Engine, Engines, Lane
 from parrot.serve.events import Constant, Content, TaskFailed, TaskFinished
 from parrot.serve.explanations import Explanations
@@ -27,6 +27,7 @@ from parrot.serve.graph import NEVER, Task, chain_of
 from parrot.serve.pauses import Pauses
 from parrot.serve.policies import build_policy
 from parrot.serve.policies.base import Cluster, Placement, Policy, admits, length_of, prompt_tokens, too_large
+from parrot.serve.prefixes import PrefixTrie
 from parrot.serve.queue import TaskQueue
 from parrot.serve.rates import DrainRate
 from parrot.serve.service import Service
@@ -38,7 +39,6 @@ from parrot.serve.tenants import Tenant, Tenants
 _CHAIN_LINK: Final = ChainLink
 _CONSTANT: Final = Constant
 _DISPATCH: Final = Dispatch
-_FREE_CONTEXTS: Final = FreeContexts
 _TASK_ENDED: Final = TaskEnded
 _ENQUEUE: Final = TASK.of("enqueue")
 _PLACE: Final = TASK.of("place")
@@ -63,7 +63,9 @@ class Scheduler:
         self._finished = finished
         self._failed = failed
         self.engines = Engines()
-        self.prefixes = PrefixStore(config.constant_prefix_var_timeout)
+        self.prefixes = PrefixTrie()
+        self.contexts = Contexts(self.engines, self.prefixes, config.constant_prefix_var_timeout)
+        self.freed = self.contexts.freed
         self.faults: list[Fault] = []
         policy = build_policy(config.global_scheduler)
         self._contained = ContainedPolicy(policy, self._config.policy, self.faults)
@@ -86,7 +88,6 @@ class Scheduler:
         patience = self._config.patience
         in_order = getattr(policy, "in_order", False)
         self.claims = None if patience is None else Claims(self.engines, patience, self._first_of, in_order)
-        self.freed: dict[Engine, list[int]] = {}  # contexts to be freed with this instant
 
     # ------------------------------------------------------------------------------------------- tasks in and out
 
@@ -311,7 +312,6 @@ class Scheduler:
         engine.reserved += task.reserved
         engine.prompt_tokens += task.placed_tokens
         engine.prefill_tokens += new_tokens
-        engine.cached_tokens += new_tokens
         task.counted_latency = task.latency_sensitive
         engine.latency_tasks += task.counted_latency
         if self.service is not None:
@@ -347,7 +347,7 @@ class Scheduler:
         chain: list[ChainLink] = []
         contexts: list[Context] = []
         new_tokens, whole, parent, cached_links = 0, 0, -1, 0
-        prefixes = self.prefixes
+        held = self.contexts
         bos_tokens = engine.bos_tokens
         for depth, node in enumerate(task.path):
             link = task.links[depth]
@@ -357,20 +357,17 @@ class Scheduler:
                 tokens = 0 if depth else bos_tokens
                 for content in contents:
                     tokens += length_of(content.lengths, tokenizer)
-                context = Context(engine.new_context_id(), engine, node, tokens, owner if node.domain else None)
-                engine.contexts[context.id] = context
-                prefixes.add(context)
+                context = held.make(engine, node, tokens, owner if node.domain else None)
                 new_tokens += tokens
             else:
                 if context.filled and cached_links == depth:
                     parent, cached_links = context.id, depth + 1
-                prefixes.use(context)
+                held.use(context)
             contexts.append(context)
             whole += context.tokens
             keys = (contents[0].key,) if len(contents) == 1 else tuple([c.key for c in contents])
             chain.append(_CHAIN_LINK(context.id, keys, context.tokens, link.output))
-        generate = Context(engine.new_context_id(), engine, None, 0, owner)
-        engine.contexts[generate.id] = generate
+        generate = held.make(engine, None, 0, owner)
         contexts.append(generate)
         task.contexts = tuple(contexts)
         task.placed_tokens = whole
@@ -410,14 +407,11 @@ class Scheduler:
             if self.claims is not None:
                 self.claims.without(engine)
             self._pauses.forget(engine.id)
-            self.freed.pop(engine, None)
             for task in list(engine.tasks):
                 self._remember_prefixes(task)
                 self._release(task, now)
                 lost.append((task, engine))
-            for context in list(engine.contexts.values()):
-                if context.state != "gone":
-                    self.prefixes.drop(context)
+            self.contexts.lose(engine)
         for task, engine in lost:
             self._again(task, "engine_failed", f"engine {engine.name!r} was lost: {reason}", now)
         for lane in lanes:
@@ -465,8 +459,8 @@ class Scheduler:
             assert engine is not None
             engine.prefill_tokens -= task.reserved - task.max_gen_length
             self.engines.load_changed(engine)
-            for context in task.contexts or ():
-                context.filled = True
+            if task.contexts is not None:
+                self.contexts.fill(task.contexts)
 
     def finish(self, task: Task, event: TaskFinished, now: float) -> None:
         engine, contexts = task.engine, task.contexts
@@ -474,18 +468,11 @@ class Scheduler:
         assert contexts is not None
         if task.first_token_at == NEVER:
             self.first_token(task, now)
-        for context in contexts:
-            context.filled = True  # what was evicted since the first token is computed again
+        self.contexts.fill(contexts)  # what was evicted since the first token is computed again
         engine.failures = 0
-        generated = contexts[-1]
         output_tokens = event.output_tokens
-        generated.tokens = output_tokens
-        engine.cached_tokens += output_tokens
-        generated.filled = True
-        if output_tokens == 0 or not self.prefixes.attach_output(
-            generated, contexts[-2].node if len(contexts) > 1 else None, event.content.key, task.call.session.domain
-        ):
-            self._free(generated)
+        parent = contexts[-2] if len(contexts) > 1 else None
+        self.contexts.attach_output(contexts[-1], parent, output_tokens, event.content.key, task.call.session.domain)
         if self.service is not None:
             self.service.finished(task, output_tokens, now)
         self._release(task, now)
@@ -549,22 +536,10 @@ class Scheduler:
         self._again(task, "engine_rejected", f"engine {engine.name!r} rejected it: {message}", now)
 
     def evict(self, engine_id: int, context_ids: tuple[int, ...]) -> None:
-        """The engine gave up contexts. One that a task in flight uses again is computed again with that task."""
+        """The engine gave up contexts."""
         engine = self.engines.live.get(engine_id)
-        if engine is None:
-            return
-        told = set(context_ids)
-        for context_id in context_ids:
-            context = engine.contexts.get(context_id)
-            if context is None:
-                continue
-            if context.tasks:
-                context.filled = False
-                continue
-            for gone in self.prefixes.drop(context):
-                if gone.id not in told:
-                    self._will_free(gone)
-        self.engines.load_changed(engine)
+        if engine is not None:
+            self.contexts.evict(engine, context_ids)
 
     def _again(self, task: Task, code: str, message: str, now: float) -> None:
         """Queued again for another attempt, or failed when all are used up."""
@@ -596,54 +571,23 @@ class Scheduler:
             self.service.left(task)
         if self.queue.size:
             self.changed = True
-        prefixes = self.prefixes
-        for context in reversed(contexts):
-            if context.state == "gone":
-                continue
-            prefixes.release(context, now)
-            if context.tasks == 0 and (context.node is None or not context.filled) and engine.state != "lost":
-                self._free(context)
+        self.contexts.release(contexts, now)
         self.engines.load_changed(engine, more_room)
-
-    def _free(self, context: Context) -> None:
-        """Drops a context and tells its engine."""
-        for gone in self.prefixes.drop(context):
-            self._will_free(gone)
-
-    def _will_free(self, context: Context) -> None:
-        ids = self.freed.get(context.engine)
-        if ids is None:
-            self.freed[context.engine] = [context.id]
-        else:
-            ids.append(context.id)
 
     def free_session(self, session: Session) -> None:
         """The session has ended, and its tasks with it: drops its contexts and its account."""
-        if session.contexts:
-            self._free_retained(list(session.contexts))
+        self.contexts.end_session(session)
         if self.service is not None:
             self.service.ended(session)
 
-    def _free_retained(self, contexts: list[Context]) -> None:
-        changed: Engine | None = None
-        for context in contexts:
-            if context.state == "retained":
-                self._free(context)
-                if context.engine is not changed:
-                    changed = context.engine
-                    self.engines.load_changed(changed)
-
     def flush_freed(self) -> None:
         """One effect an engine for all that was freed in this instant."""
-        for engine, ids in self.freed.items():
-            if engine.state != "lost":
-                self.effects.append(_FREE_CONTEXTS(engine.id, tuple(ids)))
-        self.freed.clear()
+        self.contexts.flush_freed(self.effects)
 
     # ------------------------------------------------------------------------------------------- time
 
     def next_deadline(self) -> float | None:
-        first = self.prefixes.next_deadline()
+        first = self.contexts.next_deadline()
         pause = self._pauses.next_deadline()
         if pause is not None and (first is None or pause < first):
             first = pause
@@ -657,7 +601,7 @@ class Scheduler:
 
     def tick(self, now: float) -> None:
         """Whatever is due: lifetimes of shared contexts, tasks without an engine, engines to be asked again."""
-        self.contain("freeing contexts whose lifetime is over", self._free_expired, now)
+        self.contain("freeing contexts whose lifetime is over", self.contexts.expire, now)
         self.contain("giving up tasks that no engine came for", self._fail_stranded, now)
         self.contain("asking engines again", self._ask_again, now)
         if self.claims is not None and self.claims.due_s <= now:
@@ -669,9 +613,6 @@ class Scheduler:
             step(*arguments)
         except Exception as error:
             self.faults.append(Fault(f"the core failed at {what}", error))
-
-    def _free_expired(self, now: float) -> None:
-        self._free_retained(self.prefixes.expired(now))
 
     def _fail_stranded(self, now: float) -> None:
         while self._stranded and next(iter(self._stranded.values())) <= now:
