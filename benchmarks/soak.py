@@ -99,7 +99,7 @@ def held(core: ServeCore) -> dict[str, int]:
         "shared": len(list(scheduler.contexts._shared)),
         "nodes": len(nodes),
         "lanes": len(scheduler.engines.lanes),
-        "waits": len(scheduler._stranded) + len(scheduler._pauses._full) + len(scheduler._pauses._suspects),
+        "waits": len(scheduler._backlog._stranded) + len(scheduler._pauses._full) + len(scheduler._pauses._suspects),
         "tenants": len(scheduler.tenants._present),
         "deadlines": len(core._deadlines._heap),
     }
