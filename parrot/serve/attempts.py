@@ -2,7 +2,7 @@
 
 It counts a task in where it is placed and out where the attempt is over, holds the contexts of its chain in between, and
 decides what follows when an engine has failed, refused it or is lost: another attempt, or the task's end. It never decides
-where a task runs. Times and events are the core's; that an event is of the present attempt has been checked.
+where a task runs. Whoever tells what an engine says has checked that it is of the task's present attempt.
 """
 
 from __future__ import annotations
@@ -107,9 +107,9 @@ class Attempts:
         owner = None if session.tenant else session
         tokenizer = engine.tokenizer
         chain: list[ChainLink] = []
-        contexts: list[Context] = []
+        used: list[Context] = []
         new_tokens, whole, parent, cached_links = 0, 0, -1, 0
-        held = self._contexts
+        contexts = self._contexts
         bos_tokens = engine.bos_tokens
         for depth, node in enumerate(task.path):
             link = task.links[depth]
@@ -119,19 +119,19 @@ class Attempts:
                 tokens = 0 if depth else bos_tokens
                 for content in contents:
                     tokens += length_of(content.lengths, tokenizer)
-                context = held.make(engine, node, tokens, owner if node.domain else None)
+                context = contexts.make(engine, node, tokens, owner if node.domain else None)
                 new_tokens += tokens
             else:
                 if context.filled and cached_links == depth:
                     parent, cached_links = context.id, depth + 1
-                held.use(context)
-            contexts.append(context)
+                contexts.use(context)
+            used.append(context)
             whole += context.tokens
             keys = (contents[0].key,) if len(contents) == 1 else tuple([c.key for c in contents])
             chain.append(_CHAIN_LINK(context.id, keys, context.tokens, link.output))
-        generate = held.make(engine, None, 0, owner)
-        contexts.append(generate)
-        task.contexts = tuple(contexts)
+        generate = contexts.make(engine, None, 0, owner)
+        used.append(generate)
+        task.contexts = tuple(used)
         task.placed_tokens = whole
         return tuple(chain), parent, cached_links, new_tokens, generate.id
 
