@@ -46,7 +46,7 @@ class Scheduler:
         self, config: ServeCoreConfig, epoch: int, effects: list[AnyEffect], finished: Finished, failed: Failed
     ) -> None:
         section = config.global_scheduler
-        self._instant = Instant(effects)
+        self.instant = Instant(effects)  #: where all parts write what is to be done
         self.faults: list[Fault] = []
         self.engines = Engines()
         self.prefixes = PrefixTrie()
@@ -75,11 +75,11 @@ class Scheduler:
             self.service,
             section.engine_wait_timeout,
         )
-        self._lifecycle = Lifecycle(self._instant, self._backlog, finished, failed)
+        self._lifecycle = Lifecycle(self.instant, self._backlog, finished, failed)
         self._attempts = Attempts(
             epoch,
             section.max_attempts,
-            self._instant,
+            self.instant,
             self.engines,
             self.contexts,
             self._backlog,
@@ -95,20 +95,20 @@ class Scheduler:
     @property
     def effects(self) -> list[AnyEffect]:
         """Where what is to be done goes."""
-        return self._instant.effects
+        return self.instant.effects
 
     @effects.setter
     def effects(self, effects: list[AnyEffect]) -> None:
-        self._instant.effects = effects
+        self.instant.effects = effects
 
     @property
     def event(self) -> int:
         """The place in its instant of the event that is being handled."""
-        return self._instant.event
+        return self.instant.event
 
     @event.setter
     def event(self, place: int) -> None:
-        self._instant.event = place
+        self.instant.event = place
 
     @property
     def changed(self) -> bool:
@@ -126,7 +126,7 @@ class Scheduler:
 
     def flush_freed(self) -> None:
         """One effect an engine for all that was freed in this instant."""
-        self.contexts.flush_freed(self._instant.effects)
+        self.contexts.flush_freed(self.instant.effects)
 
     # ------------------------------------------------------------------------------------------- tasks
 
