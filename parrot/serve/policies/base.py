@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from mypy_extensions import mypyc_attr
 
-from parrot.serve.engines import Engine, EngineIndex, Engines, Lane, by_room
+from parrot.serve.engine_index import EngineIndex
+from parrot.serve.engines import Engine, Engines, Lane, by_room
 from parrot.serve.graph import Task
 from parrot.serve.policies.parameters import Parameter
 from parrot.serve.prefixes import cached_links, longest_matches
