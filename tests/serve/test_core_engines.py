@@ -199,14 +199,14 @@ def test_contexts_of_a_failed_attempt_are_freed_on_the_suspect_engine() -> None:
 def test_a_fault_at_a_deadline_costs_that_one_alone_and_no_deadline_stays_in_the_past(monkeypatch: pytest.MonkeyPatch) -> None:
     d = Driver(session_life_span=10.0)
     first, second = d.open(), d.open()
-    end = d.core._end_session
+    end = d.core.requests.end_session
 
     def fails(session: Any, by: str, now: float) -> None:
         if session.id == first:
             raise RuntimeError("a bug")
         end(session, by, now)
 
-    monkeypatch.setattr(d.core, "_end_session", fails)
+    monkeypatch.setattr(d.core.requests, "end_session", fails)
     d.send(ev.Tick(), at=10.0)
     assert [str(fault.error) for fault in d.faults] == ["a bug"]
     assert d.error(d.ask(ev.DescribeSession, second, d.auths[second])).code == "session_expired"

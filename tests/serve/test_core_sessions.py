@@ -6,7 +6,7 @@ import pytest
 
 from parrot.serve import events as ev
 from parrot.serve.effects import SessionEnded
-from parrot.serve.sessions import EndedSessions
+from parrot.serve.session_registry import EndedSessions
 from tests.serve.driver import Driver, content, out, text
 
 
