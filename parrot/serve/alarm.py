@@ -26,14 +26,15 @@ class Alarm:
         if deadline_s is not None and deadline_s < self.at:
             self.at = deadline_s
 
-    def exactly(self, deadline_s: float | None) -> None:
-        """Everything that was due is done, and the next is due at `deadline_s`, as `first` has it."""
-        self.at = math.inf if deadline_s is None else deadline_s
+    def set(self, wanted_s: float | None) -> None:
+        """All that was due is done, and the core is wanted at `wanted_s`; None: not before the next event."""
+        self.at = math.inf if wanted_s is None else wanted_s
 
-    def first(self, deadline_s: float) -> float | None:
-        """When something is due whose own time is `deadline_s` (inf: none): pauses after failures counted in."""
-        first = min(max(deadline_s, self._quiet_until), self._place_again_at)
-        return None if first == math.inf else first
+    def wanted_at(self, deadline_s: float) -> float | None:
+        """When the core is wanted, for it to try again after a failure too, if `deadline_s` is the first of all deadlines (inf:
+        there is none)."""
+        wanted_s = min(max(deadline_s, self._quiet_until), self._place_again_at)
+        return None if wanted_s == math.inf else wanted_s
 
     # ------------------------------------------------------------------------------------------- after a failure
 

@@ -1,7 +1,8 @@
 """What clients ask of a core: who may, whether it was asked before, what it changes, and the answer.
 
 Each function takes one kind of event. It raises a ParrotError before anything is changed, or answers: at once, but for a get
-that waits. What a call or a get sets in motion is the dataflow's affair (`dataflow.py`).
+that waits. How a session ends, whoever ends it, is here too. What a call or a get sets in motion is the dataflow's affair
+(`dataflow.py`).
 """
 
 from __future__ import annotations

@@ -208,7 +208,7 @@ class ServeCore:
         for deadline in (self.dataflow.next_deadline(), self.registry.idle.next_deadline(), self.scheduler.next_deadline()):
             if deadline is not None and deadline < first:
                 first = deadline
-        return self.alarm.first(first)
+        return self.alarm.wanted_at(first)
 
     def _tick(self, event: ev.Tick, now: float) -> None:
         self.alarm.at = now
@@ -228,7 +228,7 @@ class ServeCore:
             scheduler.changed = True
         if len(scheduler.faults) > faults:
             alarm.pause(now)
-        alarm.exactly(self.next_deadline())
+        alarm.set(self.next_deadline())
 
     # =============================================================================================== engines
 
