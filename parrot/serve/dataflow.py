@@ -215,11 +215,11 @@ class Dataflow:
 
     def tick(self, now: float) -> None:
         """Ends the tasks and the gets whose time is over."""
-        contain = self.scheduler.contain
+        scheduler = self.scheduler
         for task in self.deadlines.over(now):
-            contain(f"ending task {task.id}, whose deadline has passed", self._expire, task, now)
+            scheduler.contain(f"ending task {task.id}, whose deadline has passed", self._expire, task, now)
         for request, late in self.gets.due(now):
-            contain(f"ending get {request}", self._time_out, request, late, now)
+            scheduler.contain(f"ending get {request}", self._time_out, request, late, now)
 
     def _expire(self, task: Task, now: float) -> None:
         if not task.ended:
