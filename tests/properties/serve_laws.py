@@ -107,6 +107,13 @@ class ServeCoreMachine(ServeCorePlay):
             assert not admits(engine, task)
 
     @invariant()
+    def the_bound_on_deadlines_is_never_too_late(self) -> None:
+        """Who keeps a timer by `due_at` alone, as the simulator does, misses nothing that is due."""
+        if hasattr(self, "core"):
+            wanted_s = self.core.next_deadline()
+            assert wanted_s is None or self.core.due_at <= wanted_s
+
+    @invariant()
     def deadlines_go_backward(self) -> None:
         """Nothing is left that nobody can use in time. What a task waits for is no less urgent, and no less long of use."""
         if not hasattr(self, "core"):
