@@ -19,6 +19,7 @@ from parrot.serve.config import ServeCoreConfig
 from parrot.serve.dataflow import Dataflow
 from parrot.serve.effects import Reply, SessionEnded
 from parrot.serve.graph import Call, tasks_of
+from parrot.serve.instant import Instant
 from parrot.serve.reports import call_answer, session_report
 from parrot.serve.session_registry import SessionRegistry
 from parrot.serve.sessions import Session
@@ -37,11 +38,12 @@ _Repeatable = ev.SubmitCall | ev.CreateVariable | ev.SetVariable
 class ClientRequests:
     """The requests of all clients. `recalling`: what is asked was accepted in an earlier life, so that no limit refuses it."""
 
-    def __init__(self, config: ServeCoreConfig, registry: SessionRegistry, dataflow: Dataflow) -> None:
+    def __init__(self, config: ServeCoreConfig, registry: SessionRegistry, dataflow: Dataflow, instant: Instant) -> None:
         self._config = config
         self._registry = registry
         self._dataflow = dataflow
         self._scheduler = dataflow.scheduler
+        self._instant = instant
         self.recalling = False
 
     # ------------------------------------------------------------------------------------------- sessions
@@ -52,7 +54,7 @@ class ClientRequests:
         if key is not None:
             known = registry.opened_under(key, now)
             if known is not None:
-                self._scheduler.effects.append(Reply(event.request, known))
+                self._instant.effects.append(Reply(event.request, known))
                 return
         session_id, tenant = event.session_id, event.tenant
         registry.check_free(session_id)
@@ -62,12 +64,12 @@ class ClientRequests:
             account.check_session(now)
         tenants.join(account, now)
         session = registry.open(session_id, event.auth, tenant, account, event.ephemeral, key, now)
-        self._scheduler.effects.append(_REPLY(event.request, session.id))
+        self._instant.effects.append(_REPLY(event.request, session.id))
 
     def close_session(self, event: ev.CloseSession, now: float) -> None:
         session = self._registry.enter(event.session_id, event.auth, now)
         self.end_session(session, "close", now)
-        self._scheduler.effects.append(_REPLY(event.request, _EMPTY))
+        self._instant.effects.append(_REPLY(event.request, _EMPTY))
 
     def end_session(self, session: Session, by: str, now: float) -> None:
         """Closes it, or lets it expire: cancels its work, answers its gets, frees its contexts, forgets its variables."""
@@ -79,14 +81,14 @@ class ClientRequests:
         for call in session.calls:
             scheduler.engines.leave(call.lane)
         session.forget()
-        scheduler.effects.append(_SESSION_ENDED(session.id, session.state))
+        self._instant.effects.append(_SESSION_ENDED(session.id, session.state))
 
     def describe_session(self, event: ev.DescribeSession, now: float) -> None:
         session = self._registry.sessions.get(event.session_id)
         idle_since = session.last_access_s if session is not None and not session.busy else now
         session = self._registry.enter(event.session_id, event.auth, now)
         report = session_report(session, now, event.calls, event.numbers)
-        self._scheduler.effects.append(Reply(event.request, msgspec.structs.replace(report, idle_s=now - idle_since)))
+        self._instant.effects.append(Reply(event.request, msgspec.structs.replace(report, idle_s=now - idle_since)))
 
     # ------------------------------------------------------------------------------------------- asked before
 
@@ -95,7 +97,7 @@ class ClientRequests:
         key = event.idempotency_key
         if key is None or session.answers is None or (type(event), key) not in session.answers:
             return False
-        self._scheduler.effects.append(Reply(event.request, session.answers[type(event), key]))
+        self._instant.effects.append(Reply(event.request, session.answers[type(event), key]))
         return True
 
     def _answer(self, session: Session, event: _Repeatable, payload: Any) -> None:
@@ -104,7 +106,7 @@ class ClientRequests:
             if session.answers is None:
                 session.answers = {}
             session.answers[type(event), key] = payload
-        self._scheduler.effects.append(_REPLY(event.request, payload))
+        self._instant.effects.append(_REPLY(event.request, payload))
 
     # ------------------------------------------------------------------------------------------- variables
 
@@ -139,16 +141,16 @@ class ClientRequests:
             )
             for variable in session.all_variables
         ]
-        self._scheduler.effects.append(Reply(event.request, listed))
+        self._instant.effects.append(Reply(event.request, listed))
 
     def get_variable(self, event: ev.GetVariable, now: float) -> None:
         session = self._registry.enter(event.session_id, event.auth, now)
         variable = session.variable(event.var_id)
         if variable.state == "ready":
             assert variable.content is not None
-            self._scheduler.effects.append(_REPLY(event.request, variable.content.key))
+            self._instant.effects.append(_REPLY(event.request, variable.content.key))
         elif variable.state == "failed":
-            self._scheduler.effects.append(_REPLY(event.request, None, variable.error))
+            self._instant.effects.append(_REPLY(event.request, None, variable.error))
         else:
             self._dataflow.fetch(event, session, variable, now)
 
@@ -197,4 +199,4 @@ class ClientRequests:
         for task in session.calls[event.call].tasks:
             if not task.ended:
                 self._scheduler.expire(task, error, now)
-        self._scheduler.effects.append(Reply(event.request, _EMPTY))
+        self._instant.effects.append(Reply(event.request, _EMPTY))

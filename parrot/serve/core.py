@@ -34,6 +34,7 @@ from parrot.serve.events import AnyEvent
 from parrot.serve.explanations import PlacementsAnswer
 from parrot.serve.fault import Fault
 from parrot.serve.graph import Call, Task
+from parrot.serve.instant import Instant
 from parrot.serve.reports import session_report
 from parrot.serve.session_registry import SessionRegistry
 from parrot.serve.sessions import Session
@@ -47,10 +48,11 @@ class ServeCore:
     def __init__(self, config: ServeCoreConfig, *, epoch: int = 0) -> None:
         self.config = config
         self.alarm = Alarm()
+        self.instant = Instant()
         self.registry = SessionRegistry(config)
-        self.dataflow = Dataflow(config, epoch, self.registry.idle, self.alarm)
-        self.scheduler = self.dataflow.scheduler  #: its `effects` are those of the instant, whoever brings them about
-        self.requests = ClientRequests(config, self.registry, self.dataflow)
+        self.dataflow = Dataflow(config, epoch, self.registry.idle, self.alarm, self.instant)
+        self.scheduler = self.dataflow.scheduler
+        self.requests = ClientRequests(config, self.registry, self.dataflow, self.instant)
         self._now = 0.0
         self._recalled_gets = 0
         self._least_span_s = min(  # no deadline is set closer than this, but for those that the alarm is told of
@@ -91,17 +93,17 @@ class ServeCore:
             raise ValueError(f"time went back: {now} after {self._now}")
         self._now = now
         handlers = self._handlers
-        scheduler, alarm = self.scheduler, self.alarm
-        scheduler.event = 0
+        scheduler, alarm, instant = self.scheduler, self.alarm, self.instant
+        instant.event = 0
         for event in events:
             try:
                 handlers[type(event)](event, now)
             except ParrotError as error:
                 # Raised before anything was changed: the refusal is the whole effect.
-                scheduler.effects.append(Reply(event.request, None, error.info))  # type: ignore[union-attr]
+                instant.effects.append(Reply(event.request, None, error.info))  # type: ignore[union-attr]
             except Exception as error:  # a bug of ours: it costs this event, and no other
                 self._fault(event, error)
-            scheduler.event += 1
+            instant.event += 1
         if now >= alarm.at:
             self._due(now)
         if scheduler.changed:
@@ -119,9 +121,7 @@ class ServeCore:
         due_at = now + self._least_span_s
         if due_at < alarm.at:
             alarm.at = due_at
-        effects = scheduler.effects
-        scheduler.effects = []
-        return effects
+        return instant.take()
 
     def take_faults(self) -> list[Fault]:
         """What went wrong inside since the last call: for a shell to log, for a test to find empty."""
@@ -134,7 +134,7 @@ class ServeCore:
         request = getattr(event, "request", None)
         if request is not None and not isinstance(event, ev.CancelGet):
             told = ErrorInfo("internal", "an error inside the server; its log has the details")
-            self.scheduler.effects.append(Reply(request, None, told))
+            self.instant.effects.append(Reply(request, None, told))
 
     # =============================================================================================== earlier lives
 
@@ -158,7 +158,7 @@ class ServeCore:
             raise ValueError(f"{type(event).__name__} is refused: {error}") from error
         finally:
             self.requests.recalling = False
-            self.scheduler.effects.clear()
+            self.instant.effects.clear()
 
     def recall_ended(self, session_id: int, state: str) -> None:
         """A session of an earlier life is over; late calls of it are told so."""
@@ -245,7 +245,7 @@ class ServeCore:
                 if tokenizer not in content.lengths and content.key in event.lengths:
                     content.lengths[tokenizer] = event.lengths[content.key]
         engine = self.scheduler.register(event.engine, now)
-        self.scheduler.effects.append(Reply(event.request, RegisterAnswer(engine.id, self.scheduler.epoch)))
+        self.instant.effects.append(Reply(event.request, RegisterAnswer(engine.id, self.scheduler.epoch)))
 
     def _in_flight(self, event: _TaskEvent) -> Task | None:
         """The task that the event speaks of, if that attempt is the present one; stale events are dropped."""

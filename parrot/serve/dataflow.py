@@ -22,6 +22,7 @@ from parrot.serve.effects import Reply
 from parrot.serve.events import Content, GetVariable
 from parrot.serve.gets import PendingGets
 from parrot.serve.graph import Call, Task
+from parrot.serve.instant import Instant
 from parrot.serve.reports import input_failed
 from parrot.serve.scheduler import Scheduler
 from parrot.serve.session_registry import IdleSessions
@@ -40,13 +41,14 @@ class Dataflow:
     """The graphs of all sessions. `scheduler` runs their tasks; it is made here, for it tells of each task's end. `idle` is
     told when a session has work or a get, and when it has none; `alarm` of deadlines."""
 
-    def __init__(self, config: ServeCoreConfig, epoch: int, idle: IdleSessions, alarm: Alarm) -> None:
+    def __init__(self, config: ServeCoreConfig, epoch: int, idle: IdleSessions, alarm: Alarm, instant: Instant) -> None:
         self._idle = idle
         self._alarm = alarm
+        self._instant = instant
         self.gets = PendingGets()
         self.deduction = Deduction(self._activated)
         self.deadlines = Deadlines(self._activated)
-        self.scheduler = Scheduler(config, epoch, [], self._finished, self._failed)
+        self.scheduler = Scheduler(config, epoch, instant, self._finished, self._failed)
         self._now = 0.0  # of the call or the get that deduction follows
 
     # ------------------------------------------------------------------------------------------- calls
@@ -150,7 +152,7 @@ class Dataflow:
         assert content is not None
         if variable.getters:
             for request in self.gets.settle(session, variable):
-                self.scheduler.effects.append(_REPLY(request, content.key))
+                self._instant.effects.append(_REPLY(request, content.key))
         if variable.consumers:
             for task in variable.consumers:
                 task.missing -= 1
@@ -184,7 +186,7 @@ class Dataflow:
         """The variable will never have a content: its getters are told why, its consumers fail too. Those consumers."""
         variable.error = error
         for request in self.gets.settle(session, variable):
-            self.scheduler.effects.append(Reply(request, None, error))
+            self._instant.effects.append(Reply(request, None, error))
         failed = [task for task in variable.consumers or () if task.state == "waiting"]
         for task in failed:
             task.state = TASK[task.state, "fail"]
@@ -199,7 +201,7 @@ class Dataflow:
             error = ErrorInfo(f"session_{session.state}", f"session {session.id} is {session.state}")
             for variable in session.all_variables:
                 for request in self.gets.settle(session, variable):
-                    scheduler.effects.append(Reply(request, None, error))
+                    self._instant.effects.append(Reply(request, None, error))
         if session.unfinished:
             for call in session.calls:
                 for task in call.tasks:
@@ -231,4 +233,4 @@ class Dataflow:
         if variable is not None:
             code, by = ("deadline_exceeded", "by its deadline") if late else ("timeout", "in time")
             message = f"variable {variable.id!r} was not ready {by}"
-            self.scheduler.effects.append(Reply(request, None, ErrorInfo(code, message)))
+            self._instant.effects.append(Reply(request, None, ErrorInfo(code, message)))

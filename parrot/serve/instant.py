@@ -1,7 +1,6 @@
 """What one instant brings about: the effects so far, and which of its events they come from.
 
-All parts of a scheduler write to the same one. It decides nothing: whoever hands the events in begins it and takes
-what is there.
+All parts of a core write to the same one. It decides nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +14,11 @@ class Instant:
 
     __slots__ = ("effects", "event")
 
-    def __init__(self, effects: list[AnyEffect]) -> None:
-        self.effects = effects
+    def __init__(self) -> None:
+        self.effects: list[AnyEffect] = []
         self.event = 0
+
+    def take(self) -> list[AnyEffect]:
+        """What is to be done; the next instant begins with nothing."""
+        effects, self.effects = self.effects, []
+        return effects

@@ -4,7 +4,7 @@ It asks the policy and carries out what it says, lets engines come and go, and d
 kept by its parts, each of it by one: the tasks that wait (`backlog.py`), those that engines have (`attempts.py`), what engines
 hold (`contexts.py`), which are kept free or left alone (`claims.py`, `pauses.py`). How a task comes in and how it ends is
 `lifecycle.py`. None of them knows sessions' doors: whoever made the tasks is told of their end through two callbacks. It owns
-no clock and does no I/O; what is to be done goes into the list of effects.
+no clock and does no I/O; what is to be done is written to the instant.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from parrot.serve.claims import Claims
 from parrot.serve.config import ServeCoreConfig
 from parrot.serve.containment import ContainedPolicy
 from parrot.serve.contexts import Contexts
-from parrot.serve.effects import AnyEffect
 from parrot.serve.engines import Engine, Engines, Lane
 from parrot.serve.events import TaskFailed, TaskFinished
 from parrot.serve.explanations import Explanations
@@ -42,11 +41,9 @@ from parrot.serve.tenants import Tenants
 class Scheduler:
     """The global scheduler. `finished(task, content, now)` and `failed(task, error, now)` are told once a task."""
 
-    def __init__(
-        self, config: ServeCoreConfig, epoch: int, effects: list[AnyEffect], finished: Finished, failed: Failed
-    ) -> None:
+    def __init__(self, config: ServeCoreConfig, epoch: int, instant: Instant, finished: Finished, failed: Failed) -> None:
         section = config.global_scheduler
-        self.instant = Instant(effects)  #: where all parts write what is to be done
+        self._instant = instant
         self.faults: list[Fault] = []
         self.engines = Engines()
         self.prefixes = PrefixTrie()
@@ -75,11 +72,11 @@ class Scheduler:
             self.service,
             section.engine_wait_timeout,
         )
-        self._lifecycle = Lifecycle(self.instant, self._backlog, finished, failed)
+        self._lifecycle = Lifecycle(instant, self._backlog, finished, failed)
         self._attempts = Attempts(
             epoch,
             section.max_attempts,
-            self.instant,
+            instant,
             self.engines,
             self.contexts,
             self._backlog,
@@ -90,25 +87,7 @@ class Scheduler:
         )
         self.in_flight = self._attempts.in_flight  #: all tasks that engines have; to be read only
 
-    # ------------------------------------------------------------------------------------------- the instant
-
-    @property
-    def effects(self) -> list[AnyEffect]:
-        """Where what is to be done goes."""
-        return self.instant.effects
-
-    @effects.setter
-    def effects(self, effects: list[AnyEffect]) -> None:
-        self.instant.effects = effects
-
-    @property
-    def event(self) -> int:
-        """The place in its instant of the event that is being handled."""
-        return self.instant.event
-
-    @event.setter
-    def event(self, place: int) -> None:
-        self.instant.event = place
+    # ------------------------------------------------------------------------------------------- for the core
 
     @property
     def changed(self) -> bool:
@@ -126,7 +105,7 @@ class Scheduler:
 
     def flush_freed(self) -> None:
         """One effect an engine for all that was freed in this instant."""
-        self.contexts.flush_freed(self.instant.effects)
+        self.contexts.flush_freed(self._instant.effects)
 
     # ------------------------------------------------------------------------------------------- tasks
 
