@@ -14,6 +14,7 @@ Decides what is kept between two starts of a sweep; never what a run does.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -27,8 +28,9 @@ import pandas as pd
 from parrot import compiled
 from parrot.configuration import ConfigurationError
 from parrot.serve.policies import source_of_policy
+from sim.configs import engine_configs_of, profiles_of
 from sim.metrics import Summary, read_tables
-from sim.spec import Run, Specification, engine_configs_of, load_specification, profiles_of, runs_of
+from sim.spec import Run, Specification, load_specification, runs_of
 
 SPECIFICATION, INPUTS, FINISHED = "spec.json", "inputs.json", "run.json"
 SUMMARIES, CELLS, TIMING, REPORT = "summary.jsonl", "cells.jsonl", "timing.json", "report.html"
@@ -253,10 +255,15 @@ def _json(value: object) -> bytes:
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """Writes a file so that it is there as a whole or not at all."""
+    """Writes a file so that it is there as a whole or not at all. Raises ResultsError."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise ResultsError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _digest(content: bytes) -> str:

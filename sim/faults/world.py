@@ -16,7 +16,6 @@ from typing import Any
 
 import msgspec
 
-from sim.cluster import Timeline
 from sim.faults import stand_ins
 from sim.faults.clients import Client
 from sim.faults.dice import Dice
@@ -26,6 +25,7 @@ from sim.faults.network import Network
 from sim.faults.plan import MODELS, Deaths, Plan, draw_plan
 from sim.faults.programs import draw_program
 from sim.faults.witness import Witness
+from sim.timeline import Timeline
 
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -100,7 +100,7 @@ class World:
     def shows(self, session_id: int, task: dict[str, Any]) -> bool:
         """Whether a getter has seen something of the output of that task (as a TaskRequest's JSON has it)."""
         server: Any = self.core.server
-        session = server.core._sessions.get(session_id) if server is not None else None
+        session = server.core.sessions.get(session_id) if server is not None else None
         if session is None:
             return False
         _, call, output = task["task"]

@@ -83,8 +83,10 @@ def specification(**fields: object) -> Specification:
     return Specification(**given)  # type: ignore[arg-type]
 
 
-def test_a_cell_holds_what_differs_in_seed_repeat_and_draw_alone() -> None:
-    spec = specification(policies=("parrot", "round_robin"), rates=(1.0, 2.0), seeds=(1, 2, 3), intervals=2)
+@pytest.mark.parametrize("written", [{}, {"explain": True}, {"trace": True}, {"tables": False}])
+def test_a_cell_holds_what_differs_in_seed_repeat_and_draw_alone(written: dict[str, bool]) -> None:
+    """Whatever is written of the runs, of which less is written of draws."""
+    spec = specification(policies=("parrot", "round_robin"), rates=(1.0, 2.0), seeds=(1, 2, 3), intervals=2, **written)
     runs = runs_of(spec)
     cells = cells_of([(run, summary_of(run, float(run.seed + (run.draw or 0)))) for run in runs], 0.95)
     assert [(cell.policy, cell.rate) for cell in cells] == [(p, r) for p in ("parrot", "round_robin") for r in (1.0, 2.0)]
@@ -111,13 +113,6 @@ def test_seeds_that_change_nothing_are_one_run_and_give_no_interval() -> None:
         (cell,) = cells_of([(run, summary_of(run, 5.0)) for run in runs], 0.95)
         assert (cell.over, cell.seeds, cell.runs, cell.metrics["jct_s.mean"].mean) == (over, (1, 2, 3), 3, 5.0)
         assert (cell.metrics["jct_s.mean"].confidence_interval is None) == (over is None)
-
-
-def test_what_is_written_of_a_run_does_not_tell_its_cell_from_that_of_its_draws() -> None:
-    runs = runs_of(specification(seeds=(1, 2), intervals=2, trace=True, explain=True))
-    (cell,) = cells_of([(run, summary_of(run, float(run.seed + (run.draw or 0)))) for run in runs], 0.95)
-    assert (cell.runs, cell.draws) == (2, 4)
-    assert cell.metrics["jct_s.mean"].prediction_interval is not None
 
 
 def test_a_run_without_the_metric_does_not_count_for_it() -> None:

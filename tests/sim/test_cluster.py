@@ -15,10 +15,10 @@ from parrot.engine.emulated.events import Iterations
 from parrot.serve.config import GlobalSchedulerConfig, ServeCoreConfig
 from parrot.serve.policies import POLICIES, parse_policy
 from sim.clients import Mode
-from sim.cluster import Timeline
 from sim.network import Constant, Measured, Network, stream
 from sim.population import StuckError, simulate
 from sim.recorder import Recorder
+from sim.timeline import Timeline
 from sim.workloads.program import Call, Get, Program, Text, Write
 from tests.sim.clusters import engine
 from tests.sim.programs import chain, chat, map_reduce, one_call, programs
@@ -150,6 +150,18 @@ def test_a_run_that_cannot_end_says_which_program_waits_for_what(monkeypatch: py
     monkeypatch.setattr(POLICIES["round_robin"], "place", lambda *_: iter(()))
     with pytest.raises(StuckError, match="program 'stuck' waits for get 'g' of variable 'answer'"):
         run([one_call("stuck")], "round_robin")
+
+
+def test_of_a_client_without_variables_the_requests_under_way_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(POLICIES["round_robin"], "place", lambda *_: iter(()))
+    for program, awaited in (
+        (one_call("stuck"), "output 'answer' of call 0 "),
+        (chain(3, "stuck"), "output '[^']*' of call 0 "),
+        (map_reduce(2, "stuck"), "output '[^']*' of call 0 .*, output '[^']*' of call 1 "),
+    ):
+        with pytest.raises(StuckError, match=f"program 'stuck' waits for {awaited}") as stuck:
+            run([program], "round_robin", mode=Mode.REQUEST)
+        assert "control edges" not in str(stuck.value)
 
 
 class Watched(Program, gc=True, weakref=True):

@@ -14,7 +14,7 @@ from parrot.serve.config import ServeCoreConfig
 from sim.faults import tokenizers
 from sim.network import Constant
 from sim.population import StuckError
-from sim.programs import door, surroundings
+from sim.programs import surroundings
 from sim.programs.outputs import open_outputs
 from sim.programs.simulated import simulate_instances
 from sim.programs.source import Source, read_inputs
@@ -235,7 +235,7 @@ def test_outputs_end_where_an_engine_would_end_them(run: Runner) -> None:
 
 
 def test_texts_are_tokenized_with_the_engines_tokenizer(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door, "tokenizer_or_synthetic", tokenizers.load)
+    monkeypatch.setattr("sim.programs.tokenizers.tokenizer_or_synthetic", tokenizers.load)
     (one,) = engines(1)
     halves = [one._replace(description=msgspec.structs.replace(one.description, tokenizer=tokenizers.HALVES))]
     words = " ".join(f"w{n}" for n in range(30))

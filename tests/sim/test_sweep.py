@@ -21,9 +21,10 @@ import pytest
 import sim.sweep
 from parrot.latency import LatencyProfile
 from parrot.serve.policies import POLICIES
+from sim.flags import parser, specification_of
 from sim.pool import Progress
 from sim.results import read_results
-from sim.run import main, parser, specification_of
+from sim.run import main
 from sim.spec import Run, Specification, runs_of, with_every_policy
 from sim.sweep import Outcome, Where, run_all, run_one
 from sim.workloads.program import write_programs
