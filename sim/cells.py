@@ -21,7 +21,7 @@ import numpy as np
 from scipy.special import stdtrit  # scipy.stats takes as long to import as a small sweep
 
 from sim.metrics import METRICS, Summary, metrics_of
-from sim.spec import Run
+from sim.spec import Run, cell_of
 
 Interval = tuple[float, float]
 
@@ -35,7 +35,8 @@ class Estimate(msgspec.Struct, frozen=True):
 
 
 class Cell(msgspec.Struct, frozen=True, kw_only=True, tag="cell", tag_field="kind"):
-    """Runs alike but for seed, repeat and draw. runs: without draws. over: what the confidence intervals are over."""
+    """Runs alike but for seed, repeat and draw. runs: without draws. over: what the confidence intervals are over; null for a
+    single run, and for simulations that all came to the same numbers, which are one run."""
 
     policy: str
     workload: str
@@ -60,8 +61,7 @@ def cells_of(results: Iterable[tuple[Run, Summary]], confidence: float) -> list[
     """The cells of a sweep, in the order of their first runs."""
     groups: dict[bytes, list[tuple[Run, Summary]]] = {}
     for run, summary in results:
-        alike = msgspec.structs.replace(run, name="", seed=0, repeat=0, draw=None, tables=True, trace=False, explain=False)
-        groups.setdefault(msgspec.json.encode(alike), []).append((run, summary))
+        groups.setdefault(msgspec.json.encode(cell_of(run)), []).append((run, summary))
     return [_cell(group, confidence) for group in groups.values()]
 
 
@@ -75,19 +75,28 @@ def _cell(group: Sequence[tuple[Run, Summary]], confidence: float) -> Cell:
         elif run.backend != "sim" or run.seed not in plain:  # a simulation of the same seed is the same run
             plain.setdefault(run.seed, []).append(metrics_of(summary))
     over: Literal["seeds", "repeats"] | None = None
-    if len(plain) > 1:
+    seeds = tuple(sorted(plain))
+    if len(plain) > 1 and first.backend == "sim" and _alike(plain.values()):
+        plain = {seeds[0]: plain[seeds[0]]}  # without chance in it, every seed is the same run
+    elif len(plain) > 1:
         over = "seeds"
     elif any(len(repeats) > 1 for repeats in plain.values()):
         over = "repeats"
     return Cell(
         **{name: getattr(first, name) for name in Cell.__struct_fields__ if name in Summary.__struct_fields__},
-        seeds=tuple(sorted(plain)),
+        seeds=seeds,
         runs=sum(run.draw is None for run, _ in group),
         draws=sum(run.draw is not None for run, _ in group),
         over=over,
         confidence=confidence,
         metrics={name: _estimate(_values(plain, name), _values(drawn, name), confidence) for name in METRICS},
     )
+
+
+def _alike(seeds: Iterable[list[dict[str, float | None]]]) -> bool:
+    """Whether every run came to the same numbers, as of a recorded trace under a policy without chance."""
+    first, *others = (metrics for repeats in seeds for metrics in repeats)
+    return all(metrics == first for metrics in others)
 
 
 def _values(runs: dict[int, list[dict[str, float | None]]], metric: str) -> list[list[float]]:

@@ -29,6 +29,11 @@ from sim.workloads import open_workload
 from sim.workloads.program import Program
 
 KEPT_PLACEMENTS = 1 << 40  #: with `explain`: all of them
+DECIDED = {
+    "global_scheduler.policy": "policies (--policy)",
+    "global_scheduler.random_seed": "seeds (--seed)",
+    "global_scheduler.explain_placements": "explain (--explain)",
+}  #: keys of the core's configuration that a run sets itself -> from what
 
 
 def core_config_of(run: Run) -> ServeCoreConfig:
@@ -163,7 +168,13 @@ def _spread_of(profile: AnyProfile) -> float:
 
 
 def check_files(run: Run) -> None:
-    """Raises ConfigurationError for whatever in the run's files would stop it, before anything starts."""
+    """Raises ConfigurationError for whatever in the run's files would stop it, and for settings that would change nothing,
+    before anything starts."""
+    for key in run.settings:
+        if key in DECIDED:
+            raise ConfigurationError(f"--set {key}: every run takes it from {DECIDED[key]}; a setting would change nothing")
+        if run.core_url is not None:
+            raise ConfigurationError(f"--set {key}: the cluster at {run.core_url} has a configuration of its own")
     read_round_trips(run.rtt_ms)
     if run.program is not None:
         from sim.programs import check_program  # what only programs need, the server's code for one

@@ -43,6 +43,10 @@ class Progress(NamedTuple):
     def advance(self) -> None:
         self.counts[self.place] += 1
 
+    def finish(self, programs: int) -> None:
+        """The run has ended with so many programs, wherever it was carried out."""
+        self.counts[self.place] = self.counts[self.place + 1] = programs
+
     def read(self) -> tuple[int, int]:
         return self.counts[self.place], self.counts[self.place + 1]
 

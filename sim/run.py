@@ -18,7 +18,7 @@ import msgspec
 from rich.console import Console
 
 from parrot.configuration import ConfigurationError
-from sim.cells import cells_of
+from sim.cells import Cell, cells_of
 from sim.configs import spreads_of
 from sim.flags import parser, specification_of
 from sim.results import FINISHED, ResultsError, inputs_of, open_folder, write_results, write_timing
@@ -58,13 +58,14 @@ def execute(specification: Specification, folder: Path, where: Where = Where(), 
     if results:
         cells = cells_of([(result.run, result.summary) for result in results], specification.confidence)
         write_results(folder, [result.summary for result in results], cells)
-        if any(cell.over or cell.draws for cell in cells):
+        if any(cell.runs > 1 or cell.draws for cell in cells):
             for cell in cells:
                 _print(cell)
+        _tell_of_seeds(cells)
         _warn_of_what_was_not_seen(results)
         _warn_of_policies(results)
         if console.is_terminal:
-            console.print(table_of(cells, specification.metrics))
+            console.print(table_of(cells, specification.metrics, console.width))
         if specification.report and specification.tables:
             from sim.report import write_report  # matplotlib
 
@@ -93,6 +94,18 @@ def _with_spread(runs: Sequence[Run]) -> list[Run]:
     for name in sorted(none):
         print(f"sim.run: --intervals: profile {name} states no spread: its durations are taken as exact", file=sys.stderr)
     return kept
+
+
+def _tell_of_seeds(cells: Sequence[Cell]) -> None:
+    """A line on stderr where several seeds came to the same numbers."""
+    same = sum(len(cell.seeds) > 1 and cell.over is None for cell in cells)
+    if same:
+        which = "all cells" if same == len(cells) else f"{same} of {len(cells)} cells"
+        print(
+            f"sim.run: in {which} every seed came to the same numbers, as with recorded arrivals and a policy without chance: "
+            "no confidence intervals",
+            file=sys.stderr,
+        )
 
 
 def _warn_of_what_was_not_seen(results: Sequence[Result]) -> None:

@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import itertools
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,6 +141,12 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     explain: bool
 
 
+def cell_of(run: Run) -> Run:
+    """What is the same for all runs of a cell: the run without its name, seed, repeat and draw, and without what is written of
+    it, which draws have none of."""
+    return msgspec.structs.replace(run, name="", seed=0, repeat=0, draw=None, tables=True, trace=False, explain=False)
+
+
 _VARIED = {
     "workload", "engines", "policy", "rate", "clients", "seed", "settings", "count", "tables", "trace", "explain",
 }  # fmt: skip
@@ -213,7 +220,8 @@ def runs_of(spec: Specification) -> list[Run]:
             )
             runs.append(msgspec.structs.replace(run, name=_name(spec, run, len(clusters))))
     if len({run.name for run in runs}) != len(runs):
-        raise ConfigurationError("the specification names the same run twice (something in one of its lists is repeated)")
+        ((twice, _),) = Counter(run.name for run in runs).most_common(1)
+        raise ConfigurationError(f"the specification names run {twice} twice: something in one of its lists is repeated")
     return runs
 
 

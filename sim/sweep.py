@@ -88,6 +88,7 @@ def run_all(
     todo = [run for run in runs if run.name not in finished]
     progress = shared_progress(len(todo))
     tell = functools.partial(on_progress, progress) if on_progress is not None else lambda: None
+    far = {run.name: progress[number] for number, run in enumerate(todo)}
     places = {run.name: place for place, run in enumerate(runs)}
     outcomes: dict[int, Outcome] = {places[n]: Result(runs[places[n]], finished[n], None) for n in finished if n in places}
     arrived = itertools.chain([None], _carry_out_all(todo, folder, where, progress, tell))
@@ -95,6 +96,8 @@ def run_all(
     for outcome in arrived:
         if outcome is not None:
             outcomes[places[outcome.run.name]] = outcome
+            if isinstance(outcome, Result):
+                far[outcome.run.name].finish(outcome.summary.programs)  # one on another machine counts there
         while following in outcomes:
             yield outcomes.pop(following)
             following += 1
@@ -285,6 +288,8 @@ def check_runs(runs: Sequence[Run]) -> None:
     Of a workload, the first programs are read, under the first of its rates and seeds: each run reads its own to the end
     before it starts, and a run that is alone needs no more than that.
     """
+    if runs[0].core_url is not None and len({run.policy for run in runs}) > 1:
+        raise RunError(f"policies: the cluster at {runs[0].core_url} has one of its own: name that one alone")
     for run in _distinct(runs, lambda run: msgspec.structs.replace(run, name="", workload="", **_LOAD)):
         _checked(check_files, run)
     if runs[0].program is not None:  # its instances are no workload

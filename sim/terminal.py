@@ -6,7 +6,7 @@ Nothing here when stderr is no terminal; stdout is never touched.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -19,7 +19,11 @@ from sim.cells import Cell, Estimate
 
 DEFAULT_METRICS = ("jct_s.mean", "jct_s.p99", "ttft_s.mean", "ttft_s.p99", "tpot_s.mean", "throughput_tokens_per_s", "failed")
 _WITH_OBJECTIVES = ("goodput_programs_per_s",)
+NAME_LETTERS, GAP = 8, 2  #: of a column of names at the least; between two columns
 _SPEED_OVER_S = 600.0  #: the time left is judged by the speed over this long
+
+
+Columns = Mapping[str, Sequence[str]]  #: heading -> texts
 
 
 class Display:
@@ -48,6 +52,8 @@ class Display:
         """One run more is done, now or in an earlier start."""
         self._ended += 1
         self._kept += kept
+        if self._ended == self._runs:
+            self._progress.update(self._bar, completed=self._runs, description=f"{self._runs}/{self._runs} runs")
 
     def show(self, progress: Sequence[pool.Progress]) -> None:
         """How far the runs are that are carried out."""
@@ -58,24 +64,43 @@ class Display:
         self._progress.update(self._bar, completed=self._kept + share, description=text)
 
 
-def table_of(cells: Sequence[Cell], metrics: Sequence[str]) -> Table:
-    """A row a cell: what tells it from the others, and `metrics` with half the width of their confidence intervals."""
+def table_of(cells: Sequence[Cell], metrics: Sequence[str], width: int | None = None) -> Table:
+    """A row a cell: what tells it from the others, and `metrics` with half the width of their confidence intervals.
+
+    width: letters in a line of the terminal. Where they are too few, names and intervals go on in the next line; a number is
+    cut only where even that does not do.
+    """
     chosen = list(metrics)
     if not chosen:
         promised = any(cell.metrics["goodput_programs_per_s"].mean is not None for cell in cells)
         chosen = [*DEFAULT_METRICS, *(_WITH_OBJECTIVES if promised else ())]
     names = ["policy", *(name for name in _KEYS if len({_key(cell, name) for cell in cells}) > 1)]
     settings = sorted({key for cell in cells for key in cell.settings if len({str(c.settings.get(key)) for c in cells}) > 1})
+    columns = {name: [_key(cell, name) for cell in cells] for name in names}
+    columns |= {key: [str(cell.settings.get(key)) for cell in cells] for key in settings}
+    numbers = {metric: [_number(cell.metrics[metric]) for cell in cells] for metric in chosen}
     caption = None if any(cell.over for cell in cells) else "one seed: no confidence intervals (--seed takes a list)"
     table = Table(box=None, header_style="bold", pad_edge=False, caption=caption, caption_justify="left")
-    for name in [*names, *settings]:
-        table.add_column(name)
-    for metric in chosen:
-        table.add_column(metric, justify="right")
-    for cell in cells:
-        which = [_key(cell, name) for name in names] + [str(cell.settings.get(key)) for key in settings]
-        table.add_row(*which, *(_number(cell.metrics[metric]) for metric in chosen))
+    for name, letters in zip([*columns, *numbers], _widths(columns, numbers, width), strict=True):
+        table.add_column(name, justify="right" if name in numbers else "left", overflow="fold", width=letters)
+    for row in zip(*columns.values(), *numbers.values(), strict=True):
+        table.add_row(*row)
     return table
+
+
+def _widths(names: Columns, numbers: Columns, width: int | None) -> list[int]:
+    """Letters for each column: all that it has to show; where that is more than fits, the columns that can best do with less
+    get less, of numbers no less than the longest, of names no less than `NAME_LETTERS`."""
+    wanted = [max(map(len, (name, *texts))) for name, texts in (*names.items(), *numbers.items())]
+    least = [min(NAME_LETTERS, letters) for letters in wanted[: len(names)]]
+    least += [max((len(word) for text in texts for word in text.split()), default=1) for texts in numbers.values()]
+    room = None if width is None else width - GAP * (len(wanted) - 1)
+    while room is not None and sum(wanted) > room:
+        spare = [letters - fewest for letters, fewest in zip(wanted, least, strict=True)]
+        if max(spare) <= 0:
+            break
+        wanted[spare.index(max(spare))] -= 1
+    return wanted
 
 
 _KEYS = ("workload", "cluster", "rate", "clients")

@@ -20,9 +20,11 @@ from sim.results import INPUTS, ResultFolder, ResultsError, RunResult, read_resu
 
 #: fields of a run that say how it was carried out and how often, not what was run
 _NOT_OF_A_CELL = frozenset(
-    {"name", "seed", "repeat", "draw", "tables", "trace"}
+    {"name", "seed", "repeat", "draw", "tables", "trace", "explain"}
     | {"backend", "core_url", "jump", "strict", "engine_delay_ms", "objectives"}
 )
+#: settings that say where a process listens or what it writes down, and change nothing of what it does
+_NOT_OF_A_RUN = frozenset({"host", "port", "journal_path", "engine.host", "engine.port", "engine.iteration_log"})
 _FILES = ("core", "workload", "profiles", "engines", "rtt_ms", "program")  #: fields that may name files; folders do not count
 _WHO = ("program", "id", "application", "calls")  #: columns of the table of programs that two runs of the same have alike
 _OF_A_CHOICE = ("policy", "settings")  #: what one chooses between; the rest of a cell is the condition under which
@@ -311,6 +313,7 @@ def _grouped(results: Sequence[RunResult], ignored: set[str]) -> dict[Key, dict[
 
 def _fields(result: RunResult, ignored: set[str]) -> Fields:
     fields = msgspec.to_builtins(result.run)
+    fields["settings"] = {key: value for key, value in fields["settings"].items() if key not in _NOT_OF_A_RUN}
     return {
         name: _portable(value) if name in _FILES else value
         for name, value in fields.items()

@@ -70,7 +70,6 @@ def _in_short(document: Comparison, conditions: Sequence[str]) -> Section:
     ]
     if len(conditions) > MOST_CONDITIONS:
         text.append(f"{MOST_CONDITIONS} of {len(conditions)} conditions are drawn; the tables have all.")
-    text += document.warnings
     rows = [
         {
             "metric": named(row.metric, row.statistic),
@@ -83,7 +82,7 @@ def _in_short(document: Comparison, conditions: Sequence[str]) -> Section:
         }
         for row in document.overall
     ]
-    return Section("In short", text=text, tables=[pd.DataFrame(rows)])
+    return Section("In short", warnings=document.warnings, text=text, tables=[pd.DataFrame(rows)])
 
 
 def _of_condition(
@@ -93,7 +92,8 @@ def _of_condition(
     figures: list[tuple[Figure, str]] = [
         (
             plots.error_by_metric(_error_panels(cells), [cell.choice for cell in cells]),
-            "Error of the simulation, with its interval; right of 0 the simulation is slower, or its throughput higher.",
+            "Error of the simulation, with its interval, which is cut where it is far longer than errors are large; right of 0 "
+            "the simulation is slower, or its throughput higher.",
         )
     ]
     drawn = [_drawn_order(by[order]) for by in [_by_statistic(rankings)] for order in DRAWN_ORDERS if order in by]

@@ -20,6 +20,7 @@ from sim.report.style import COLOURS
 
 REAL, SIMULATED, BAND = COLOURS[0], COLOURS[1], "#d9d9d9"
 MOST_POINTS = 1000  #: programs in one panel of `programs_scatter`; of more, every k-th is drawn
+INTERVAL_RANGE, LEAST_RANGE = 2.5, 5.0  #: intervals are shown to so many times the largest error, and to so many percent
 COLUMNS = 4  #: panels beside each other, at most, where there is one for each choice
 
 Array = npt.NDArray[np.float64]
@@ -84,10 +85,25 @@ def _error_panel(axes: Axes, metric: str, rows: Sequence[tuple[str, Sequence[Err
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
+    least, most = _error_limits([bar for _, bars in rows for bar in bars])
+    axes.set_xlim(least, most)
     axes.xaxis.set_major_locator(MaxNLocator(7))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.3g} %" if value else "0"))
     axes.set_title(metric, fontsize=11)
     axes.set_xlabel("simulated / real − 1")
+
+
+def _error_limits(bars: Sequence[ErrorBar]) -> tuple[float, float]:
+    """What a panel shows, in percent: errors and floors wholly, and as much of the intervals as leaves these apart."""
+    shown = [100.0 * abs(value) for bar in bars for value in (bar.error, bar.floor) if value is not None]
+    ends = [100.0 * end for bar in bars if bar.interval is not None for end in bar.interval]
+    most = max(LEAST_RANGE, INTERVAL_RANGE * max(shown, default=0.0))
+    low, high = (
+        max(-most, min([*ends, *(-value for value in shown)], default=0.0)),
+        min(most, max([*ends, *shown], default=0.0)),
+    )
+    room = 0.04 * (high - low) or 1.0
+    return low - room, high + room
 
 
 def distributions(panels: Sequence[tuple[str, Sequence[Array], Sequence[Array]]], title: str, unit: str) -> Figure:

@@ -23,8 +23,8 @@ a { color: #0b5394; text-decoration: none; } a:hover { text-decoration: underlin
 figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; }
 figcaption, .lead { color: #555; }
 .table { overflow-x: auto; } .warning { background: #fff4e0; border-left: 4px solid #e69f00; padding: 0.5rem 0.8rem; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
-th, td { padding: 0.25rem 0.8rem; text-align: right; border-bottom: 1px solid #e5e5e5; } th { border-bottom: 2px solid #999; vertical-align: bottom; }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; font-size: 0.85rem; }
+th, td { padding: 0.25rem 0.5rem; text-align: right; border-bottom: 1px solid #e5e5e5; } th { border-bottom: 2px solid #999; vertical-align: bottom; }
 td { white-space: nowrap; } th:first-child, td:first-child { text-align: left; }
 .facts th { border-bottom: 1px solid #e5e5e5; vertical-align: top; font-weight: 600; white-space: nowrap; } .facts td { text-align: left; white-space: normal; }
 details { margin: 0.5rem 0; } pre { white-space: pre-wrap; background: #f6f6f4; padding: 0.7rem; font-size: 0.85rem; }

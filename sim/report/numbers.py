@@ -71,7 +71,8 @@ def at_a_glance(study: Study) -> Section:
                 rows[f"JCT beside {first}'s (%)"] = _beside_first(study, here.index)
     if study.axis is not None:
         most = points.loc[points.groupby("series")[TOKENS_PER_S.column].idxmax()].set_index("series").reindex(here.index)
-        rows[f"most tokens/s at any {study.axis.column.rstrip('s')}"] = column_of(most, TOKENS_PER_S.column)
+        anywhere = {"rate": "rate", "clients": "number of clients", "engines": "number of engines"}[study.axis.column]
+        rows[f"most tokens/s at any {anywhere}"] = column_of(most, TOKENS_PER_S.column)
     text = ""
     if study.axis is not None:
         which = ", the first rate at or above the usual knee of JCT" if study.usual_knee is not None else ""

@@ -48,8 +48,11 @@ def overview(study: Study, details: Details) -> Section:
 
 def _facts(study: Study) -> list[tuple[str, str]]:
     spec = study.specification
-    facts = [
-        ("workload", "; ".join(_workload(item) for item in spec.workloads)),
+    if spec.program is None:
+        facts = [("workload", "; ".join(_workload(item) for item in spec.workloads))]
+    else:
+        facts = [("program", spec.program), ("inputs", spec.inputs or "none"), ("outputs", spec.outputs or "synthetic")]
+    facts += [
         ("policy", ", ".join(spec.policies)),
         ("core", spec.core or spec.core_url or "–"),
         ("engines", " or ".join(dict.fromkeys(" + ".join(cell.cluster) for cell in study.cells))),
@@ -57,6 +60,12 @@ def _facts(study: Study) -> list[tuple[str, str]]:
         ("round trip", f"{spec.rtt_ms:g} ms" if isinstance(spec.rtt_ms, float) else spec.rtt_ms),
     ]
     facts += [(key, ", ".join(str(msgspec.to_builtins(value)) for value in values)) for key, values in spec.settings.items()]
+    if spec.profiles:
+        facts.append(("profiles", ", ".join(spec.profiles)))
+    if spec.engine_delay_ms:
+        facts.append(("core to engines", f"{spec.engine_delay_ms:g} ms each way"))
+    if spec.arrivals is not None:
+        facts.append(("arrivals", spec.arrivals))
     if spec.rates != (None,):
         facts.append(("rate", _rates(spec.rates)))
     if spec.clients != (None,):
@@ -87,17 +96,24 @@ def _span(study: Study, field: str) -> str:
 
 def _intervals_text(study: Study) -> str:
     confidence = f"{study.specification.confidence:.0%}"
-    text = (
+    said = [
         "JCT: from a program's first request to its last answer, on the client's clock. TTFT: from a call being ready (client "
-        "mode request: submitted) to its first token. Time per token: between the first token of an output and its last. "
-    )
-    if study.over is None:
-        text += "Each number is of a single seed: there are no confidence intervals."
-    else:
-        text += f"± and whiskers are {confidence} confidence intervals of the mean over {study.over}."
+        "mode request: submitted) to its first token. Time per token: between the first token of an output and its last."
+    ]
+    same = len(study.without_chance)
+    if study.over is not None:
+        said.append(f"± and whiskers are {confidence} confidence intervals of the mean over {study.over}.")
+    elif not same:
+        said.append("Each number is of a single seed: there are no confidence intervals.")
+    if same:
+        which = "all cells" if same == len(study.cells) else f"{same} of {len(study.cells)} cells"
+        said.append(
+            f"In {which} every seed came to the same numbers, as with recorded arrivals and a policy without chance: they have "
+            "no interval."
+        )
     if study.results.draws:
-        text += f" Prediction intervals ({confidence}): for one run more, with the spread of the latency profiles in it."
-    return text
+        said.append(f"Prediction intervals ({confidence}): for one run more, with the spread of the latency profiles in it.")
+    return " ".join(said)
 
 
 def _missing(study: Study) -> list[str]:
@@ -126,10 +142,15 @@ def _outside(study: Study) -> list[str]:
                 if before is None or most > before[0]:
                     farthest[profile, feature] = (most, low, high)
     return [
-        f"Extrapolated: {feature} reached {format_number(most)}, but profile {profile} has seen {format_number(low)} to "
-        f"{format_number(high)} only. Latencies out there are unproven."
+        f"Extrapolated: {feature} reached {_count(most)}, but profile {profile} has seen {_count(low)} to {_count(high)} only. "
+        "Latencies out there are unproven."
         for (profile, feature), (most, low, high) in sorted(farthest.items())
     ]
+
+
+def _count(value: float) -> str:
+    """A feature of iterations is a whole number, one of remote requests may be a rate."""
+    return f"{value:,.0f}" if value == int(value) else format_number(value)
 
 
 def _failures(study: Study) -> list[pd.DataFrame]:

@@ -74,8 +74,10 @@ class Panel(NamedTuple):
 
 
 def distributions(panels: Sequence[Panel], columns: int, title: str = "") -> Figure:
-    """Cumulative shares, `columns` panels a row. A series has the style of its place among all series of all panels."""
+    """Cumulative shares, `columns` panels a row. A series has the style of its place among all series of all panels; panels
+    with the same label are all logarithmic or none."""
     series = names_of(name for panel in panels for name in panel.samples)
+    logarithmic = {panel.xlabel for panel in panels if _spreads_far(panel)}
     rows = -(-len(panels) // columns)
     figure, grid = new_figure(rows, columns, height=2.7)
     for panel, axes in zip(panels, np.ravel(grid), strict=False):
@@ -83,9 +85,9 @@ def distributions(panels: Sequence[Panel], columns: int, title: str = "") -> Fig
             if len(sample.values):
                 times, shares = _cumulative(sample)
                 axes.plot(times, shares, label=name, linewidth=1.5, drawstyle="steps-post", **line_style(series.index(name)))
-        everything = np.concatenate([np.empty(0), *(sample.values for sample in panel.samples.values())])
-        _scale_x(axes, everything)
+        axes.set_xscale("log" if panel.xlabel in logarithmic else "linear")
         if axes.get_xscale() == "linear":
+            axes.set_xlim(left=0)
             axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel(panel.xlabel)
         axes.set_ylabel(f"share of {panel.things}")
@@ -105,12 +107,10 @@ def _cumulative(sample: Sample) -> tuple[npt.NDArray[np.float64], npt.NDArray[np
     return np.r_[ordered[0], ordered[kept]], np.r_[0.0, (kept + 1) / sample.total]
 
 
-def _scale_x(axes: Axes, values: npt.NDArray[np.float64]) -> None:
-    """From 0, unless a few values are so much larger than most that a logarithm shows more."""
-    if len(values) and values.min() > 0 and values.max() > LOGARITHMIC * np.median(values):
-        axes.set_xscale("log")
-    else:
-        axes.set_xlim(left=0)
+def _spreads_far(panel: Panel) -> bool:
+    """Whether a few values are so much larger than most that a logarithm shows more."""
+    values = np.concatenate([np.empty(0), *(sample.values for sample in panel.samples.values())])
+    return bool(len(values) and values.min() > 0 and values.max() > LOGARITHMIC * np.median(values))
 
 
 # ---------------------------------------------------------------------------------- against what was swept, and fronts
@@ -118,12 +118,13 @@ def _scale_x(axes: Axes, values: npt.NDArray[np.float64]) -> None:
 
 class Metric(NamedTuple):
     """A column of a table and what to call it, unit included. `top`: of an axis that must not end elsewhere. `signed`: values
-    lie around 0."""
+    lie around 0. `linear`: even where values differ by much, as of what is better when larger."""
 
     column: str
     label: str
     top: float | None = None
     signed: bool = False
+    linear: bool = False
 
 
 def against(
@@ -185,7 +186,7 @@ def _scale_y(axes: Axes, table: pd.DataFrame, metric: Metric) -> None:
         axes.set_ylim(-limit or -1.0, limit or 1.0)
     elif metric.top is not None:
         axes.set_ylim(0, metric.top)
-    elif len(known) and known.min() > 0 and most > LOGARITHMIC * known.min():
+    elif not metric.linear and len(known) and known.min() > 0 and most > LOGARITHMIC * known.min():
         axes.set_yscale("log")
         axes.set_ylim(bottom=known.min() / 2, top=min(1.2 * max(most, furthest), 3.0 * most))
     else:

@@ -126,11 +126,14 @@ def over_time(study: Study, details: Details) -> Section | None:
         text = "Averages over 1/200 of the run. KV tokens: prompt and output so far of what runs, a shared prefix for each."
         return Section("Load and queue over time", text=[text], figures=[(figure, "A line an engine.")])
     by_series = {name: timeline.load for name, timeline in timelines.items()}
-    figures = [
-        (
-            queue_lengths({name: t.queue for name, t in timelines.items()}, f"The core's queue{at}"),
-            "Tasks that were ready and not yet dispatched.",
-        ),
+    queues = {name: timeline.queue for name, timeline in timelines.items()}
+    said = ["The first run of each series, averaged over 1/200 of it."]
+    figures = []
+    if any(queue["queued"].any() for queue in queues.values()):
+        figures.append((queue_lengths(queues, f"The core's queue{at}"), "Tasks that were ready and not yet dispatched."))
+    else:
+        said.append("No task waited in the core: each was dispatched at the instant at which it was ready.")
+    figures += [
         (
             loads(by_series, Metric("running", "tasks running on an engine"), f"Load of the engines{at}"),
             "Tasks that an engine had begun and not ended. Lines far apart: an uneven load.",
@@ -140,8 +143,7 @@ def over_time(study: Study, details: Details) -> Section | None:
             "Tasks that were dispatched to an engine and that it had not begun.",
         ),
     ]
-    text = "The first run of each series, averaged over 1/200 of it."
-    return Section("Load and queue over time", text=[text], figures=figures)
+    return Section("Load and queue over time", text=said, figures=figures)
 
 
 def goodput(study: Study, details: Details, objectives: Objectives) -> Section | None:
@@ -166,7 +168,10 @@ def goodput(study: Study, details: Details, objectives: Objectives) -> Section |
     if by_run["share"].isna().all():
         return Section("Goodput", warnings=["Neither the summaries nor any tables say which programs these are."], text=text)
     table = study.estimates(by_run.assign(share=100.0 * by_run["share"]), ["goodput", "share"])
-    metrics = [Metric("goodput", "goodput (programs/s)"), Metric("share", "programs within objectives (%)", top=102.0)]
+    metrics = [
+        Metric("goodput", "goodput (programs/s)", linear=True),
+        Metric("share", "programs within objectives (%)", top=102.0),
+    ]
     return Section("Goodput", text=text, figures=[_against_or_bars(study, table, metrics, "Goodput", "Higher is better.")])
 
 

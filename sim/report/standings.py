@@ -23,7 +23,7 @@ from sim.cells import confidence_interval
 from sim.metrics import metrics_of
 from sim.report.study import Study, short_names
 from sim.results import RunResult
-from sim.spec import is_clairvoyant
+from sim.spec import cell_of, is_clairvoyant
 
 Verdict = Literal["best", "level", "behind", "bound", "failed", "unknown"]
 
@@ -67,14 +67,14 @@ def conditions_of(study: Study) -> list[Condition]:
 
 
 def _alike(result: RunResult) -> bytes:
-    run = msgspec.structs.replace(result.run, name="", policy="", seed=0, repeat=0, draw=None, tables=True, trace=False)
-    return msgspec.json.encode(run)
+    return msgspec.json.encode(msgspec.structs.replace(cell_of(result.run), policy=""))
 
 
 def _name(result: RunResult, all_of: Sequence[RunResult], workloads: dict[str, str]) -> str:
     parts = [workloads[result.run.workload]] if len(workloads) > 1 else []
     if len({other.summary.cluster for other in all_of}) > 1:
-        parts.append(" + ".join(group.rpartition("/")[2] for group in result.summary.cluster))
+        groups = (group.rpartition("/")[2].rpartition(":") for group in result.summary.cluster)
+        parts.append("+".join(f"{count}×{file.removesuffix('.json')}" for file, _, count in groups))
     if any(other.run.rate != all_of[0].run.rate for other in all_of):
         parts.append("as recorded" if result.run.rate is None else f"{result.run.rate:g}/s")
     if any(other.run.clients != all_of[0].run.clients for other in all_of):
@@ -101,8 +101,9 @@ def standings_of(condition: Condition, metric: str, confidence: float) -> list[S
         if best is not None and shared and all(values[best][seed] > 0.0 for seed in shared):
             ratios = [values[policy][seed] / values[best][seed] for seed in shared]
             ratio = float(np.mean(ratios))
-            low, high = confidence_interval([[value] for value in ratios], confidence) or (None, None)
-        verdict = _verdict(policy, best, mean, failed[policy], low, high)
+            if any(len({values[name][seed] for seed in shared}) > 1 for name in (policy, best)):
+                low, high = confidence_interval([[value] for value in ratios], confidence) or (None, None)
+        verdict = _verdict(policy, best, mean, failed[policy], ratio, (low, high))
         found.append(Standing(condition.name, metric, policy, mean, ratio, low, high, failed[policy], verdict))
     return found
 
@@ -120,7 +121,14 @@ def _mean(by_seed: dict[int, float]) -> float | None:
     return float(np.mean(list(by_seed.values()))) if by_seed else None
 
 
-def _verdict(policy: str, best: str | None, mean: float | None, failed: int, low: float | None, high: float | None) -> Verdict:
+def _verdict(
+    policy: str,
+    best: str | None,
+    mean: float | None,
+    failed: int,
+    ratio: float | None,
+    interval: tuple[float | None, float | None],
+) -> Verdict:
     if is_clairvoyant(policy):
         return "bound"
     if failed:
@@ -129,8 +137,9 @@ def _verdict(policy: str, best: str | None, mean: float | None, failed: int, low
         return "unknown"
     if policy == best:
         return "best"
+    low, high = interval
     if low is None or high is None:
-        return "unknown"
+        return "level" if ratio == 1.0 else "unknown"
     return "level" if low <= 1.0 <= high else "behind"
 
 

@@ -99,6 +99,12 @@ class Study:
         """What confidence intervals are over: seeds or repeats; null when there are none."""
         return next((cell.over for cell in self.cells if cell.over), None)
 
+    @cached_property
+    def without_chance(self) -> set[tuple[str, str]]:
+        """Series and place of the cells that came to the same numbers under several seeds: they have no intervals."""
+        same = (cell for cell in self.cells if len(cell.seeds) > 1 and cell.over is None)
+        return {(self.series_of(cell), str(self.place_of(cell))) for cell in same}
+
     @property
     def is_rate(self) -> bool:
         return self.axis is not None and self.axis.column == "rate"
@@ -117,7 +123,8 @@ class Study:
             known = [value for value in found if value is not None]
             if not known or len(known) < len(found):
                 continue
-            low, high = confidence_interval([[value] for value in known], self.specification.confidence) or (np.nan, np.nan)
+            interval = confidence_interval([[value] for value in known], self.specification.confidence)
+            low, high = interval if interval is not None and len(set(known)) > 1 else (np.nan, np.nan)
             line = self.points[self.points["series"] == name].sort_values("place")
             x = float(np.mean(known))
             y = float(np.interp(x, line["place"], line[metric]))
@@ -131,7 +138,9 @@ class Study:
         means = by_run.groupby(["place", "seed", "series"], sort=False)[metric].mean()
         first = means.xs(self.series[0], level="series")
         change = 100.0 * (means / first.reindex(means.index.droplevel("series")).to_numpy() - 1.0)
-        return self.estimates(change.reset_index(), [metric])
+        of_first = {place for name, place in self.without_chance if name == self.series[0]}
+        same = {(name, place) for name, place in self.without_chance if place in of_first}
+        return self.estimates(change.reset_index(), [metric], same)
 
     def by_run(self, values: Mapping[str, Callable[[RunResult], float | None]]) -> pd.DataFrame:
         """A row a run: series, place, seed, and `values`."""
@@ -142,15 +151,22 @@ class Study:
         ]
         return pd.DataFrame(rows).astype(dict.fromkeys(["place", *values], "float64"))
 
-    def estimates(self, by_run: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
-        """From a row a run to a row a cell: series, place, and of each metric its mean over seeds with its interval."""
+    def estimates(
+        self, by_run: pd.DataFrame, metrics: Sequence[str], without_chance: set[tuple[str, str]] | None = None
+    ) -> pd.DataFrame:
+        """From a row a run to a row a cell: series, place, and of each metric its mean over seeds with its interval.
+
+        without_chance: the cells that have no intervals; null: those of the study.
+        """
+        certain = self.without_chance if without_chance is None else without_chance
         rows = []
         for (series, place), group in by_run.groupby(["series", "place"], sort=False, dropna=False):
             row: dict[str, Any] = {"series": series, "place": place}
             for metric in metrics:
                 seeds = [g[metric].tolist() for _, g in group.dropna(subset=[metric]).groupby("seed", sort=True)]
                 row[metric] = float(np.mean([np.mean(values) for values in seeds])) if seeds else np.nan
-                interval = confidence_interval(seeds, self.specification.confidence) if seeds else None
+                drawn = bool(seeds) and (series, str(place)) not in certain
+                interval = confidence_interval(seeds, self.specification.confidence) if drawn else None
                 row[f"{metric}.low"], row[f"{metric}.high"] = interval or (np.nan, np.nan)
             rows.append(row)
         return pd.DataFrame(rows)
@@ -184,6 +200,8 @@ def short_names(workloads: Iterable[str]) -> dict[str, str]:
 
 def _short(workload: str) -> str:
     kind, _, rest = workload.partition(":")
+    if kind.endswith(".py"):  # an application's own code
+        return f"{PurePath(kind).name}:{rest}"
     if kind in GENERATORS or not rest:
         return PurePath(kind).stem
     return PurePath(rest.partition(":")[0].partition(",")[0]).stem

@@ -24,7 +24,8 @@ METRICS = (
 WHITE_TO_ORANGE = LinearSegmentedColormap.from_list("behind", ["#e8f4ec", "#ffffff", "#fbd3a2", "#e2711d"])
 FAR_BEHIND = 3.0  #: times the best, from which the colour deepens no more
 ROW_INCHES, COLUMN_INCHES = 0.27, 0.8
-MARKS = {"best": "", "level": "=", "behind": "", "bound": "", "failed": "†", "unknown": ""}
+LETTER_INCHES, MOST_LETTERS = 0.06, 13  #: of a condition's name; longer ones stand aslant
+MARKS = {"best": "", "level": "=", "behind": "", "bound": "", "failed": "†", "unknown": "°"}
 MOST_NAMED = 4  #: policies that are named as level with the best
 
 
@@ -79,14 +80,18 @@ def matrix(by_condition: Sequence[Sequence[Standing]], title: str) -> Figure:
     """A line a policy, a column a condition: the ratio, its colour, and whether it is told from the best; last, over all."""
     policies = order_of(by_condition)
     columns = [standings[0].condition for standings in by_condition]
-    size = (2.2 + COLUMN_INCHES * (len(columns) + 1), 1.1 + ROW_INCHES * len(policies))
+    headings = [name.replace(" ", "\n", 1) for name in columns]
+    aslant = max(len(line) for heading in headings for line in heading.split("\n")) > MOST_LETTERS
+    above = 1.1 + (0.7 * LETTER_INCHES * max(len(name) for name in columns) if aslant else 0.0)
+    size = (2.2 + COLUMN_INCHES * (len(columns) + 1), above + ROW_INCHES * len(policies))
     figure = Figure(figsize=(max(6.0, size[0]), size[1]), layout="constrained")
     axes = figure.subplots()
     for x, standings in enumerate(by_condition):
         wins = winner_of(standings)
         for standing in standings:
             y = policies.index(standing.policy)
-            _cell(axes, x, y, standing.ratio, MARKS[standing.verdict], bold=standing.policy == wins)
+            mark = "" if standing.verdict == "unknown" and standing.ratio is None else MARKS[standing.verdict]
+            _cell(axes, x, y, standing.ratio, mark, bold=standing.policy == wins)
             if standing.verdict == "best":
                 axes.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, fill=False, edgecolor="#1a1a1a", linewidth=1.2))
     if len(columns) > 1:
@@ -96,11 +101,15 @@ def matrix(by_condition: Sequence[Sequence[Standing]], title: str) -> Figure:
                 axes, len(columns), y, float(np.exp(np.mean(np.log(own)))) if len(own) == len(columns) else None, "", bold=False
             )
         axes.axvline(len(columns) - 0.5, color="#1a1a1a", linewidth=0.8)
-        columns = [*columns, "all (geom. mean)"]
+        headings.append("all\n(geom. mean)")
     bound = {s.policy for standings in by_condition for s in standings if s.verdict == "bound"}
-    axes.set_xlim(-0.5, len(columns) - 0.5)
+    axes.set_xlim(-0.5, len(headings) - 0.5)
     axes.set_ylim(len(policies) - 0.5, -0.5)
-    axes.set_xticks(range(len(columns)), [name.replace(" ", "\n", 1) for name in columns], fontsize=8)
+    if aslant:
+        whole = [heading.replace("\n", " ") for heading in headings]
+        axes.set_xticks(range(len(headings)), whole, fontsize=8, rotation=40, ha="left", rotation_mode="anchor")
+    else:
+        axes.set_xticks(range(len(headings)), headings, fontsize=8)
     axes.set_yticks(range(len(policies)), [f"{name} (bound)" if name in bound else name for name in policies], fontsize=9)
     axes.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
     axes.spines[:].set_visible(False)
@@ -126,6 +135,8 @@ def _caption(by_condition: Sequence[Sequence[Standing]]) -> str:
     verdicts = {standing.verdict for standings in by_condition for standing in standings}
     if "failed" in verdicts:
         text += " †: programs failed, so that the time is of those that finished, and the policy is out of the contest."
+    if any(s.verdict == "unknown" and s.ratio is not None for standings in by_condition for s in standings):
+        text += " °: no interval, since it is of one seed, or the same under every seed."
     if "bound" in verdicts:
         text += " A bound knows what no real policy does, and is out of the contest."
     return text

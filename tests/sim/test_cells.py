@@ -107,6 +107,14 @@ def test_a_simulation_repeated_is_the_same_run_and_a_real_one_is_not() -> None:
         assert (cell.metrics["jct_s.mean"].confidence_interval is None) == (over is None)
 
 
+def test_seeds_that_change_nothing_are_one_run_and_give_no_interval() -> None:
+    for backend, over in (("sim", None), ("emulated", "seeds")):
+        runs = runs_of(specification(seeds=(1, 2, 3), backend=backend))
+        (cell,) = cells_of([(run, summary_of(run, 5.0)) for run in runs], 0.95)
+        assert (cell.over, cell.seeds, cell.runs, cell.metrics["jct_s.mean"].mean) == (over, (1, 2, 3), 3, 5.0)
+        assert (cell.metrics["jct_s.mean"].confidence_interval is None) == (over is None)
+
+
 def test_a_run_without_the_metric_does_not_count_for_it() -> None:
     runs = runs_of(specification(seeds=(1, 2, 3)))
     (cell,) = cells_of([(run, summary_of(run, None if run.seed == 2 else 5.0)) for run in runs], 0.95)

@@ -250,6 +250,16 @@ def test_swept_settings_are_choices(workshop: Workshop) -> None:
     assert [cell.choice for cell in document.cells] == ["parrot, global_scheduler.app_fifo=True"]
 
 
+def test_what_one_side_alone_wrote_down_of_its_runs_is_no_difference(workshop: Workshop) -> None:
+    flags = ["--policy", "round_robin,parrot", "--rate", "12"]
+    logged = ["--set", "engine.iteration_log=iterations.jsonl", "--set", "journal_path=journal.sqlite"]
+    ours = workshop.emulate("logged", *flags, *logged)
+    theirs = workshop.simulate("explained", *flags, "--explain", "--trace")
+    document = compared(ours, theirs)
+    assert [cell.choice for cell in document.cells] == ["round_robin", "parrot"]
+    assert document.unmatched == []
+
+
 def test_runs_without_tables_are_compared_by_their_summaries(workshop: Workshop, real: Path) -> None:
     bare = workshop.simulate("bare", "--policy", POLICIES, "--rate", "4", "--no-tables")
     document = compared(real, bare)

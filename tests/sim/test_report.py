@@ -15,8 +15,10 @@ from matplotlib.figure import Figure
 from sim.report.html import Section, format_interval, write_report
 from sim.report.lanes import lanes_of
 from sim.report.plots import Metric, Panel, Sample, against, bars, distributions, real_against_simulated, sample_of
+from sim.report.standings import Standing
 from sim.report.style import line_style
 from sim.report.timelines import engine_timeline, queue_lengths
+from sim.report.winners import matrix
 
 
 def programs() -> pd.DataFrame:
@@ -107,6 +109,32 @@ def test_an_empty_queue_is_drawn_on_a_scale_of_tasks() -> None:
     queue = pd.DataFrame({"time_s": [0.0, 1.0], "bin_s": 1.0, "queued": 0.0})
     (axes,) = queue_lengths({"a": queue, "b": queue}, "Queue").axes
     assert axes.get_ylim() == (0.0, 1.0)
+
+
+def test_panels_of_one_measure_have_one_kind_of_scale_and_goodput_is_never_logarithmic() -> None:
+    near, far = (Sample(np.array(values), 3) for values in ([1.0, 2.0, 3.0], [0.01, 0.02, 3.0]))
+    figure = distributions([Panel("a", "TTFT (s)", "calls", {"x": near}), Panel("b", "TTFT (s)", "calls", {"x": far})], 2)
+    assert [axes.get_xscale() for axes in figure.axes] == ["log", "log"]
+    table = pd.DataFrame({"series": ["x", "x"], "rate": [1.0, 2.0], "y": [5.0, 0.05]})
+    for linear, scale in ((True, "linear"), (False, "log")):
+        figure = against(table, Metric("rate", "rate"), [Metric("y", "y", linear=linear)], "title")
+        assert figure.axes[0].get_yscale() == scale
+
+
+@pytest.mark.parametrize("names", [["chat 1/s", "chat 2/s"], [f"chain {n}×sim-7b 1/s max_batch_size=16" for n in range(9)]])
+def test_names_of_conditions_do_not_run_into_each_other(names: list[str]) -> None:
+    standings = [[Standing(name, "jct_s.mean", "parrot", 1.0, 1.0, 1.0, 1.0, 0, "best")] for name in names]
+    figure = matrix(standings, "title")
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    labels = [tick.label2 for tick in axes.xaxis.get_major_ticks()]  # above the matrix
+    assert [label.get_text().split()[0] for label in labels] == [*(name.split()[0] for name in names), "all"]
+    turned = {label.get_rotation() for label in labels}
+    if turned == {0.0}:
+        boxes = [label.get_window_extent() for label in labels]
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+    else:
+        assert turned == {40.0}
 
 
 def test_the_share_of_what_failed_is_missing_at_the_end_of_its_line() -> None:

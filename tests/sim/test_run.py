@@ -141,6 +141,16 @@ REFUSALS = {
     "no engine of a file": (["--engines", "nowhere.json:0"], "count 0"),
     "unknown key of the core": (["--set", "global_scheduler.speed=1"], "speed"),
     "unknown key of the engines": (["--set", "engine.speed=1"], "speed"),
+    "policy as a setting": (["--set", "global_scheduler.policy=round_robin,random"], "policies (--policy)"),
+    "seed as a setting": (["--set", "global_scheduler.random_seed=1"], "seeds (--seed)"),
+    "setting of a running cluster": (
+        ["--core-url", "http://localhost:1", "--backend", "real", "--set", "global_scheduler.app_fifo=true"],
+        "--set global_scheduler.app_fifo: the cluster at http://localhost:1",
+    ),
+    "policies of a running cluster": (
+        ["--core-url", "http://localhost:1", "--backend", "real", "--policy", "parrot,random"],
+        "the cluster at http://localhost:1 has one of its own",
+    ),
     "setting that is none": (["--set", "speed"], "KEY=VALUE"),
     "no such profile": (["--profile", "nothing.json"], "nothing.json"),
     "round trips that are none": (["--rtt-ms", "nothing.json"], "nothing.json"),
@@ -160,7 +170,7 @@ REFUSALS = {
     "seed that is no whole number": (["--seed", "1.5"], "whole numbers"),
     "negative seed": (["--seed", "-1"], "seed -1"),
     "no workers": (["--workers", "0"], "--workers 0"),
-    "the same run twice": (["--policy", "parrot,parrot"], "twice"),
+    "the same run twice": (["--policy", "parrot,parrot"], "run parrot_seed0 twice"),
     "running cluster in simulation": (["--core-url", "http://localhost:1"], "core_url"),
 }
 

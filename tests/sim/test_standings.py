@@ -69,6 +69,13 @@ def test_a_policy_wins_only_where_it_is_told_from_every_other(swept: Path) -> No
     assert verdicts(study) == ({"parrot:all": "best", "round_robin": "behind", "least_loaded": "level"}, None)
 
 
+def test_where_no_seed_changes_anything_nobody_is_told_from_another(swept: Path) -> None:
+    times = {"parrot:all": [2.0] * 4, "round_robin": [2.2] * 4, "least_loaded": [2.0] * 4}
+    found, wins = verdicts(with_times(read_results(swept), times))
+    assert found == {"parrot:all": "best", "round_robin": "unknown", "least_loaded": "level"}
+    assert wins is None
+
+
 def test_out_of_the_contest_are_failures_and_what_knows_the_future(swept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(POLICIES["least_loaded"], "clairvoyant", True, raising=False)
     times = {"parrot:all": [2.0] * 4, "round_robin": [0.5] * 4, "least_loaded": [1.0] * 4}

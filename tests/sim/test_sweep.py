@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+import types
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,12 @@ import pytest
 import sim.sweep
 from parrot.latency import LatencyProfile
 from parrot.serve.policies import POLICIES
+from sim.flags import parser, specification_of
+from sim.pool import Progress
 from sim.results import read_results
 from sim.run import main
-from sim.spec import Specification, with_every_policy
+from sim.spec import Run, Specification, runs_of, with_every_policy
+from sim.sweep import Outcome, Where, run_all, run_one
 from sim.workloads.program import write_programs
 from tests.sim.clusters import PROFILE, processes_with, write_files
 from tests.sim.programs import chain, map_reduce
@@ -223,6 +228,29 @@ def test_a_worker_that_is_killed_is_named_and_loses_no_other_run(
     assert [line["seed"] for line in printed(capsys)] == [1, 2, 3]
 
 
+def test_runs_that_are_carried_out_elsewhere_count_in_the_progress_when_they_are_back(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Ray, where a run counts its programs in another process' memory."""
+    elsewhere = types.ModuleType("sim.ray_cluster")
+
+    def on_ray(runs: list[Run], folder: str, where: Where, tell: Callable[[], None]) -> Iterator[Outcome]:
+        for run in runs:
+            yield run_one(run, folder)
+            tell()
+
+    elsewhere.on_ray = on_ray  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sim.ray_cluster", elsewhere)
+    runs = runs_of(specification_of(parser().parse_args([*flags, "--seed", "1,2"])))
+    seen: list[list[tuple[int, int]]] = []
+
+    def look(progress: Sequence[Progress]) -> None:
+        seen.append([far.read() for far in progress])
+
+    assert len(list(run_all(runs, str(tmp_path / "out"), where=Where(ray="local"), on_progress=look))) == 2
+    assert seen == [[(3, 3), (0, 0)], [(3, 3), (3, 3)]]
+
+
 def test_another_specification_in_the_same_folder_is_refused_with_what_differs(flags: list[str], capsys: Capture) -> None:
     assert main([*flags, "--seed", "1,2"]) == 0
     before = capsys.readouterr().out
@@ -307,6 +335,16 @@ def test_prediction_intervals_carry_the_spread_of_the_profile(flags: list[str], 
     results = read_results(tmp_path / "out")
     assert (len(results.runs), len(results.draws), results.missing) == (4, 16, [])
     assert not list((tmp_path / "out").glob("*draw*/*.parquet"))
+
+
+def test_explanations_and_traces_beside_prediction_intervals_are_written_and_reported(flags: list[str], tmp_path: Path) -> None:
+    with_profile(tmp_path, msgspec.structs.replace(PROFILE, spread=0.2))
+    more = ["--seed", "1,2", "--intervals", "3", "--explain", "--trace", "--workload", "chain", "--count", "3"]
+    assert main([*[flag for flag in flags if flag != "--no-report"], *more]) == 0
+    (cell,) = [json.loads(line) for line in (tmp_path / "out" / "cells.jsonl").read_text().splitlines()]
+    assert (cell["runs"], cell["draws"]) == (2, 6)
+    assert cell["metrics"]["jct_s.mean"]["prediction_interval"] is not None
+    assert "Prediction intervals" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_profile_without_spread_is_said_to_state_none(flags: list[str], capsys: Capture) -> None:

@@ -40,7 +40,8 @@ def headings(page: str) -> list[str]:
 
 
 def test_a_sweep_has_every_section(tmp_path: Path) -> None:
-    out = results(tmp_path, "--policy", "round_robin,parrot:all", "--rate", "2,8", "--seed", "0,1", "--objectives", "jct_s=1")
+    swept = ["--policy", "round_robin,parrot:all", "--rate", "1,2", "--arrivals", "poisson", "--seed", "0,1"]
+    out = results(tmp_path, *swept, "--objectives", "jct_s=1")
     page = write_report(out).read_text()
     assert headings(page) == [
         "What ran",
@@ -60,6 +61,57 @@ def test_a_sweep_has_every_section(tmp_path: Path) -> None:
     assert "95% confidence intervals of the mean over seeds" in page
     assert "None is seen here" in page  # and so none is spoken of where the rate is chosen
     assert "the first rate at or above" not in page
+
+
+def test_of_recorded_arrivals_and_policies_without_chance_seeds_are_one_run_and_nobody_wins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = results(tmp_path, "--policy", "round_robin,least_loaded", "--rate", "2,8", "--seed", "0,1,2")
+    assert "in all cells every seed came to the same numbers" in capsys.readouterr().err
+    page = write_report(out).read_text()
+    assert "In all cells every seed came to the same numbers" in page
+    assert "Who wins where" not in page
+    assert "confidence intervals of the mean" not in page
+    differences = open_study(out).beside_first("jct_s.mean")
+    assert differences["jct_s.mean"].notna().all()
+    assert differences["jct_s.mean.low"].isna().all()
+
+
+def test_beside_a_policy_with_chance_those_without_have_no_interval_and_do_not_win(tmp_path: Path) -> None:
+    out = results(tmp_path, "--policy", "random,round_robin,least_loaded", "--rate", "4", "--seed", "0,1,2")
+    study = open_study(out)
+    assert {cell.policy: cell.over for cell in study.cells} == {"random": "seeds", "round_robin": None, "least_loaded": None}
+    points = study.points.set_index("series")["jct_s.mean.low"]
+    assert points.notna().to_dict() == {"random": True, "round_robin": False, "least_loaded": False}
+    page = write_report(out).read_text()
+    assert "In 2 of 3 cells every seed came to the same numbers" in page
+
+
+def test_where_no_task_waited_in_the_core_that_is_said_and_no_empty_plot_drawn(tmp_path: Path) -> None:
+    page = write_report(results(tmp_path, "--policy", "round_robin,random", work=[chain(2, "c")])).read_text()
+    assert "No task waited in the core" in page
+    assert "Tasks that were ready and not yet dispatched." not in page
+
+
+def test_what_ran_names_an_applications_own_code_and_what_stands_beside_the_defaults(tmp_path: Path) -> None:
+    core, engine = write_files(tmp_path)
+    code = tmp_path / "summary.py"
+    code.write_text("""from parrot import P
+
+@P.semantic_function()
+def title(text: P.Input, name: P.Output(P.SamplingConfig(max_gen_length=8))):
+    \"\"\"A title for {{text}}: {{name}}\"\"\"
+
+def main():
+    return title("rain").get()
+""")
+    command = ["--core", core, "--engines", f"{engine}:2", "--program", f"{code}:main", "--count", "3", "--rate", "1"]
+    command += ["--arrivals", "constant", "--engine-delay-ms", "2", "--workers", "1", "--out", str(tmp_path / "out")]
+    assert run(command) == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Parrot testbed: summary.py:main" in page
+    for name, fact in {"program": f"{code}:main", "arrivals": "constant", "core to engines": "2 ms each way"}.items():
+        assert f"<tr><th>{name}</th><td>{fact}</td></tr>" in page
 
 
 def test_one_run_has_no_plot_against_what_was_not_varied_and_the_same_bytes_twice(tmp_path: Path) -> None:
@@ -97,7 +149,7 @@ def test_missing_runs_failed_programs_and_extrapolation_are_said(tmp_path: Path)
     page = write_report(out).read_text()
     assert "1 of 3 runs have not finished and are in no number here: least_loaded_seed0." in page
     assert "no_engine: 8" in page
-    assert "batch size reached 96.0, but profile made-up has seen 1.00 to 64.0" in page
+    assert "batch size reached 96, but profile made-up has seen 1 to 64 only" in page
     assert "Left out of what is drawn from tables" in page
     assert "tasks.parquet" in page or "a table cannot be read" in page
 

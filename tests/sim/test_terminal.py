@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from sim.cells import Cell, Estimate
 from sim.metrics import METRICS
-from sim.terminal import table_of
+from sim.terminal import DEFAULT_METRICS, table_of
 from sim.workloads.program import write_programs
 from tests.sim.clusters import write_files
 from tests.sim.programs import chain
@@ -74,6 +75,23 @@ def test_the_table_has_what_differs_between_cells_and_the_metrics_that_were_aske
 )
 def test_a_number_has_as_many_digits_as_its_interval_gives_reason_for(estimate: Estimate, text: list[str]) -> None:
     assert shown([cell(jct_s__mean=estimate)], ("jct_s.mean",))[1][1:] == text
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_no_name_and_no_number_is_cut_on_a_narrow_terminal(width: int) -> None:
+    output = io.StringIO()
+    same = dict.fromkeys(METRICS, Estimate(12.345678, (11.0, 13.691356), None))
+    rows = [cell("preble_e2:threshold=0.25", **same), cell("round_robin", 2.0, **same)]  # type: ignore[arg-type]
+    Console(file=output, width=width).print(table_of(rows, (), width))
+    lines = output.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert "…" not in output.getvalue()
+    words = output.getvalue().split()
+    shown_metrics = len(DEFAULT_METRICS) + 1  # goodput
+    assert words.count("12.3") == words.count("±1.3") == 2 * shown_metrics
+    names = "".join(re.split(r"\s", line)[0] for line in lines)  # the column of policies
+    assert "preble_e2:threshold=0.25" in names
+    assert "round_robin" in names
 
 
 def test_goodput_is_a_column_when_objectives_were_given() -> None:
