@@ -60,7 +60,7 @@ def cells_of(results: Iterable[tuple[Run, Summary]], confidence: float) -> list[
     """The cells of a sweep, in the order of their first runs."""
     groups: dict[bytes, list[tuple[Run, Summary]]] = {}
     for run, summary in results:
-        alike = msgspec.structs.replace(run, name="", seed=0, repeat=0, draw=None, tables=True, trace=False)
+        alike = msgspec.structs.replace(run, name="", seed=0, repeat=0, draw=None, tables=True, trace=False, explain=False)
         groups.setdefault(msgspec.json.encode(alike), []).append((run, summary))
     return [_cell(group, confidence) for group in groups.values()]
 

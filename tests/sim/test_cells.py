@@ -83,8 +83,10 @@ def specification(**fields: object) -> Specification:
     return Specification(**given)  # type: ignore[arg-type]
 
 
-def test_a_cell_holds_what_differs_in_seed_repeat_and_draw_alone() -> None:
-    spec = specification(policies=("parrot", "round_robin"), rates=(1.0, 2.0), seeds=(1, 2, 3), intervals=2)
+@pytest.mark.parametrize("written", [{}, {"explain": True}, {"trace": True}, {"tables": False}])
+def test_a_cell_holds_what_differs_in_seed_repeat_and_draw_alone(written: dict[str, bool]) -> None:
+    """Whatever is written of the runs, of which less is written of draws."""
+    spec = specification(policies=("parrot", "round_robin"), rates=(1.0, 2.0), seeds=(1, 2, 3), intervals=2, **written)
     runs = runs_of(spec)
     cells = cells_of([(run, summary_of(run, float(run.seed + (run.draw or 0)))) for run in runs], 0.95)
     assert [(cell.policy, cell.rate) for cell in cells] == [(p, r) for p in ("parrot", "round_robin") for r in (1.0, 2.0)]
