@@ -330,9 +330,13 @@ def test_the_agent_of_the_examples_loops_and_branches(
         (["--program", "missing.py:main"], "missing.py: no such file"),
         (["--program", "no_such_module:main"], "module 'no_such_module' cannot be found"),
         (["--program", "{good}"], "expected FILE.py:FUNCTION"),
-        (["--program", "{good}:absent"], "no function 'absent'; it has: main, more"),
+        (["--program", "{good}:absent"], "no function 'absent'; it has: main, more, steps"),
         (["--program", "{good}:more"], "more(x) cannot be called: missing a required argument: 'x'; --inputs"),
+        (["--program", "{good}:app", "--inputs", "{many}"], "many.jsonl:1: app() cannot be called: too many"),
+        (["--program", "{good}:steps"], "a call of a generator runs nothing"),
         (["--program", "{broken}:main"], "broken.py:2: "),
+        (["--program", "{leaving}:main"], "leaving.py:2: it cannot be imported: SystemExit: KEY is not set"),
+        (["--program", "{good}:main", "--outputs", "{leaving}:main"], "cannot be imported: SystemExit: KEY is not set"),
         (["--program", "{eager}:main"], "put what runs it under `if __name__"),
         (["--program", "{good}:main", "--inputs", "absent.jsonl"], "absent.jsonl: cannot be read"),
         (["--program", "{good}:main", "--inputs", "{inputs}"], "inputs.jsonl:2: no JSON"),
@@ -351,7 +355,9 @@ def test_what_cannot_be_run_is_refused_before_anything_runs(
     given: list[str], said: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = {
-        "good": "def main():\n    pass\n\ndef more(x):\n    pass\n",
+        "good": "def main():\n    pass\n\ndef more(x):\n    pass\n\ndef steps():\n    yield 1\n\n"
+        "class App:\n    def __call__(self):\n        pass\n\napp = App()\n",
+        "leaving": "import sys\nsys.exit('KEY is not set')\n",
         "broken": "x = 1\ndef main(:\n    pass\n",
         "eager": "from parrot import P\nvm = P.VirtualMachine()\nvm.register_session()\ndef main():\n    pass\n",
     }
