@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from parrot.configuration import load
 from parrot.latency import BatchShape, FixedCost, Hinge, LatencyModel, LatencyProfile
@@ -284,6 +285,20 @@ def test_the_command_writes_a_profile_that_configurations_can_name(tmp_path: Pat
     assert (profile.name, profile.model, profile.trace) == ("mine", "m", "log")
     assert msgspec.json.decode(out.read_bytes())["versions"] == {"python": "3.11"}
     assert (tmp_path / "plots" / "mine.residuals.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_noise_alone_makes_no_median_of_residuals_lean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *given, **named: (drawn.append(figure), save(figure, *given, **named)))
+    logs = [str(write_log(tmp_path / str(rows), loaded(rows, 1500, seed=rows), noise=0.3)) for rows in (2, 4, 6)]
+    assert main([*logs, "--out", str(tmp_path / "p.json")]) == 0
+    panels = {axes.get_xlabel(): axes for axes in drawn[0].axes}
+    assert "predicted duration (ms)" in panels
+    for label, axes in panels.items():
+        for line in axes.get_lines():
+            if str(line.get_label()).endswith("median"):
+                assert np.abs(np.asarray(line.get_ydata(), dtype=float)).max() < 12.0, label
 
 
 def test_a_profile_of_another_model_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
