@@ -28,11 +28,14 @@ from experiments.calibrate import at_once, azure_lengths
 from experiments.engine_load import Load, Request, send
 from parrot.engine.builtin.load import LoadedRunner, load_runner
 from parrot.engine.builtin.models.config import ModelConfig
-from parrot.engine.config import BuiltinEngineConfig, description_of, load_engine_config
+from parrot.engine.builtin.process import prepare_builtin, spare_what_is_loaded
+from parrot.engine.config import BuiltinEngineConfig, load_engine_config
 from parrot.engine.core import EngineCore, EngineTask, Link
-from parrot.engine.iteration_log import IterationLog
-from parrot.engine.launch import bind, log_header, prepare_builtin, serve, spare_what_is_loaded
+from parrot.engine.derived import description_of
+from parrot.engine.iteration_log import IterationLog, log_header
+from parrot.engine.listening import bind
 from parrot.engine.loop import BuiltinLoop
+from parrot.engine.serving import serve
 from parrot.protocol.api import SamplingConfig
 
 #: name, rows, shared tokens, own tokens of each

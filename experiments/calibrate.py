@@ -25,7 +25,8 @@ import msgspec
 from experiments.engine_load import Load, Outcome, Request, closed, send, simulate
 from parrot.configuration import ConfigurationError
 from parrot.engine.batches import EngineLimits
-from parrot.engine.config import ATTENTION, BuiltinEngineConfig, default_attention, description_of, load_engine_config
+from parrot.engine.config import ATTENTION, BuiltinEngineConfig, default_attention, load_engine_config
+from parrot.engine.derived import description_of
 from parrot.engine.profiles import find_profile
 from parrot.latency import LatencyProfile
 from sim.calibrate.__main__ import main as fit_logs
@@ -116,7 +117,7 @@ def azure_lengths(path: str, count: int) -> list[tuple[int, int]]:
 def record(config: BuiltinEngineConfig, loads: Sequence[Load], folder: Path) -> dict[str, Outcome]:
     """Runs the loads one after the other on one loaded model; a log of each in `folder`, NAME.jsonl."""
     from parrot.engine.builtin.load import load_runner
-    from parrot.engine.launch import prepare_builtin, spare_what_is_loaded
+    from parrot.engine.builtin.process import prepare_builtin, spare_what_is_loaded
 
     config = prepare_builtin(config)
     began = time.perf_counter()
@@ -129,9 +130,10 @@ def record(config: BuiltinEngineConfig, loads: Sequence[Load], folder: Path) -> 
 async def _record(config: BuiltinEngineConfig, loaded: object, loads: Sequence[Load], folder: Path) -> dict[str, Outcome]:
     from parrot.engine.builtin.load import LoadedRunner
     from parrot.engine.core import EngineCore
-    from parrot.engine.iteration_log import IterationLog
-    from parrot.engine.launch import bind, log_header, serve
+    from parrot.engine.iteration_log import IterationLog, log_header
+    from parrot.engine.listening import bind
     from parrot.engine.loop import BuiltinLoop
+    from parrot.engine.serving import serve
 
     assert isinstance(loaded, LoadedRunner)
     limits = loaded.limits

@@ -17,7 +17,7 @@ import aiohttp
 import msgspec
 
 from parrot.configuration import ConfigurationError
-from parrot.engine.config import description_of
+from parrot.engine.derived import description_of
 from parrot.engine.profiles import AnyProfile
 from parrot.serve.explanations import PlacementsAnswer
 from parrot.serve.policies import is_clairvoyant

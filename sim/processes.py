@@ -22,7 +22,8 @@ import aiohttp
 import msgspec
 
 from parrot.configuration import ConfigurationError
-from parrot.engine.config import EngineConfig, ServeCoreAddress, as_emulated
+from parrot.engine.config import EngineConfig, ServeCoreAddress
+from parrot.engine.derived import as_emulated
 from parrot.engine.profiles import AnyProfile
 from parrot.serve.config import ServeCoreConfig
 

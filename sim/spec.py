@@ -19,16 +19,8 @@ from typing import Any, Literal
 import msgspec
 
 from parrot.configuration import ConfigurationError, load, parse, read_json
-from parrot.engine.config import (
-    EmulatedEngineConfig,
-    EngineConfig,
-    OpenAIEngineConfig,
-    description_of,
-    limits_of,
-    load_engine_config,
-    profile_of,
-    rate_limits_of,
-)
+from parrot.engine.config import EmulatedEngineConfig, EngineConfig, OpenAIEngineConfig, load_engine_config
+from parrot.engine.derived import description_of, limits_of, profile_of, rate_limits_of
 from parrot.engine.profiles import AnyProfile, find_any_profile, shipped_profiles, shipped_remote_profiles
 from parrot.protocol.errors import ParrotError
 from parrot.remote_profile import RemoteProfile

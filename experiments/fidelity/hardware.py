@@ -14,7 +14,7 @@ from __future__ import annotations
 import msgspec
 
 from parrot.configuration import read_json
-from parrot.engine.config import SHAPES
+from parrot.engine.derived import SHAPES
 from parrot.latency import FixedCost, Hinge, LatencyProfile
 
 #: batch sizes up to which the fixed cost is that of the middle of the step

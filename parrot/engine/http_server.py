@@ -26,14 +26,15 @@ from parrot.engine.config import (
     EngineConfig,
     OpenAIEngineConfig,
     load_engine_config,
-    profile_of,
     secret_of,
 )
+from parrot.engine.derived import profile_of
+from parrot.engine.listening import bind
 from parrot.protocol.errors import ParrotError
 from parrot.tls import client_context, server_context
 
 if TYPE_CHECKING:
-    from parrot.engine.launch import RunningEngine
+    from parrot.engine.serving import RunningEngine
 
 log = logging.getLogger("parrot.engine")
 
@@ -124,7 +125,8 @@ async def _serve(config: EngineConfig, count: int, with_core: bool) -> int:
     sockets = _bind_all(config, count)
     try:
         if isinstance(config, BuiltinEngineConfig):
-            from parrot.engine.launch import spare_what_is_loaded, start_builtin
+            from parrot.engine.builtin.process import spare_what_is_loaded
+            from parrot.engine.launch import start_builtin
 
             engines.append(await start_builtin(config, with_core=with_core, sockets=sockets[0]))
             spare_what_is_loaded()
@@ -151,8 +153,6 @@ async def _serve(config: EngineConfig, count: int, with_core: bool) -> int:
 
 def _bind_all(config: EngineConfig, count: int) -> list[list[socket.socket]]:
     """Every engine's sockets, before anything slow: a port in use is told at once."""
-    from parrot.engine.launch import bind
-
     return [bind(config.host, config.port and config.port + i) for i in range(count)]
 
 

@@ -7,14 +7,17 @@ import contextlib
 import importlib.metadata
 import logging
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from parrot.configuration import ConfigurationError
+from parrot.engine.batches import EngineLimits
+from parrot.engine.config import BuiltinEngineConfig, OpenAIEngineConfig
 from parrot.latency import BatchShape
+from parrot.protocol.engine import EngineDescription
 
 log = logging.getLogger(__name__)
 
@@ -110,3 +113,41 @@ def versions(*packages: str) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def log_header(
+    config: BuiltinEngineConfig, description: EngineDescription, limits: EngineLimits, fill_graphs: Sequence[int] = ()
+) -> dict[str, object]:
+    """What a builtin engine's log begins with. `fill_graphs`: the runner's."""
+    instance = config.instance
+    return {
+        "engine": description.engine_name,
+        "engine_type": description.engine_type,
+        "model": description.model,
+        "device": instance.device,
+        "attn_func": description.attn_func,
+        "tokenizer": description.tokenizer,
+        "dtype": instance.dtype or ("float32" if instance.device == "cpu" else "float16"),
+        "num_threads": instance.num_threads,
+        "dummy_weights": instance.use_dummy_weights,
+        "limits": msgspec.to_builtins(limits),
+        "fill_graphs": list(fill_graphs),
+        "versions": versions("parrot-testbed", "torch", "transformers", "triton", "xformers"),
+    }
+
+
+def remote_log_header(config: OpenAIEngineConfig, description: EngineDescription) -> dict[str, object]:
+    """What the log of an engine behind a remote endpoint begins with."""
+    instance = config.instance
+    return {
+        "engine": description.engine_name,
+        "engine_type": description.engine_type,
+        "model": description.model,
+        "tokenizer": description.tokenizer,
+        "endpoint": instance.azure_endpoint or instance.base_url or "OpenAI",
+        "api_endpoint": instance.api_endpoint,
+        "requests_per_minute": instance.requests_per_minute,
+        "tokens_per_minute": instance.tokens_per_minute,
+        "tasks_capacity": config.tasks_capacity,
+        "versions": versions("parrot-testbed", "openai"),
+    }

@@ -1,6 +1,9 @@
 """The decoding tasks of an engine. All of them get one token an iteration, so that what an iteration does to them is kept in
 sums: an iteration costs the same whether two tasks decode or two hundred, and so do a thousand iterations at once.
 
+A task whose last row is issued, with which it reaches its max_gen_length, *drains*: it has left, and ends when that iteration
+is complete, unless it ends before.
+
 A task's own context is brought up to date (`settle`) when it leaves or when somebody looks at it. The tree's sums of tokens
 and the pool's number of free blocks are always right; which blocks they are is decided when a context is settled.
 Decides nothing about who decodes.
@@ -14,7 +17,7 @@ from typing import Final
 from mypy_extensions import mypyc_attr
 
 from parrot.engine.contexts import NO_COPY, Context, ContextTree
-from parrot.engine.running import DECODING, Task
+from parrot.engine.running import DECODING, DRAINING, Task
 
 # By a name of this module's own that never changes: the compiled module need not look it up.
 _ticket: Final = attrgetter("ticket")
@@ -29,8 +32,8 @@ class Lockstep:
     """
 
     __slots__ = (
-        "_block_size", "_contexts", "_copying", "_ends", "_fresh", "_phase", "_room", "_tickets", "done", "kv", "kv_unique",
-        "members", "next_end", "rows", "steps",
+        "_block_size", "_contexts", "_copying", "_draining", "_ends", "_fresh", "_next_end", "_phase", "_room", "_tickets",
+        "done", "kv", "kv_unique", "members", "rows", "steps",
     )  # fmt: skip
 
     def __init__(self, contexts: ContextTree) -> None:
@@ -39,10 +42,10 @@ class Lockstep:
         self.rows = 0  #: how many they are: an edge asks for it, and has no need of them
         self.steps = 0
         self.done = 0
-        #: The next iteration that brings a task the last of the tokens expected of it; 0: nobody decodes.
-        self.next_end = 0
         self.kv = 0
         self.kv_unique = 0
+        self._next_end = 0  # of the members, as `next_end` says it of all
+        self._draining: tuple[Task, ...] = ()  # in the order of their last rows; some may have ended otherwise
         self._room = 0  # iterations for which there is room: `steps`, or one more (a fill that runs alone came between)
         self._fresh: tuple[Task, ...] = ()  # joined since room was last made: the first token's room is made by itself
         self._ends: list[Task] = []  # by the iteration with their last token as expected, the next last; first who joined first
@@ -78,7 +81,7 @@ class Lockstep:
         self.members += tasks
         self._fresh += tasks
         self.rows += len(tasks)
-        self.next_end = self._ends[-1].ends
+        self._next_end = self._ends[-1].ends
 
     def leave(self, task: Task) -> None:
         """The task gets no more rows."""
@@ -94,7 +97,7 @@ class Lockstep:
             place += 1
         del self._ends[place]
         self.rows -= 1
-        self.next_end = self._ends[-1].ends if self._ends else 0
+        self._next_end = self._ends[-1].ends if self._ends else 0
         if self._fresh and task in self._fresh:
             self._fresh = tuple([other for other in self._fresh if other is not task])
         else:
@@ -124,20 +127,38 @@ class Lockstep:
     def _phase_of(self, task: Task, gen: Context) -> int:
         return (gen.start + gen.size - task.roomed) % self._block_size
 
+    def next_end(self) -> int:
+        """The next iteration that brings a task the last of the tokens expected of it; 0: none decodes or drains."""
+        end = self._next_end
+        for task in self._draining:
+            if task.state == DRAINING and (not end or task.ends < end):
+                end = task.ends
+        return end
+
     def ending(self, step: int) -> list[Task]:
-        """Those whose last of these tokens a row of iteration `step` brings, or one before; in the order of their joining."""
+        """Those whose last expected token a row of iteration `step` brings, or one before; in the order of their joining."""
         found: list[Task] = []
-        if step < self.next_end:
-            return found
-        ends = self._ends
-        place = len(ends) - 1
-        while place >= 0 and ends[place].ends <= step:
-            if ends[place].ends > ends[place].joined:  # else its fill brings it
-                found.append(ends[place])
-            place -= 1
+        if step >= self._next_end:
+            ends = self._ends
+            place = len(ends) - 1
+            while place >= 0 and ends[place].ends <= step:
+                if ends[place].ends > ends[place].joined:  # else its fill brings it
+                    found.append(ends[place])
+                place -= 1
+        if self._draining:
+            found += [task for task in self._draining if task.state == DRAINING and task.joined < task.ends <= step]
         if len(found) > 1:
             found.sort(key=_ticket)
         return found
+
+    def take_drained(self) -> tuple[Task, ...]:
+        """Those whose last row is complete since the last call, less those that ended before it was."""
+        drained: tuple[Task, ...] = ()
+        while self._draining and self._draining[0].last_step <= self.done:
+            task, self._draining = self._draining[0], self._draining[1:]
+            if task.state == DRAINING:
+                drained = (*drained, task)
+        return drained
 
     def known(self, task: Task) -> int:
         """Tokens of the task's output whose values are known."""
@@ -208,17 +229,17 @@ class Lockstep:
             self._fresh = ()
         return True
 
-    def step(self, copies: list[tuple[int, int]]) -> list[Task]:
-        """One iteration, for which there is room, is issued; the copies that must precede it go to `copies`. Those whose last
-        row it has, in the order in which they joined."""
+    def step(self, copies: list[tuple[int, int]]) -> bool:
+        """One iteration, for which there is room, is issued; the copies that must precede it go to `copies`. Whether it has
+        the last row of somebody, who drains from now on."""
         if self._copying:
             for gen in self._copying:
                 gen.begin(copies)
             self._copying = ()
         return self._step(1)
 
-    def advance(self, count: int) -> list[Task]:
-        """`count` iterations, at most `horizon`, are issued and as many complete."""
+    def advance(self, count: int) -> bool:
+        """`count` iterations, at most `horizon`, are issued and as many complete. Whether the last has somebody's last row."""
         if needed := self._blocks(count):
             self._contexts.owe(needed)
         self._room += count
@@ -227,13 +248,13 @@ class Lockstep:
         self.done += count
         return self._step(count)
 
-    def _step(self, count: int) -> list[Task]:
+    def _step(self, count: int) -> bool:
         self.steps += count
         self.kv += count * self.rows
         self.kv_unique += count * self.rows
+        if self.steps < self._next_end:
+            return False
         last: list[Task] = []
-        if self.steps < self.next_end:
-            return last
         ends = self._ends
         place = len(ends) - 1
         while place >= 0 and ends[place].ends <= self.steps:
@@ -243,11 +264,15 @@ class Lockstep:
             place -= 1
         if len(last) > 1:
             last.sort(key=_ticket)
-        return last
+        for task in last:
+            self.leave(task)
+            task.state = DRAINING
+            self._draining = (*self._draining, task)
+        return bool(last)
 
     def horizon(self, most: int) -> int:
         """Of the next `most` iterations, how many can be issued before a task gets its last row or room runs out."""
-        if self.next_end - self.steps < most:
+        if self._next_end - self.steps < most:
             ends = self._ends
             place = len(ends) - 1
             while place >= 0 and ends[place].ends - self.steps < most:

@@ -6,30 +6,23 @@ bookkeeping of what it dispatched, exact and fresh, never scraped from an engine
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from mypy_extensions import mypyc_attr
 
 from parrot.protocol.engine import EngineDescription
+from parrot.serve.engine_index import EngineIndex, Load
 from parrot.serve.states import ENGINE
 
 if TYPE_CHECKING:
     from parrot.serve.contexts import Context
     from parrot.serve.graph import Task
 
-Load = Any  #: whatever sorts engines; those of this file are one number, of which an index compares a dozen at each change
-
 KEPT_LANES = 16
 KEPT_OPENED = 32
-LEAST_NOTED = 64  #: changes of loads that an index takes note of before it is sorted anew, or as many as it has engines
-
-# By names of this module's own that never change: the compiled module need not look them up.
-_bisect_left: Final[Callable[..., int]] = bisect_left
-_bisect_right: Final[Callable[..., int]] = bisect_right
 
 _TASK_BITS: Final = 24  #: of a number of tasks on an engine
 _TOKEN_BITS: Final = 48  #: of tokens reserved there
@@ -126,164 +119,6 @@ def by_room(engine: Engine) -> Load:
     if running >= engine.tasks_capacity:
         return 1 << _TOKEN_BITS
     return engine.reserved - engine.tokens_capacity
-
-
-class EngineIndex:
-    """Engines sorted by a key of their load, ties by id: O(log n) to find a place.
-
-    A change of a load is taken note of, and takes effect when somebody asks: so an engine moves once, however often its load
-    has changed, and an index that nobody asks costs nothing but a note. After more notes than it has engines, it is sorted
-    anew.
-    """
-
-    def __init__(self, key: Callable[[Engine], Load]) -> None:
-        self._key = key
-        self._loads: list[Load] = []  # sorted
-        self._whole = True  # whether all of them have been whole numbers, among which a place is found without Python's help
-        self._engines: list[Engine] = []  # whose loads these are, side by side: a search looks at numbers alone
-        self._load_of: dict[int, Load] = {}  # engine id -> the load by which it stands there
-        self._by_id: dict[int, Engine] = {}
-        self._noted: list[Engine] = []  # whose load may be another one since anybody asked
-        self._outdated = False  # too many to take note of
-
-    def add(self, engine: Engine) -> None:
-        self._by_id[engine.id] = engine
-        self._insert(engine, self._key(engine))
-
-    def remove(self, engine: Engine) -> None:
-        if self._by_id.pop(engine.id, None) is not None:
-            self._take_out(engine, self._load_of.pop(engine.id))
-
-    def update(self, engine: Engine) -> None:
-        """Its load may be another one now."""
-        if not self._outdated:
-            noted = self._noted
-            if noted and noted[-1] is engine:
-                return
-            noted.append(engine)
-            if len(noted) > LEAST_NOTED and len(noted) > len(self._engines):
-                noted.clear()
-                self._outdated = True
-
-    def _settle(self) -> None:
-        """Sorts by the loads of now."""
-        if self._noted:
-            for engine in self._noted:
-                known = self._load_of.get(engine.id)
-                if known is not None and (load := self._key(engine)) != known:
-                    self._take_out(engine, known)
-                    self._insert(engine, load)
-            self._noted.clear()
-        elif self._outdated:
-            key, engines = self._key, self._engines
-            found = sorted([(key(engine), engine.id, engine) for engine in engines])
-            self._load_of = {engine_id: load for load, engine_id, _ in found}
-            engines[:] = [engine for _, _, engine in found]
-            self._loads = [load for load, _, _ in found]
-            for load in self._loads:
-                self._whole = self._whole and isinstance(load, int)
-            self._outdated = False
-
-    def _insert(self, engine: Engine, load: Load) -> None:
-        if self._whole and not isinstance(load, int):
-            self._whole = False
-        place = self._first_from(load)
-        if place < len(self._loads) and self._loads[place] == load:
-            place = self._place_among_equals(load, place, engine.id)
-        self._loads.insert(place, load)
-        self._engines.insert(place, engine)
-        self._load_of[engine.id] = load
-
-    def _take_out(self, engine: Engine, load: Load) -> None:
-        place = self._first_from(load)
-        if self._engines[place] is not engine:
-            place = self._place_among_equals(load, place, engine.id)
-        del self._loads[place]
-        del self._engines[place]
-
-    def _first_from(self, load: Load) -> int:
-        """The place of the first with at least that load."""
-        return _lowest_from(self._loads, load) if self._whole else _bisect_left(self._loads, load)
-
-    def _place_among_equals(self, load: Load, first: int, engine_id: int) -> int:
-        """Where the engine of that id stands, or would, among those of one load. `first`: where these begin."""
-        engines, end = self._engines, _bisect_right(self._loads, load, first)
-        while first < end:
-            middle = (first + end) // 2
-            if engines[middle].id < engine_id:
-                first = middle + 1
-            else:
-                end = middle
-        return first
-
-    def __iter__(self) -> Iterator[Engine]:
-        """From the least to the most loaded. Do not change a load while iterating; place, then ask again."""
-        self._settle()
-        return iter(self._engines)
-
-    def first(self) -> Engine | None:
-        """The least loaded one."""
-        self._settle()
-        return self._engines[0] if self._engines else None
-
-    def last(self) -> Engine | None:
-        """The most loaded one."""
-        self._settle()
-        return self._engines[-1] if self._engines else None
-
-    def at(self, place: int) -> Engine:
-        """The one at that place, from 0, the least loaded."""
-        self._settle()
-        return self._engines[place]
-
-    def among(self, ids: Collection[int]) -> Iterator[Engine]:
-        """Those with these ids, from the least to the most loaded. Few are looked up, many are met on the way: O(ids), O(n)."""
-        self._settle()
-        if 16 * len(ids) <= len(self._engines):
-            load_of, by_id = self._load_of, self._by_id
-            found = sorted([(load_of[engine_id], engine_id) for engine_id in ids if engine_id in by_id])
-            return iter([by_id[engine_id] for _, engine_id in found])
-        return _met(self._engines, ids)
-
-    def without(self, ids: Collection[int]) -> Iterator[Engine]:
-        """Those with other ids, from the least to the most loaded."""
-        self._settle()
-        for engine in self._engines:
-            if engine.id not in ids:
-                yield engine
-
-    def up_to(self, load: Load) -> int:
-        """How many have at most that load."""
-        self._settle()
-        return _bisect_right(self._loads, load)
-
-    def after(self, load: Load) -> Iterator[Engine]:
-        """All of them, first those with more than that load; then, from the beginning, the others."""
-        place = self.up_to(load)
-        engines = self._engines
-        for number in range(place - len(engines), place):  # which counts from −len, then from 0
-            yield engines[number]
-
-    def __len__(self) -> int:
-        return len(self._engines)
-
-
-def _lowest_from(loads: list[int], load: int) -> int:
-    """As bisect_left, on whole numbers."""
-    low, high = 0, len(loads)
-    while low < high:
-        middle = (low + high) >> 1
-        if loads[middle] < load:
-            low = middle + 1
-        else:
-            high = middle
-    return low
-
-
-def _met(engines: list[Engine], ids: Collection[int]) -> Iterator[Engine]:
-    for engine in engines:
-        if engine.id in ids:
-            yield engine
 
 
 @mypyc_attr(native_class=False)  # compiled classes know no weak references

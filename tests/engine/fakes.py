@@ -10,12 +10,13 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from parrot.engine.config import BuiltinEngineConfig, BuiltinInstance, description_of, limits_of, parse_engine_config
+from parrot.engine.config import BuiltinEngineConfig, BuiltinInstance, parse_engine_config
 from parrot.engine.core import Batch, EngineCore, EngineTask
+from parrot.engine.derived import description_of, limits_of
 from parrot.engine.iteration_log import IterationLog
-from parrot.engine.launch import RunningEngine, serve
 from parrot.engine.loop import BuiltinLoop
 from parrot.engine.runner import TokenResult
+from parrot.engine.serving import RunningEngine, serve
 from parrot.protocol.api import SamplingConfig
 from parrot.protocol.engine import (
     Failed,

@@ -1,4 +1,4 @@
-"""Engine configuration files: what is accepted, what is refused and how, and what follows from a file."""
+"""Engine configuration files: what is accepted, what is refused, and how."""
 
 from __future__ import annotations
 
@@ -9,26 +9,9 @@ import msgspec
 import pytest
 
 from parrot.configuration import ConfigurationError, read_json
-from parrot.engine.config import (
-    BuiltinEngineConfig,
-    EmulatedEngineConfig,
-    OpenAIEngineConfig,
-    as_emulated,
-    description_of,
-    limits_of,
-    load_engine_config,
-    parse_engine_config,
-    profile_of,
-    rate_limits_of,
-    secret_of,
-)
-from parrot.engine.profiles import (
-    find_profile,
-    find_remote_profile,
-    profile_for,
-    shipped_profiles,
-    shipped_remote_profiles,
-)
+from parrot.engine.config import OpenAIEngineConfig, load_engine_config, secret_of
+from parrot.engine.derived import profile_of
+from parrot.engine.profiles import find_profile, find_remote_profile, profile_for, shipped_profiles, shipped_remote_profiles
 
 SEED = Path(__file__).parent / "seed"
 SAMPLES = Path(__file__).parents[2] / "sample_configs" / "engine"
@@ -44,21 +27,6 @@ def test_the_launch_document_s_files_are_accepted_whole_comments_included(name: 
     config = load_engine_config(SEED / f"{name}.json")
     assert config.engine_type == name
     assert config.port == 9001
-
-
-def test_the_builtin_file_means_what_it_says() -> None:
-    config = load_engine_config(SEED / "builtin.json")
-    assert isinstance(config, BuiltinEngineConfig)
-    limits = limits_of(config)
-    assert limits.num_blocks * limits.block_size == 8000  # blocks of one token, whatever the pages are
-    assert limits.max_num_batched_tokens == 2560
-    assert limits.max_seq_len == 2048  # the model's
-    assert limits.pipeline_depth == 1  # a GPU's
-    description = description_of(config, limits)
-    assert description.tokens_capacity == 8000  # min(KV capacity, max_total_tokens)
-    assert description.tasks_capacity == 256
-    assert description.tokenizer == "hf-internal-testing/llama-tokenizer"
-    assert not description.accepts_output_length
 
 
 @pytest.mark.parametrize("path", sorted(SAMPLES.glob("*.json")), ids=lambda p: p.stem)
@@ -160,28 +128,6 @@ def test_an_engine_s_file_names_a_profile_of_its_own_kind(tmp_path: Path) -> Non
         load_engine_config(write(tmp_path / "e.json", **remote, latency_profile="none"))
 
 
-def test_the_emulation_of_a_remote_engine_registers_as_one_and_keeps_its_limits(tmp_path: Path) -> None:
-    instance = {"base_url": "http://x/v1", "requests_per_minute": 90, "max_seq_len": 5000}
-    config = load_engine_config(
-        write(tmp_path / "e.json", engine_type="openai", instance=instance, latency_profile="stand-in", model="stand-in")
-    )
-    emulated = as_emulated(config, "stand-in")
-    assert limits_of(emulated) == limits_of(config)
-    profile = find_remote_profile("stand-in")
-    assert rate_limits_of(emulated, profile) == rate_limits_of(config, profile) == (90, None)
-    for description in (description_of(config), description_of(emulated)):
-        assert (description.engine_type, description.latency_profile) == ("openai", None)
-    assert description_of(emulated).accepts_output_length
-
-
-@pytest.mark.parametrize("capacity", [1, 5, 16, 17, 8000])
-def test_the_cache_never_holds_more_than_the_file_says(tmp_path: Path, capacity: int) -> None:
-    path = write(tmp_path / "e.json", engine_type="emulated", instance={"num_kv_cache_blocks": capacity})
-    limits = limits_of(load_engine_config(path))
-    assert 0 < limits.num_blocks * limits.block_size <= capacity
-    assert capacity - limits.num_blocks * limits.block_size < limits.block_size
-
-
 def test_a_cache_too_small_for_one_prompt_of_the_length_that_is_asked_for_is_refused(tmp_path: Path) -> None:
     for engine_type in ("builtin", "emulated"):
         instance = {"num_kv_cache_blocks": 6, "block_size": 16, "max_seq_len": 96}
@@ -189,25 +135,6 @@ def test_a_cache_too_small_for_one_prompt_of_the_length_that_is_asked_for_is_ref
         path = write(tmp_path / "e.json", engine_type=engine_type, instance={**instance, "max_seq_len": 97})
         with pytest.raises(ConfigurationError, match=r"e.json: key 'instance.max_seq_len' is 97, but .* holds 96 tokens"):
             load_engine_config(path)
-
-
-def test_the_shorter_of_the_file_s_and_the_model_s_length_counts(tmp_path: Path) -> None:
-    config = load_engine_config(write(tmp_path / "e.json", instance={"max_seq_len": 100, "device": "cpu"}))
-    assert limits_of(config).max_seq_len == 100
-    assert limits_of(config, max_seq_len=50).max_seq_len == 50
-    assert limits_of(config, max_seq_len=500).max_seq_len == 100
-
-
-def test_an_emulated_twin_has_the_same_limits_and_capacities() -> None:
-    config = load_engine_config(SEED / "builtin.json")
-    twin = as_emulated(config, "zero")
-    assert isinstance(twin, EmulatedEngineConfig)
-    assert limits_of(twin) == limits_of(config)
-    ours, theirs = description_of(twin), description_of(config)
-    assert ours.tokens_capacity == theirs.tokens_capacity
-    assert ours.accepts_output_length
-    assert ours.tokenizer == "synthetic"
-    assert parse_engine_config(msgspec.to_builtins(twin), "twin") == twin
 
 
 def test_the_secret_may_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ import aiohttp
 import pytest
 
 from parrot.engine.config import EmulatedEngineConfig, load_engine_config
-from parrot.engine.launch import RunningEngine, start_emulated, start_openai
+from parrot.engine.launch import start_emulated, start_openai
+from parrot.engine.serving import RunningEngine
 from tests.engine.fakes import Engine, fake_engine
 from tests.engine.openai.stand_in import TEXT, Answer, stand_in
 from tests.engine.openai.test_engine import configuration

@@ -27,7 +27,8 @@ from experiments.fidelity.measured import (
 from experiments.fidelity.prototype import UNBOUNDED, limits
 from experiments.fidelity.scenarios import LEAST_LOADED, Setting, simulated
 from parrot.configuration import load
-from parrot.engine.config import limits_of, load_engine_config, profile_of
+from parrot.engine.config import load_engine_config
+from parrot.engine.derived import limits_of, profile_of
 from parrot.engine.profiles import find_profile
 from parrot.latency import LatencyProfile
 from sim.clients import Mode

@@ -16,7 +16,8 @@ from parrot.engine.builtin.kv_cache import KVCache
 from parrot.engine.builtin.models.config import ModelConfig, config_at, model_config, published_config
 from parrot.engine.builtin.runner import BuiltinRunner
 from parrot.engine.builtin.weights import Checkpoint, DummyWeights, Source, as_directory, load_decoder
-from parrot.engine.config import ATTENTION, PAGE_TOKENS, BuiltinEngineConfig, default_attention, kv_tokens_of, limits_of
+from parrot.engine.config import ATTENTION, BuiltinEngineConfig, default_attention
+from parrot.engine.derived import PAGE_TOKENS, limits_of
 from parrot.model_files import resolve_model
 from parrot.tokenizer import SYNTHETIC, Tokenizer, load_tokenizer
 
@@ -133,7 +134,7 @@ def _affordable_on_gpu(config: BuiltinEngineConfig, shape: ModelConfig, dtype: t
     weights = shape.num_parameters * dtype.itemsize
     spare = free_bytes - int(GPU_MARGIN * total_bytes) - weights - iteration_bytes(config, shape, dtype)
     per_token = shape.kv_bytes_per_token(dtype.itemsize)
-    wanted = kv_tokens_of(config) or PAGE_TOKENS
+    wanted = config.kv_tokens or PAGE_TOKENS
     if spare < wanted * per_token:
         raise ConfigurationError(
             f"model {shape.name!r} does not fit on {config.device}: its weights take {_gib(weights)}, a KV cache of {wanted} "

@@ -16,7 +16,8 @@ import numpy as np
 from mypy_extensions import mypyc_attr
 
 from parrot.serve.contexts import PrefixStore
-from parrot.serve.engines import Engine, EngineIndex, Engines, Lane, by_room
+from parrot.serve.engine_index import EngineIndex
+from parrot.serve.engines import Engine, Engines, Lane, by_room
 from parrot.serve.graph import Task
 from parrot.serve.policies.parameters import Parameter
 from parrot.serve.queue import TaskQueue

@@ -24,7 +24,8 @@ from typing import Any, ClassVar
 import numpy as np
 from mypy_extensions import mypyc_attr
 
-from parrot.serve.engines import Engine, EngineIndex, Load, by_tasks
+from parrot.serve.engine_index import EngineIndex, Load
+from parrot.serve.engines import Engine, by_tasks
 from parrot.serve.graph import Task
 from parrot.serve.policies.base import Cluster, InOrder, Placement, Terms, best_of, cached_tokens, open_first, prompt_tokens
 from parrot.serve.policies.matching import by_match

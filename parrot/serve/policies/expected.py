@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from parrot.latency import BatchShape, LatencyModel
 from parrot.latency_profile import FixedCost, Hinge, LatencyProfile
-from parrot.serve.engines import Engine, EngineIndex
+from parrot.serve.engine_index import EngineIndex
+from parrot.serve.engines import Engine
 
 ASSUMED = LatencyProfile(
     name="assumed",

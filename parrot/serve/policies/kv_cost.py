@@ -27,7 +27,8 @@ from typing import Any, ClassVar
 import numpy as np
 from mypy_extensions import mypyc_attr
 
-from parrot.serve.engines import Engine, Load
+from parrot.serve.engine_index import Load
+from parrot.serve.engines import Engine
 from parrot.serve.graph import Task
 from parrot.serve.policies.base import MOST_CANDIDATES, Candidate, Cluster, InOrder, Placement, Terms, best_of, open_first
 from parrot.serve.policies.matching import by_score, levels_of
@@ -93,7 +94,7 @@ class KVCost(InOrder):
         costs = self._costs(task, engines)
         while engines:
             shares = odds(costs, self._temperature)
-            reached = np.cumsum(shares)
+            reached: np.ndarray = np.cumsum(shares)
             drawn = min(int(np.searchsorted(reached, self._generator.random() * reached[-1], side="right")), len(engines) - 1)
             if cluster.fits(task, engines[drawn]):
                 return self._drawn(task, cluster, engines, costs, shares, drawn)

@@ -20,7 +20,8 @@ from typing import ClassVar
 
 from mypy_extensions import mypyc_attr
 
-from parrot.serve.engines import Engine, Load
+from parrot.serve.engine_index import Load
+from parrot.serve.engines import Engine
 from parrot.serve.graph import Task
 from parrot.serve.policies.base import Cluster, InOrder, Placement, Terms, best_of, open_first
 from parrot.serve.policies.matching import by_score

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from parrot.serve.engines import Engine, EngineIndex, by_load
+from parrot.serve.engine_index import EngineIndex
+from parrot.serve.engines import Engine, by_load
 from parrot.serve.graph import Task
 from parrot.serve.policies.base import Cluster, Terms, open_first
 

@@ -27,7 +27,8 @@ from typing import Any, ClassVar
 import numpy as np
 from mypy_extensions import mypyc_attr
 
-from parrot.serve.engines import Engine, Lane, Load, by_load
+from parrot.serve.engine_index import Load
+from parrot.serve.engines import Engine, Lane, by_load
 from parrot.serve.events import Constant
 from parrot.serve.graph import Task
 from parrot.serve.policies.base import FEW_OPEN, MOST_CANDIDATES, Cluster, Placement, Terms, best_of, counted_tokens, length_of

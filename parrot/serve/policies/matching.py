@@ -15,7 +15,8 @@ from heapq import heappop, heappush, heapreplace
 from typing import Any
 
 from parrot.serve.contexts import Context
-from parrot.serve.engines import Engine, EngineIndex
+from parrot.serve.engine_index import EngineIndex
+from parrot.serve.engines import Engine
 from parrot.serve.graph import Task
 from parrot.serve.policies.base import cached_tokens, prompt_tokens
 

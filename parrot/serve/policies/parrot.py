@@ -38,7 +38,8 @@ from typing import Any, ClassVar
 import numpy as np
 from mypy_extensions import mypyc_attr
 
-from parrot.serve.engines import HARM_BITS, Engine, EngineIndex, Load, by_harm, by_load, by_room
+from parrot.serve.engine_index import EngineIndex, Load
+from parrot.serve.engines import HARM_BITS, Engine, by_harm, by_load, by_room
 from parrot.serve.graph import Task
 from parrot.serve.policies.base import MOST_CANDIDATES, Candidate, Cluster, Placement, Terms
 from parrot.serve.policies.expected import ExpectedTimes, knee

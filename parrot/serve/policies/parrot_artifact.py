@@ -25,7 +25,8 @@ from typing import Any, ClassVar
 import numpy as np
 from mypy_extensions import mypyc_attr
 
-from parrot.serve.engines import Engine, EngineIndex, Lane, Load
+from parrot.serve.engine_index import EngineIndex, Load
+from parrot.serve.engines import Engine, Lane
 from parrot.serve.graph import Task
 from parrot.serve.policies.base import Cluster, InOrder, Placement, Terms, best_of, open_first
 from parrot.serve.policies.parameters import Parameter

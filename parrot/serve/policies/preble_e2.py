@@ -36,7 +36,8 @@ from mypy_extensions import mypyc_attr
 
 from parrot.latency import BatchShape, LatencyModel
 from parrot.serve.contexts import Context, PrefixNode
-from parrot.serve.engines import Engine, EngineIndex, Lane
+from parrot.serve.engine_index import EngineIndex
+from parrot.serve.engines import Engine, Lane
 from parrot.serve.graph import Task
 from parrot.serve.policies.base import Cluster, InOrder, Placement, Terms, best_of, open_first
 from parrot.serve.policies.matching import by_match, by_score

@@ -12,7 +12,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from mypy_extensions import mypyc_attr
 
-from parrot.serve.engines import Engine, EngineIndex, Lane, by_id
+from parrot.serve.engine_index import EngineIndex
+from parrot.serve.engines import Engine, Lane, by_id
 from parrot.serve.graph import Task
 from parrot.serve.policies.base import Cluster, InOrder, Placement, Terms, best_of, load_terms, open_first
 from parrot.serve.queue import TaskQueue

@@ -12,8 +12,9 @@ import msgspec
 import pytest
 
 from parrot.engine.config import EmulatedEngineConfig, OpenAIEngineConfig, ServeCoreAddress, load_engine_config
-from parrot.engine.launch import RunningEngine, start_emulated, start_openai
+from parrot.engine.launch import start_emulated, start_openai
 from parrot.engine.openai import pace
+from parrot.engine.serving import RunningEngine
 from parrot.serve.server import Server
 from parrot.tokenizer import load_tokenizer
 from tests.engine.openai.stand_in import TEXT, Answer, StandIn, stand_in

@@ -16,7 +16,8 @@ import pytest
 from parrot import P
 from parrot.configuration import ConfigurationError
 from parrot.engine.config import BuiltinEngineConfig, OpenAIEngineConfig, parse_engine_config
-from parrot.engine.launch import RunningEngine, start_builtin, start_openai
+from parrot.engine.launch import start_builtin, start_openai
+from parrot.engine.serving import RunningEngine
 from parrot.model_files import resolve_model
 from parrot.protocol.api import SessionReport
 from parrot.serve.config import ServeCoreConfig
