@@ -28,10 +28,12 @@ from sim.spec import (
     Run,
     Specification,
     WorkloadChoice,
+    engine_configs_of,
     load_specification,
     runs_of,
     spreads_of,
     with_every_policy,
+    writes_log,
 )
 from sim.sweep import Failure, Result, RunError, Where, check_runs, run_all
 from sim.terminal import Display, table_of
@@ -268,6 +270,7 @@ def execute(specification: Specification, folder: Path, where: Where = Where(), 
     begun_s = time.monotonic()
     runs = runs_of(specification)
     check_runs(runs)
+    _warn_of_logs(runs)
     if specification.intervals:
         runs = _with_spread(runs)
     finished = open_folder(folder, specification, inputs_of(runs), fresh)
@@ -324,6 +327,15 @@ def _with_spread(runs: Sequence[Run]) -> list[Run]:
     for name in sorted(none):
         print(f"sim.run: --intervals: profile {name} states no spread: its durations are taken as exact", file=sys.stderr)
     return kept
+
+
+def _warn_of_logs(runs: Sequence[Run]) -> None:
+    """A line on stderr for each iteration log that is asked for and that no engine will write."""
+    ours = {msgspec.json.encode((run.engines, run.settings)): run for run in runs if run.core_url is None}
+    engines = [(run, c) for run in ours.values() for c in engine_configs_of(run) if c.iteration_log is not None]
+    for log in sorted({config.iteration_log or "" for run, config in engines if not writes_log(run, config)}):
+        what = "is not written: only real engines have iterations of their own to log"
+        print(f"sim.run: iteration_log {log}: {what}", file=sys.stderr)
 
 
 def _warn_of_what_was_not_seen(results: Sequence[Result]) -> None:

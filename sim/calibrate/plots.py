@@ -21,7 +21,7 @@ from sim.report.style import COLOURS
 POINTS = 4000  #: dots of a series at most, evenly taken: more are one blot
 BINS = 12
 
-#: What residuals are drawn against, from an iteration and its predicted duration. Not the measured one: what came late lies low.
+#: What residuals are drawn against, from an iteration and its predicted duration. Not the measured one: noise leans there.
 INPUTS: dict[str, Callable[[Iteration, float], float]] = {
     "rows": lambda i, _: i.decode_rows + i.prefill_rows,
     "tokens": lambda i, _: i.decode_rows + i.prefill_tokens,

@@ -289,8 +289,7 @@ def test_the_command_writes_a_profile_that_configurations_can_name(tmp_path: Pat
 
 def test_noise_alone_makes_no_median_of_residuals_lean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Figure] = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *given, **named: (drawn.append(figure), save(figure, *given, **named)))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
     logs = [str(write_log(tmp_path / str(rows), loaded(rows, 1500, seed=rows), noise=0.3)) for rows in (2, 4, 6)]
     assert main([*logs, "--out", str(tmp_path / "p.json")]) == 0
     panels = {axes.get_xlabel(): axes for axes in drawn[0].axes}
