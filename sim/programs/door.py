@@ -34,6 +34,7 @@ from sim.faults.stand_ins import SimStreamResponse, serve
 from sim.programs.accounts import Account
 from sim.programs.loops import VirtualLoop
 from sim.programs.outputs import Outputs, cut
+from sim.programs.prompts import prompt_keys
 from sim.programs.strands import Strand, Strands
 
 _FLUSHED = FLUSH + 0.25  #: SimPy priority: when the core has handled the instant's events, before anything else happens
@@ -329,7 +330,6 @@ class _Wanted:
         self.call, self.place = effect.task.call, effect.task.output
         self.session = session.number
         self.instance = session.owner.serial if session.owner is not None else 0
-        self._chain = effect.chain
         self._session = session
         self._texts = texts
         self._event, self._answer = session.calls[self.call]
@@ -344,7 +344,8 @@ class _Wanted:
 
     @property
     def prompt(self) -> str:
-        return "".join([self._texts.text(key) for link in self._chain for key in link.keys])
+        keys = prompt_keys(self._event, self._answer, self.place, self._session.contents.get)
+        return "".join([self._texts.text(key) for key in keys if key is not None])
 
     @property
     def inputs(self) -> dict[str, str]:

@@ -22,7 +22,7 @@ from sim.recorder import Recorder
 from sim.run import main
 from tests.serve.http_support import cluster
 from tests.sim.clusters import processes_with, write_files
-from tests.sim.program_runs import HEAD, Runner, engines, run, told
+from tests.sim.program_runs import HEAD, Runner, engines, run, says, told
 
 __all__ = ["run"]
 
@@ -63,6 +63,26 @@ def test_a_users_function_gets_what_it_asks_for(run: Runner, tmp_path: Path) -> 
         ("two", "second", "Of things say first text and ", {"q": "things", "first": "first text"}, 0, 512, True),
     ]
     assert told[-1] == "second text"
+
+
+def test_a_prompt_has_the_blanks_that_no_token_stands_for(run: Runner) -> None:
+    text = '''
+        @P.semantic_function(formatter=None)
+        def join(a: P.Input, b: P.Input, c: P.Output, d: P.Output):
+            """{{a}}\\n{{b}} {{c}}\\n{{d}}"""
+
+        def main():
+            c, d = join(ask("x"), "")
+            told.append(d.get())
+    '''
+    prompts: list[str] = []
+
+    def said(name: str, prompt: str) -> str:
+        prompts.append(prompt)
+        return f"said {len(prompts)}"
+
+    run(text, outputs=says(said))
+    assert prompts[1:] == ["said 1\n ", "said 1\n said 2\n"]
 
 
 def test_a_function_may_give_a_number_of_tokens(run: Runner, tmp_path: Path) -> None:
