@@ -44,9 +44,11 @@ from parrot.serve import events  # noqa: E402
 from parrot.serve.config import ServeCoreConfig  # noqa: E402
 from parrot.serve.core import ServeCore  # noqa: E402
 from sim.clients import Mode  # noqa: E402
-from sim.cluster import AUTH, Cluster, EngineModel, Timeline  # noqa: E402
+from sim.cluster import AUTH, Cluster  # noqa: E402
+from sim.engine_models import EngineModel  # noqa: E402
 from sim.network import open_network  # noqa: E402
 from sim.population import Population  # noqa: E402
+from sim.timeline import Timeline  # noqa: E402
 from sim.workloads.generators import generate  # noqa: E402
 from sim.workloads.program import Program  # noqa: E402
 

@@ -22,6 +22,7 @@ from parrot.engine.profiles import AnyProfile
 from parrot.serve.explanations import PlacementsAnswer
 from parrot.serve.policies import is_clairvoyant
 from sim.clients import new_player
+from sim.configs import KEPT_PLACEMENTS, core_config_of, engine_configs_of, engine_models_of, open_programs, profiles_of
 from sim.fit import check_programs
 from sim.http_client import MODEL, TOLD, Api, HttpClient, Refusal, Style
 from sim.model_types import ModelTypes
@@ -29,15 +30,7 @@ from sim.network import open_network
 from sim.processes import local_cluster
 from sim.programs import play_programs
 from sim.recorder import Recorder
-from sim.spec import (
-    KEPT_PLACEMENTS,
-    Run,
-    core_config_of,
-    engine_configs_of,
-    engine_models_of,
-    open_programs,
-    profiles_of,
-)
+from sim.spec import Run
 from sim.workloads.program import Program
 
 

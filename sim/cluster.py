@@ -10,34 +10,27 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from mypy_extensions import mypyc_attr
 
-from parrot.engine.core import EngineLimits, EngineTask, Link
-from parrot.engine.emulated.engine import EmulatedEngine
+from parrot.engine.core import EngineTask, Link
 from parrot.engine.emulated.events import EmulatedEvent
-from parrot.engine.emulated.remote import RemoteEngine
 from parrot.engine.emulated.timed import TimedEngine
-from parrot.engine.rate_limits import RateLimits
-from parrot.latency import Coverage, LatencyModel, LatencyProfile, OutOfRange, Outside
 from parrot.protocol.api import SessionReport
-from parrot.protocol.engine import EngineDescription, TaskId
+from parrot.protocol.engine import TaskId
 from parrot.protocol.errors import ERRORS, ErrorInfo, ParrotError
-from parrot.remote_latency import RemoteCoverage, RemoteModel
-from parrot.remote_profile import RemoteProfile
 from parrot.serve import effects, events
 from parrot.serve.config import ServeCoreConfig
 from parrot.serve.core import ServeCore
 from parrot.serve.fault import PolicyFault
 from parrot.serve.graph import Call
+from sim.engine_models import EngineModel, EngineProfiles, Observe
 from sim.engines import SimEngine
 from sim.model_types import ModelTypes
 from sim.recorder import Recorder
 from sim.slots import Slots
 from sim.timeline import Timeline
-
-__all__ = ["Cluster", "EngineModel", "OutOfRange", "Timeline"]
 
 AUTH: Final = "simulated"
 FLUSH: Final = 2  #: SimPy priority: after all clients of the instant (urgent 0, normal 1), before the engines' edges (3)
@@ -60,22 +53,6 @@ _CONTEXTS_EVICTED: Final = events.ContextsEvicted
 OnReply = Callable[[Any, ErrorInfo | None], None]  #: called with payload and error
 #: The tokens that an engine generates for a dispatch, and what gives the content of as many of them as it did generate.
 Generate = Callable[[effects.Dispatch], tuple[int, Callable[[int], events.Content]]]
-Observe = Callable[[str, Any], None]  #: engine name, what the engine shows of each iteration or run of iterations
-
-
-class EngineModel(NamedTuple):
-    """An engine as the simulator needs it. `factor` multiplies every duration that its profile says.
-
-    With a remote profile: `rates`, the requests and the tokens a minute that it keeps to; `draw`, uniform numbers from 0 to 1
-    for what single requests deviate by (null: by nothing).
-    """
-
-    description: EngineDescription
-    limits: EngineLimits
-    profile: LatencyProfile | RemoteProfile
-    factor: float = 1.0
-    rates: tuple[int | None, int | None] = (None, None)
-    draw: Callable[[], float] | None = None
 
 
 @mypyc_attr(acyclic=True)
@@ -182,11 +159,9 @@ class Cluster:
             effects.SessionEnded: self._session_ended,
         }
         self.model_types = ModelTypes([model.description for model in engines])
-        self._coverages: dict[str, Coverage] = {}
-        self._remote_coverages: dict[str, RemoteCoverage] = {}
-        self._latencies: dict[tuple[str, float], LatencyModel] = {}  # engines of a profile share it, as far as they are alike
+        self._profiles = EngineProfiles(jump, observe, strict)
         for model in engines:
-            self._register(model, jump, observe, strict)
+            self._register(model)
         self._flush()
 
     # ------------------------------------------------------------------------------------------------ for clients
@@ -233,9 +208,8 @@ class Cluster:
         return self.core.calls(session_id)
 
     def outside(self) -> dict[str, dict[str, tuple[float, float, float]]]:
-        """For each latency profile that was asked for more than it was fitted to: `Coverage.outside`."""
-        coverages: dict[str, Outside] = {**self._coverages, **self._remote_coverages}
-        return {name: coverage.outside for name, coverage in coverages.items() if coverage.outside}
+        """As `EngineProfiles.outside`."""
+        return self._profiles.outside()
 
     def dissolve(self) -> None:
         """The run is over, and nobody waits for an answer: who did would hold this cluster, and it them, for ever."""
@@ -298,9 +272,8 @@ class Cluster:
 
     # ------------------------------------------------------------------------------------------------- the engines
 
-    def _register(self, model: EngineModel, jump: bool, observe: Observe | None, strict: bool) -> None:
-        engine = self._remote(model, strict) if isinstance(model.profile, RemoteProfile) else None
-        emulated = engine or self._emulated(model, jump, observe, strict)
+    def _register(self, model: EngineModel) -> None:
+        emulated = self._profiles.engine_of(model)
 
         def registered(answer: Any, error: ErrorInfo | None) -> None:
             if error is not None:
@@ -309,38 +282,6 @@ class Cluster:
             assert answer.engine_id == len(self.engines)
 
         self._pending.append(events.RegisterEngine(self.expect(registered), model.description))
-
-    def _emulated(self, model: EngineModel, jump: bool, observe: Observe | None, strict: bool) -> TimedEngine:
-        """An engine over the latency of iterations."""
-        profile = model.profile
-        assert isinstance(profile, LatencyProfile)
-        watch = functools.partial(observe, model.description.engine_name) if observe else None
-        coverage = None
-        if profile.seen:
-            coverage = self._coverages.get(profile.name)
-            if coverage is None:
-                coverage = self._coverages[profile.name] = Coverage(profile, strict)
-        latency = self._latencies.get((profile.name, model.factor))
-        if latency is None or latency.profile is not profile:
-            latency = self._latencies[profile.name, model.factor] = LatencyModel(profile, model.factor)
-        return EmulatedEngine(model.limits, latency, jump=jump, observe=watch, coverage=coverage)
-
-    def _remote(self, model: EngineModel, strict: bool) -> TimedEngine:
-        """An engine behind a remote endpoint."""
-        profile = model.profile
-        assert isinstance(profile, RemoteProfile)
-        coverage = self._remote_coverages.get(profile.name)
-        if coverage is None:
-            coverage = self._remote_coverages[profile.name] = RemoteCoverage(profile, strict)
-        requests, tokens = model.rates
-        return RemoteEngine(
-            RemoteModel(profile, model.factor),
-            RateLimits(requests, tokens),
-            tasks_capacity=model.limits.tasks_capacity,
-            largest_task=model.limits.largest_task,
-            coverage=coverage,
-            draw=model.draw,
-        )
 
     def _to_engine(self, action: Callable[..., Any], *arguments: Any) -> None:
         if self._delay_s:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from parrot.configuration import ConfigurationError
-from sim.cluster import EngineModel
+from sim.engine_models import EngineModel
 from sim.model_types import ModelTypes, serves
 from sim.workloads.program import Call, Program, Read, Text, Write
 

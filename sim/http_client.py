@@ -1,6 +1,6 @@
 """One program's client over HTTP: carries its player's actions to a core's public API, in an asyncio event loop.
 
-The counterpart of `sim.population`: it decides nothing about what is sent (`sim.clients`), when it is sent again
+The counterpart of `sim.conversation`: it decides nothing about what is sent (`sim.clients`), when it is sent again
 (`parrot.frontend.wire`) nor about what is measured (`sim.metrics`). Segments become text drawn from their keys: equal keys,
 equal texts.
 """
@@ -37,9 +37,9 @@ from sim.actions import (
     Value,
     Wait,
 )
-from sim.clients import Player
 from sim.model_types import ModelTypes
 from sim.network import Network
+from sim.player import Player
 from sim.recorder import Recorder
 from sim.workloads.program import Text
 

@@ -15,8 +15,9 @@ from parrot.protocol.engine import TaskId
 from parrot.protocol.errors import ErrorInfo
 from parrot.serve.explanations import PlacementReport
 from parrot.serve.graph import Call, Task
-from sim.clients import Mode, Player
+from sim.clients import Mode
 from sim.metrics import CallRow, GetRow, ProgramRow, Summary, TaskRow, distribution, table_of
+from sim.player import Player
 from sim.workloads.program import Program
 
 if TYPE_CHECKING:

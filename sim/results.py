@@ -27,8 +27,9 @@ import pandas as pd
 from parrot import compiled
 from parrot.configuration import ConfigurationError
 from parrot.serve.policies import source_of_policy
+from sim.configs import engine_configs_of, profiles_of
 from sim.metrics import Summary, read_tables
-from sim.spec import Run, Specification, engine_configs_of, load_specification, profiles_of, runs_of
+from sim.spec import Run, Specification, load_specification, runs_of
 
 SPECIFICATION, INPUTS, FINISHED = "spec.json", "inputs.json", "run.json"
 SUMMARIES, CELLS, TIMING, REPORT = "summary.jsonl", "cells.jsonl", "timing.json", "report.html"

@@ -1,7 +1,7 @@
 """The steps of a program that have not gone out yet, and what holds each of them back. Steps are sets, then calls, then gets,
 numbered in the order of the file.
 
-It counts; what a step is once nothing holds it back is its player's affair (`sim.clients`), and so is what lets it go.
+It counts; what a step is once nothing holds it back is its player's affair (`sim.player`), and so is what lets it go.
 """
 
 from __future__ import annotations

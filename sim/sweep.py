@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import msgspec
 
 from parrot.configuration import ConfigurationError
+from parrot.latency import OutOfRange
 from parrot.protocol.errors import ParrotError
 from sim.clients import Mode
-from sim.cluster import OutOfRange
+from sim.configs import check_files, core_config_of, engine_models_of, open_programs
 from sim.fit import check_programs
 from sim.metrics import Summary, write_tables
 from sim.network import open_network
@@ -30,7 +31,7 @@ from sim.pool import Died, Progress, on_processes, shared_progress
 from sim.population import StuckError, simulate
 from sim.recorder import Recorder
 from sim.results import PLACEMENTS, TRACE, ResultsError, write_finished
-from sim.spec import ENGINE_PREFIX, Run, check_files, core_config_of, engine_models_of, open_programs
+from sim.spec import ENGINE_PREFIX, Run
 from sim.tables import engine_load
 from sim.workloads import WorkloadError
 from sim.workloads.ahead import read_ahead

@@ -17,7 +17,7 @@ from parrot.latency import BatchShape, LatencyProfile
 from parrot.protocol.engine import EngineDescription
 from parrot.serve.config import GlobalSchedulerConfig, ServeCoreConfig
 from sim.clients import Mode
-from sim.cluster import EngineModel
+from sim.engine_models import EngineModel
 from sim.network import Network
 from sim.population import simulate
 from sim.workloads.program import Program

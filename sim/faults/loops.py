@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from sim.cluster import Timeline
+from sim.timeline import Timeline
 
 _LATENESS_S = 1e-9
 TURN = 1.5  # SimPy priority: behind everything that arrives in the instant

@@ -12,10 +12,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-from sim.cluster import Timeline
 from sim.faults.dice import Dice
 from sim.faults.loops import ProcessLoop
 from sim.faults.plan import Wire
+from sim.timeline import Timeline
 
 _HOP_S = 0.001  # mean
 _LONGEST_NOTICE_S = 6.0  # until an end sees that its connection is broken

@@ -16,7 +16,6 @@ from typing import Any
 
 import msgspec
 
-from sim.cluster import Timeline
 from sim.faults import stand_ins
 from sim.faults.clients import Client
 from sim.faults.dice import Dice
@@ -26,6 +25,7 @@ from sim.faults.network import Network
 from sim.faults.plan import MODELS, Deaths, Plan, draw_plan
 from sim.faults.programs import draw_program
 from sim.faults.witness import Witness
+from sim.timeline import Timeline
 
 _encode = msgspec.msgpack.Encoder().encode
 

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from parrot.configuration import ConfigurationError
+from sim.configs import core_config_of, engine_models_of
 from sim.network import open_network
 from sim.programs.instances import check_source, starts_at
 from sim.programs.outputs import open_outputs
 from sim.programs.source import Arguments, Source, read_inputs
-from sim.spec import Run, core_config_of, engine_models_of
+from sim.spec import Run
 
 if TYPE_CHECKING:
     from sim.recorder import Recorder

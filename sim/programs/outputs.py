@@ -1,7 +1,7 @@
 """What the model says: from a function that the user gives, from a journal, or synthetic text of a sampled length.
 
 An output depends on its call alone (its instance, its place in it, its prompt), never on when it runs or where, so that
-policies are compared on the same outputs. Lengths are bounded where they are used (`door`), not here.
+policies are compared on the same outputs. Lengths are bounded where they are used (`sessions`), not here.
 """
 
 from __future__ import annotations

@@ -14,18 +14,22 @@ from parrot.frontend.pfunc import environment
 from parrot.serve.config import ServeCoreConfig
 from parrot.serve.graph import Call
 from sim.clients import Mode
-from sim.cluster import Cluster, EngineModel, Timeline
+from sim.cluster import Cluster
+from sim.engine_models import EngineModel
 from sim.network import Network
 from sim.population import StuckError
 from sim.programs.accounts import Account, RecordedBlocking, RecordedLooped
-from sim.programs.door import Door, with_tokenizers
+from sim.programs.door import Door
 from sim.programs.instances import Failures, check_source, starts_at
 from sim.programs.outputs import Outputs
+from sim.programs.sessions import Sessions
 from sim.programs.source import Arguments, Source, play
 from sim.programs.strands import Stopped, Strand, Strands
 from sim.programs.surroundings import virtual_surroundings
+from sim.programs.tokenizers import with_tokenizers
 from sim.programs.transports import BlockingTransport, Client, LoopedTransport
 from sim.recorder import Recorder
+from sim.timeline import Timeline
 
 ADDRESS = "http://simulated"  #: any address is the simulated core's
 
@@ -149,7 +153,7 @@ def simulate_instances(
         firsts = [known.get(call.tasks[0].output.id, (-1, 0)) if call.tasks else (-1, 0) for call in calls]
         recorder.calls_ended(account.serial, calls, [number for number, _ in firsts])
 
-    door = Door(cluster, fitted, tokenizers, strands, outputs, closed)
+    door = Door(cluster, Sessions(cluster, fitted, tokenizers, outputs, closed), strands)
     try:
         with virtual_surroundings(strands, seed), source.importable():
             check_source(source, inputs)

@@ -18,7 +18,7 @@ from typing import Any
 
 import greenlet
 
-from sim.cluster import Timeline
+from sim.timeline import Timeline
 
 PROGRAM_TURN = 1.0  #: SimPy priority of strands of rank 0, on which ranks are added, all below the core's
 CORE_TURN = 1.5  #: of the core's strand: behind all programs of the instant, in front of the cluster's flush (2)

@@ -12,7 +12,8 @@ from types import TracebackType
 
 from parrot.frontend.wire import Answer, Request
 from sim.network import Network
-from sim.programs.door import Door, Exchange
+from sim.programs.door import Door
+from sim.programs.exchange import Exchange
 from sim.programs.loops import Refused, VirtualLoop
 from sim.programs.strands import Strand, running_program
 

@@ -10,7 +10,7 @@ import msgspec
 from parrot.engine.core import EngineLimits
 from parrot.latency import FixedCost, Hinge, LatencyProfile
 from parrot.protocol.engine import EngineDescription
-from sim.cluster import EngineModel
+from sim.engine_models import EngineModel
 
 PROFILE = LatencyProfile(
     name="made-up",

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from parrot.serve.config import ServeCoreConfig
-from sim.cluster import EngineModel
+from sim.engine_models import EngineModel
 from sim.network import Constant
 from sim.programs.outputs import Outputs, open_outputs
 from sim.programs.simulated import simulate_instances

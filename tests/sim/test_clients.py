@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from parrot.protocol.errors import ErrorInfo
 from sim.actions import Action, Assign, Close, Complete, Create, Fetch, Given, Into, Open, Reference, Submit, Value, Wait
-from sim.clients import Mode, Player, new_player
+from sim.clients import Mode, new_player
+from sim.player import Player
 from sim.workloads.program import After, Program, Read, Text, Write
 from tests.sim.programs import chain, chat, map_reduce, one_call, programs
 

@@ -15,10 +15,10 @@ from parrot.engine.emulated.events import Iterations
 from parrot.serve.config import GlobalSchedulerConfig, ServeCoreConfig
 from parrot.serve.policies import POLICIES, parse_policy
 from sim.clients import Mode
-from sim.cluster import Timeline
 from sim.network import Constant, Measured, Network, stream
 from sim.population import StuckError, simulate
 from sim.recorder import Recorder
+from sim.timeline import Timeline
 from sim.workloads.program import Call, Get, Program, Text, Write
 from tests.sim.clusters import engine
 from tests.sim.programs import chain, chat, map_reduce, one_call, programs

@@ -7,7 +7,7 @@ import pytest
 
 from parrot.latency import BatchShape, Coverage, OutOfRange
 from parrot.serve.config import ServeCoreConfig
-from sim.cluster import EngineModel
+from sim.engine_models import EngineModel
 from sim.network import Constant
 from sim.population import simulate
 from sim.recorder import Recorder

@@ -9,8 +9,9 @@ from parrot.engine.core import EngineLimits, EngineTask, Link
 from parrot.engine.emulated.engine import EmulatedEngine, EmulatedEvent
 from parrot.latency import FixedCost, LatencyModel, LatencyProfile
 from sim.calendar import Calendar
-from sim.cluster import FLUSH, Timeline
+from sim.cluster import FLUSH
 from sim.engines import EDGE, SimEngine
+from sim.timeline import Timeline
 
 PROFILE = LatencyProfile(
     name="t", model="m", device="d", attn_func="a", fixed=(FixedCost(9, 0.25),), hinges=(), pair_s=0.0, kv_s=0.0

@@ -12,7 +12,6 @@ import pytest
 from parrot.protocol.errors import ErrorInfo
 from parrot.serve.events import CreateVariable
 from parrot.serve.ledger import KEPT, Ended, Entry, Row, Shown, StoredText, encode
-from sim.cluster import Timeline
 from sim.faults.__main__ import main, run_seeds
 from sim.faults.dice import Dice
 from sim.faults.disk import SimDisk, SimJournal
@@ -20,6 +19,7 @@ from sim.faults.loops import ProcessLoop
 from sim.faults.plants import PLANTS, planted
 from sim.faults.tokenizers import Halves
 from sim.faults.world import run_seed
+from sim.timeline import Timeline
 
 SEEDS = 60
 #: The seed at which each planted bug is found, counted from 0.

@@ -16,7 +16,7 @@ from parrot.serve.config import ServeCoreConfig
 from sim.faults import tokenizers
 from sim.network import Constant
 from sim.population import StuckError
-from sim.programs import door, surroundings
+from sim.programs import surroundings
 from sim.programs.outputs import open_outputs
 from sim.programs.simulated import simulate_instances
 from sim.programs.source import Source, read_inputs
@@ -261,7 +261,7 @@ def test_outputs_end_where_an_engine_would_end_them(run: Runner) -> None:
 
 
 def test_texts_are_tokenized_with_the_engines_tokenizer(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door, "tokenizer_or_synthetic", tokenizers.load)
+    monkeypatch.setattr("sim.programs.tokenizers.tokenizer_or_synthetic", tokenizers.load)
     (one,) = engines(1)
     halves = [one._replace(description=msgspec.structs.replace(one.description, tokenizer=tokenizers.HALVES))]
     words = " ".join(f"w{n}" for n in range(30))
@@ -442,7 +442,9 @@ def test_an_interrupt_ends_the_run_and_every_instance(run: Runner, capsys: pytes
 def test_who_only_looks_at_the_clock_is_told_that_it_stands(run: Runner, capsys: pytest.CaptureFixture[str]) -> None:
     recorder = run("def main():\n    while time.time() < 2e9:\n        pass\n")
     assert recorder.counts["failed"] == 1
-    assert "never waits" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "never waits" in shown
+    assert "During handling" not in shown, "P itself looks at the clock at its end"
 
 
 def test_who_hears_of_an_ended_instance_finds_the_real_clock(run: Runner) -> None:

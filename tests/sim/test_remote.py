@@ -17,7 +17,7 @@ from parrot.protocol.engine import EngineDescription
 from parrot.remote_profile import RemoteProfile
 from parrot.serve.config import ServeCoreConfig
 from sim.clients import Mode
-from sim.cluster import EngineModel
+from sim.engine_models import EngineModel
 from sim.network import Constant
 from sim.population import simulate
 from sim.recorder import Recorder
