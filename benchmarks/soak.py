@@ -82,7 +82,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 def held(core: ServeCore) -> dict[str, int]:
     """What a core holds, by name; all of it should come and go with sessions. (Ended sessions it remembers, up to a bound.)"""
     scheduler = core.scheduler
-    sessions = list(core._sessions.values())
+    sessions = list(core.sessions.values())
     nodes = list(scheduler.prefixes._roots.values())
     for node in nodes:  # it grows while it is read
         nodes.extend((node.children or {}).values())
@@ -91,19 +91,19 @@ def held(core: ServeCore) -> dict[str, int]:
         "sessions": len(sessions),
         "tasks": sum(len(call.tasks) for session in sessions for call in session.calls),
         "variables": sum(len(session.variables) for session in sessions),
-        "gets": len(core._gets),
-        "timeouts": len(core._gets._timeouts),
-        "keys": len(core._opened) + sum(len(session.answers or ()) for session in sessions),
+        "gets": len(core.dataflow.gets),
+        "timeouts": len(core.dataflow.gets._timeouts),
+        "keys": len(core.registry._opened) + sum(len(session.answers or ()) for session in sessions),
         "queue": len(scheduler.queue),
         "in flight": sum(engine.running for engine in engines),
         "reserved": sum(engine.reserved for engine in engines),
         "contexts": sum(len(engine.contexts) for engine in engines),
-        "shared": len(scheduler.prefixes._shared),
+        "shared": len(list(scheduler.contexts._shared)),
         "nodes": len(nodes),
         "lanes": len(scheduler.engines.lanes),
-        "waits": len(scheduler._stranded) + len(scheduler._pauses._full) + len(scheduler._pauses._suspects),
+        "waits": len(scheduler._backlog._stranded) + len(scheduler._pauses._full) + len(scheduler._pauses._suspects),
         "tenants": len(scheduler.tenants._present),
-        "deadlines": len(core._deadlines._heap),
+        "deadlines": len(core.dataflow.deadlines._heap),
     }
 
 

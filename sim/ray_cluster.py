@@ -18,7 +18,7 @@ import ray
 import ray.exceptions
 
 from sim.pool import shared_progress
-from sim.results import place_files
+from sim.results import ResultsError, place_files
 from sim.spec import Run
 from sim.sweep import Failure, Outcome, Result, RunError, Where, carry_out
 
@@ -84,6 +84,8 @@ def _received(reference: Any, run: Run, folder: str | None) -> Outcome:
             place_files(Path(folder) / run.name, sent.files)
         except OSError as error:
             return Failure(run, f"{folder}: cannot be written: {error.strerror}")
+        except ResultsError as error:
+            return Failure(run, str(error))
     return sent.outcome
 
 

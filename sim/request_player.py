@@ -47,6 +47,16 @@ class RequestPlayer(Player):
             self._begin(self._steps, now, out)
         return out
 
+    def waits_for(self) -> str:
+        """The outputs that were requested and have not come."""
+        steps, asked = self._steps, []
+        if steps is not None:
+            for number, call in enumerate(self.program.calls):
+                missing = [s.var for s in _writes(call)[: self._wanted[number]] if s.var not in self._values]
+                if missing and steps.blocked[steps.first_call + number] == 0:
+                    asked.append(f"output {missing[0]!r} of {steps.name(steps.first_call + number)}")
+        return ", ".join(asked) if asked else super().waits_for()
+
     def _outputs_wanted(self) -> list[int]:
         """For each call how many of its outputs, from the first, somebody wants; 0: the call is never made."""
         calls = self.program.calls

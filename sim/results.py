@@ -14,6 +14,7 @@ Decides what is kept between two starts of a sweep; never what a run does.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -254,10 +255,15 @@ def _json(value: object) -> bytes:
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """Writes a file so that it is there as a whole or not at all."""
+    """Writes a file so that it is there as a whole or not at all. Raises ResultsError."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise ResultsError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _digest(content: bytes) -> str:

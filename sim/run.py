@@ -23,6 +23,7 @@ from sim.configs import engine_configs_of, spreads_of, writes_log
 from sim.flags import parser, specification_of
 from sim.results import FINISHED, ResultsError, inputs_of, open_folder, write_results, write_timing
 from sim.spec import Run, Specification, runs_of
+from sim.stdout import leave_stdout
 from sim.sweep import Failure, Result, RunError, Where, check_runs, run_all
 from sim.terminal import Display, table_of
 
@@ -150,15 +151,21 @@ def main(argv: Sequence[str] | None = None, prog: str = "sim.run") -> int:
     except (ConfigurationError, RunError, ResultsError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        print(f"{prog}: nobody reads stdout any more{_kept(folder)}", file=sys.stderr)
+        return leave_stdout()
     except KeyboardInterrupt:
-        done = len(list(folder.glob(f"*/{FINISHED}")))
-        kept = f"; {done} finished runs are kept in {folder}, and the same command goes on from there" if done else ""
-        print(f"{prog}: interrupted{kept}", file=sys.stderr)
+        print(f"{prog}: interrupted{_kept(folder)}", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
     _tell(failures, len(runs_of(specification)), prog, folder)
     return 1 if failures else 0
+
+
+def _kept(folder: Path) -> str:
+    done = len(list(folder.glob(f"*/{FINISHED}")))
+    return f"; {done} finished runs are kept in {folder}, and the same command goes on from there" if done else ""
 
 
 def _tell(failures: Sequence[Failure], runs: int, prog: str, folder: Path) -> None:

@@ -274,8 +274,9 @@ def _check_numbers(spec: Specification) -> None:
             raise ConfigurationError(f"count {count}: at least 1 program is needed")
     if any(seed < 0 for seed in spec.seeds):
         raise ConfigurationError(f"seed {min(spec.seeds)}: a seed is 0 or more")
-    if spec.repeats < 1 or spec.max_gen_length < 1 or spec.engine_delay_ms < 0:
-        raise ConfigurationError("repeats and max_gen_length are at least 1, engine_delay_ms at least 0")
+    for name, least in (("repeats", 1), ("max_gen_length", 1), ("engine_delay_ms", 0)):
+        if not least <= getattr(spec, name) < math.inf:
+            raise ConfigurationError(f"{name} {getattr(spec, name):g}: at least {least} is needed")
     if spec.intervals < 0 or spec.intervals == 1:
         raise ConfigurationError(f"intervals {spec.intervals}: the number of draws a seed is 2 or more, or 0 for none")
     if spec.intervals and spec.backend != "sim":

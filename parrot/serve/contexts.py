@@ -1,160 +1,28 @@
-"""Contexts and the prefix store: which engine holds which prefix, and which queued tasks would share one.
+"""The contexts that engines hold, by the core's own count: made for a task, kept for those that come after it, given up.
 
-A prefix is a chain of content keys from the head of a prompt up to a boundary of variables. Equal prefixes are the
-same `PrefixNode` of a trie, so a prefix is compared by identity and the longest match over all engines is one walk
-down the trie, a step a segment. Sharing domains are kept apart at the root; only a leading constant that may be
-shared with everybody hangs below the common root, and what follows it is again its own domain's.
+It decides when the core lets go of one: at once when nobody has filled it, with the session that owns it, or when a shared one
+has been unused for its lifetime. It knows no queue and no policy, and asks no engine: what one has evicted it is told, and
+what is to be freed there it says once an instant.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from hashlib import blake2b
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
+from parrot.serve.effects import AnyEffect, FreeContexts
+from parrot.serve.prefixes import PrefixNode, PrefixTrie
 from parrot.serve.states import CONTEXT
 
 if TYPE_CHECKING:
-    from parrot.serve.engines import Engine
-    from parrot.serve.graph import Link, Task
+    from parrot.serve.engines import Engine, Engines
     from parrot.serve.sessions import Session
 
-COMMON = ""  #: the domain of leading constants that all sessions may share
-
-NodeKey = str | tuple[str, ...]
-
+# By names of this module's own that never change: the compiled module need not look them up.
+_FREE_CONTEXTS: Final = FreeContexts
 _USE: Final = CONTEXT.of("use")
 _RELEASE: Final = CONTEXT.of("release")
 _DROP: Final = CONTEXT.of("drop")
-
-
-def prefix_hash(parent: str, keys: Iterable[str]) -> str:
-    """The hash of the prefix with these content keys behind the one that `parent` is the hash of ("": nothing). It depends on
-    the content keys and their order alone: not on domains, engines, or whether fills were fused."""
-    for key in keys:
-        parent = blake2b(f"{parent or '-'} {key}".encode(), digest_size=16).hexdigest()
-    return parent
-
-
-class PrefixNode:
-    """One prefix. `contexts`: engine id -> the context that holds it there; to be read only. `queued`: tasks waiting for a
-    placement whose prompt begins with it (kept only for policies that ask). `users`: queued tasks whose whole prompt it is.
-
-    Most prefixes are one program's: one engine holds them, and one other continues them. So the only context and the only
-    child stand for themselves, and a dict is made with the second one."""
-
-    __slots__ = ("_child", "_children", "_context", "_contexts", "_hash", "depth", "domain", "key", "parent", "queued", "users")
-
-    def __init__(self, parent: PrefixNode | None, key: NodeKey, domain: str, depth: int) -> None:
-        self.parent = parent
-        self.key = key
-        self.domain = domain
-        self.depth = depth
-        self.users = 0
-        self._context: Context | None = None  # the only one
-        self._child: PrefixNode | None = None  # the only one
-        self._contexts: dict[int, Context] | None = None  # all of them, where there have been two
-        self._children: dict[NodeKey, PrefixNode] | None = None
-        self.queued: dict[Task, None] | None = None
-        self._hash: str | None = None
-
-    @property
-    def contexts(self) -> dict[int, Context] | None:
-        if self._contexts is not None:
-            return self._contexts
-        context = self._context
-        return None if context is None else {context.engine.id: context}
-
-    @property
-    def children(self) -> dict[NodeKey, PrefixNode] | None:
-        """The prefixes that are longer by one link, by what they add; to be read only."""
-        if self._children is not None:
-            return self._children
-        child = self._child
-        return None if child is None else {child.key: child}
-
-    @property
-    def needed(self) -> bool:
-        """Whether anything hangs on it."""
-        if self.users or self._context is not None or self._child is not None:
-            return True
-        return bool(self._contexts or self._children or self.queued)
-
-    def context_on(self, engine: Engine) -> Context | None:
-        """The context that holds it on that engine."""
-        if self._contexts is not None:
-            return self._contexts.get(engine.id)
-        context = self._context
-        return context if context is not None and context.engine is engine else None
-
-    def add_context(self, context: Context) -> None:
-        """Its engine holds it now."""
-        if self._contexts is not None:
-            self._contexts[context.engine.id] = context
-        elif self._context is None:
-            self._context = context
-        else:
-            only, self._context = self._context, None
-            self._contexts = {only.engine.id: only, context.engine.id: context}
-
-    def remove_context(self, context: Context) -> None:
-        """Its engine holds it no longer."""
-        if context is self._context:
-            self._context = None
-        elif self._contexts is not None:
-            del self._contexts[context.engine.id]
-
-    def child(self, key: NodeKey) -> PrefixNode | None:
-        """The prefix that continues it by `key`."""
-        if self._children is not None:
-            return self._children.get(key)
-        child = self._child
-        return child if child is not None and child.key == key else None
-
-    def add_child(self, child: PrefixNode) -> None:
-        if self._children is not None:
-            self._children[child.key] = child
-        elif self._child is None:
-            self._child = child
-        else:
-            only, self._child = self._child, None
-            self._children = {only.key: only, child.key: child}
-
-    def remove_child(self, child: PrefixNode) -> bool:
-        """Whether it was one."""
-        if child is self._child:
-            self._child = None
-        elif self._children is not None and self._children.get(child.key) is child:
-            del self._children[child.key]
-        else:
-            return False
-        return True
-
-    @property
-    def static(self) -> bool:
-        """Whether all sessions may share it: a call's leading constant. Everything else is its domain's own."""
-        return self.domain == COMMON
-
-    @property
-    def prefix_hash(self) -> str:
-        """Of its content, from the head of the prompt; computed when it is first asked for."""
-        unknown: list[PrefixNode] = []
-        node: PrefixNode | None = self
-        while node is not None and node._hash is None:
-            unknown.append(node)
-            node = node.parent
-        reached = "" if node is None else node._hash or ""
-        for node in reversed(unknown):
-            reached = node._hash = prefix_hash(reached, node._contents())
-        return reached
-
-    def _contents(self) -> tuple[str, ...]:
-        """The content keys that it adds to its parent's."""
-        if self.parent is None:
-            return ()
-        if isinstance(self.key, str):
-            return (self.key,)
-        return self.key if self.domain == self.parent.domain else self.key[1:]
 
 
 class Context:
@@ -220,93 +88,27 @@ class Line:
         context.older = context.newer = None
 
 
-class PrefixStore:
-    """The trie of prefixes with everything that hangs on it. Whoever drops the last thing on a node prunes it."""
+class Contexts:
+    """All contexts on `engines`, on the prefixes of `prefixes`. `lifetime_s`: how long a shared one stays that nobody uses."""
 
-    def __init__(self, lifetime_s: float) -> None:
+    def __init__(self, engines: Engines, prefixes: PrefixTrie, lifetime_s: float) -> None:
+        self._engines = engines
+        self._prefixes = prefixes
         self._lifetime_s = lifetime_s
-        self._roots: dict[str, PrefixNode] = {}
         self._shared = Line()  # the retained ones without an owner, first what has been unused for the longest time
+        self.freed: dict[Engine, list[int]] = {}  #: ids that the engines have not been told of yet
 
-    # ------------------------------------------------------------------------------------------------ prefixes
+    # ------------------------------------------------------------------------------------- for a task in flight
 
-    def path(self, links: list[Link], domain: str, common_head: bool) -> list[PrefixNode]:
-        """The nodes of a chain, made where they are new. `common_head`: its first link may be shared by everybody.
-        The last node counts one more user; `leave` gives it back."""
-        wanted = COMMON if common_head else domain
-        node = self._root(wanted)
-        path: list[PrefixNode] = []
-        for link in links:
-            contents = link.contents
-            key: NodeKey = contents[0].key if len(contents) == 1 else tuple([c.key for c in contents])
-            node = self._child(node, key, wanted)
-            wanted = domain
-            path.append(node)
-        return self.held(path)
-
-    @staticmethod
-    def held(path: list[PrefixNode]) -> list[PrefixNode]:
-        """The path of a task that has one more use for it; `leave` gives it back."""
-        if path:
-            path[-1].users += 1
-        return path
-
-    def leave(self, path: list[PrefixNode]) -> None:
-        """The task of that path no longer needs its nodes."""
-        last = path[-1]
-        last.users -= 1
-        if not last.users:
-            self._prune(last)
-
-    def _root(self, domain: str) -> PrefixNode:
-        root = self._roots.get(domain)
-        if root is None:
-            root = self._roots[domain] = PrefixNode(None, "", domain, 0)
-        return root
-
-    def _child(self, node: PrefixNode, key: NodeKey, domain: str) -> PrefixNode:
-        # Below a common node every domain has children of its own.
-        edge: NodeKey = key
-        if node.domain != domain:
-            edge = (domain, key) if isinstance(key, str) else (domain, *key)
-        child = node.child(edge)
-        if child is None:
-            child = PrefixNode(node, edge, domain, node.depth + 1)
-            node.add_child(child)
-        return child
-
-    def _prune(self, node: PrefixNode) -> None:
-        while not node.needed:
-            parent = node.parent
-            if parent is None:
-                self._roots.pop(node.domain, None)
-                return
-            if not parent.remove_child(node):
-                return
-            node = parent
-
-    # ------------------------------------------------------------------------------------------------ contexts
-
-    def add(self, context: Context) -> None:
-        """Hangs a context with a node on the store."""
-        node = context.node
-        assert node is not None
-        node.add_context(context)
-        owner = context.owner
-        if owner is not None:
-            if owner.contexts is None:
-                owner.contexts = Line()
-            owner.contexts.add(context)
-
-    def attach_output(self, context: Context, parent: PrefixNode | None, key: str, domain: str) -> bool:
-        """A generated context's content is known now: hangs it below its prompt's node. False when the engine holds
-        that very prefix already (the context is a duplicate, to be freed)."""
-        node = self._child(parent if parent is not None else self._root(domain), key, domain)
-        if node.context_on(context.engine) is not None:
-            return False
-        context.node = node
-        self.add(context)
-        return True
+    def make(self, engine: Engine, node: PrefixNode | None, tokens: int, owner: Session | None) -> Context:
+        """One that the task is about to fill: for the prefix `node`, which that engine does not hold; None: for its output,
+        whose content nobody knows."""
+        context = Context(engine.new_context_id(), engine, node, tokens, owner)
+        engine.contexts[context.id] = context
+        engine.cached_tokens += tokens
+        if node is not None:
+            self._hang(context, node)
+        return context
 
     def use(self, context: Context) -> None:
         """One more task in flight needs it."""
@@ -316,19 +118,129 @@ class PrefixStore:
                 self._shared.remove(context)
         context.tasks += 1
 
-    def release(self, context: Context, now: float) -> None:
-        """One task fewer needs it; after the last one it is retained."""
-        context.tasks -= 1
-        if context.tasks == 0 and context.state == "live":
-            context.state = _RELEASE[context.state]
-            context.last_use_s = now
-            if context.owner is None:
-                self._shared.add(context)
+    @staticmethod
+    def fill(contexts: tuple[Context, ...]) -> None:
+        """Their engine has computed them: they are there for others to continue."""
+        for context in contexts:
+            context.filled = True
 
-    def drop(self, context: Context) -> list[Context]:
-        """The context is gone, and with it all that continues it on that engine and is not in use. Returns them all."""
+    def attach_output(self, generated: Context, parent: Context | None, tokens: int, key: str, domain: str) -> None:
+        """What a task has generated is known now: the context continues the prefix of `parent`, its prompt's. It is freed when
+        nothing came, and when the engine holds that very prefix already."""
+        engine = generated.engine
+        generated.tokens = tokens
+        engine.cached_tokens += tokens
+        if tokens:
+            node = self._prefixes.below(parent.node if parent is not None else None, key, domain)
+            if node.context_on(engine) is None:
+                generated.node = node
+                self._hang(generated, node)
+                return
+        self._free(generated)
+
+    def release(self, contexts: tuple[Context, ...], now: float) -> None:
+        """Those of a task that is in flight no longer: one user fewer each, and retained after the last one. What nobody filled
+        goes with the task, but on a lost engine, where all go."""
+        for context in reversed(contexts):
+            if context.state == "gone":
+                continue
+            context.tasks -= 1
+            if context.tasks:
+                continue
+            if context.state == "live":
+                context.state = _RELEASE[context.state]
+                context.last_use_s = now
+                if context.owner is None:
+                    self._shared.add(context)
+            if (context.node is None or not context.filled) and context.engine.state != "lost":
+                self._free(context)
+
+    @staticmethod
+    def _hang(context: Context, node: PrefixNode) -> None:
+        """On its prefix, and on its owner."""
+        node.add_context(context)
+        owner = context.owner
+        if owner is not None:
+            if owner.contexts is None:
+                owner.contexts = Line()
+            owner.contexts.add(context)
+
+    # ------------------------------------------------------------------------------------- given up
+
+    def evict(self, engine: Engine, context_ids: tuple[int, ...]) -> None:
+        """The engine gave them up. One that a task in flight uses is computed again with that task."""
+        told = set(context_ids)
+        for context_id in context_ids:
+            context = engine.contexts.get(context_id)
+            if context is None:
+                continue
+            if context.tasks:
+                context.filled = False
+                continue
+            for gone in self._drop(context):
+                if gone.id not in told:
+                    self._will_free(gone)
+        self._engines.load_changed(engine)
+
+    def lose(self, engine: Engine) -> None:
+        """The engine is lost, its tasks are released, and there is nobody left to be told."""
+        self.freed.pop(engine, None)
+        for context in list(engine.contexts.values()):
+            if context.state != "gone":
+                self._drop(context)
+
+    def end_session(self, session: Session) -> None:
+        """Frees what it owns; its tasks have ended."""
+        if session.contexts:
+            self._free_retained(list(session.contexts))
+
+    def expire(self, now: float) -> None:
+        """Frees shared ones whose lifetime is over."""
+        due: list[Context] = []
+        context = self._shared.oldest
+        while context is not None and context.last_use_s + self._lifetime_s <= now:
+            due.append(context)
+            context = context.newer
+        self._free_retained(due)
+
+    def next_deadline(self) -> float | None:
+        """When the lifetime of the longest unused shared one is over."""
+        oldest = self._shared.oldest
+        return None if oldest is None else oldest.last_use_s + self._lifetime_s
+
+    def flush_freed(self, effects: list[AnyEffect]) -> None:
+        """One effect an engine for all that was freed since the last time."""
+        for engine, ids in self.freed.items():
+            if engine.state != "lost":
+                effects.append(_FREE_CONTEXTS(engine.id, tuple(ids)))
+        self.freed.clear()
+
+    def _free_retained(self, contexts: list[Context]) -> None:
+        changed: Engine | None = None
+        for context in contexts:
+            if context.state == "retained":
+                self._free(context)
+                if context.engine is not changed:
+                    changed = context.engine
+                    self._engines.load_changed(changed)
+
+    def _free(self, context: Context) -> None:
+        """Drops it, and will tell its engine."""
+        for gone in self._drop(context):
+            self._will_free(gone)
+
+    def _will_free(self, context: Context) -> None:
+        ids = self.freed.get(context.engine)
+        if ids is None:
+            self.freed[context.engine] = [context.id]
+        else:
+            ids.append(context.id)
+
+    def _drop(self, context: Context) -> list[Context]:
+        """It is gone, and with it all that continues it on that engine: nothing below it is in use, for a task uses its whole
+        chain. Returns them all, the deepest first."""
         node, engine = context.node, context.engine
-        dropped = [context] if node is None else self._below(node, engine)
+        dropped = [context] if node is None else node.contexts_below(engine)
         for gone in dropped:
             owner, node = gone.owner, gone.node
             engine.cached_tokens -= gone.tokens
@@ -341,69 +253,5 @@ class PrefixStore:
             gone.state = _DROP[gone.state]
             if node is not None:
                 node.remove_context(gone)
-                self._prune(node)
+                self._prefixes.prune(node)
         return dropped
-
-    @staticmethod
-    def _below(node: PrefixNode, engine: Engine) -> list[Context]:
-        """The contexts of an engine at `node` and below it, the deepest first. Contexts of tasks in flight below a
-        dropped one cannot be: a task uses its whole chain."""
-        found: list[Context] = []
-        stack: list[PrefixNode] = []
-        at: PrefixNode | None = node
-        while at is not None:
-            context = at.context_on(engine)
-            following: PrefixNode | None = None
-            if context is not None:
-                found.append(context)
-                if at._children:
-                    stack.extend(at._children.values())
-                else:
-                    following = at._child
-            at = following if following is not None or not stack else stack.pop()
-        if len(found) > 1:
-            found.reverse()
-        return found
-
-    def next_deadline(self) -> float | None:
-        """When the lifetime of the longest unused shared context is over."""
-        oldest = self._shared.oldest
-        return None if oldest is None else oldest.last_use_s + self._lifetime_s
-
-    def expired(self, now: float) -> list[Context]:
-        """Shared contexts whose lifetime is over. They stay until they are dropped."""
-        found: list[Context] = []
-        context = self._shared.oldest
-        while context is not None and context.last_use_s + self._lifetime_s <= now:
-            found.append(context)
-            context = context.newer
-        return found
-
-    # ------------------------------------------------------------------------------------------------ queries
-
-    @staticmethod
-    def cached_links(path: list[PrefixNode], engine: Engine) -> int:
-        """How many leading links of `path` that engine holds (or is computing for a task in flight)."""
-        count = 0
-        for node in path:
-            if node.context_on(engine) is None:
-                break
-            count += 1
-        return count
-
-    @staticmethod
-    def longest_matches(path: list[PrefixNode]) -> Iterator[tuple[int, tuple[int, ...]]]:
-        """(matched links, engine ids) with the longest match first: each engine once, at its longest match. Time is
-        proportional to the links and to the engines that hold any of those that were asked for."""
-        levels: list[dict[int, Context]] = []
-        for node in path:
-            contexts = node.contexts
-            if not contexts:
-                break
-            levels.append(contexts)
-        seen: set[int] = set()
-        for depth in range(len(levels), 0, -1):
-            fresh = tuple([engine_id for engine_id in levels[depth - 1] if engine_id not in seen])
-            if fresh:
-                seen.update(fresh)
-                yield depth, fresh

@@ -1,7 +1,7 @@
 """Deadlines: until when a task's output is of any use, deduced backward through the DAG from gets and calls.
 
 A get with a deadline says that its value is worthless later; a call with one says so of its outputs, whoever asks. Two things
-follow for every task behind it, in the same direction as criteria (`graph.Deduction`):
+follow for every task behind it, in the same direction as criteria (`deduction.Deduction`):
 
 - `deadline_s`, the tightest of those that it serves: how urgent it is, for policies. It is only ever tightened.
 - `wanted_until_s`, the latest: after that nobody can use its output any more. One get without a deadline makes it endless.

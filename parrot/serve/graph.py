@@ -16,13 +16,14 @@ from mypy_extensions import mypyc_attr
 from parrot.protocol.api import Criteria, SamplingConfig
 from parrot.protocol.engine import CONTINUED, TaskId
 from parrot.serve import states
-from parrot.serve.contexts import prefix_hash
 from parrot.serve.events import Constant, Content, Output, Segment
+from parrot.serve.prefixes import prefix_hash
 from parrot.serve.variables import Variable
 
 if TYPE_CHECKING:
-    from parrot.serve.contexts import Context, PrefixNode
+    from parrot.serve.contexts import Context
     from parrot.serve.engines import Engine, Lane
+    from parrot.serve.prefixes import PrefixNode
     from parrot.serve.sessions import Session
 
 # By names of this module's own that never change: the compiled module need not look them up.
@@ -294,7 +295,7 @@ class Task:
 
     def prefix_hashes(self) -> list[str]:
         """The prefix hash at each boundary of its prompt, the head first: the last one is its whole prompt's. As far as its
-        inputs are known. Hashes are the same wherever the contents are (`contexts.prefix_hash`)."""
+        inputs are known. Hashes are the same wherever the contents are (`prefixes.prefix_hash`)."""
         found: list[str] = []
         reached = ""
         for link in chain_of(self) if self.links is None else self.links:

@@ -20,8 +20,8 @@ import msgspec
 
 from parrot.configuration import ConfigurationError
 from parrot.serve import ledger
-from parrot.serve.core import REMEMBERED_SESSIONS
 from parrot.serve.ledger import KEPT, Mode, Past, Row, StoredText, content_keys
+from parrot.serve.session_registry import REMEMBERED_SESSIONS
 
 VERSION = 1
 APPLICATION_ID = 0x50415252

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from parrot.serve import ledger
-from parrot.serve.core import REMEMBERED_SESSIONS
 from parrot.serve.journal_files import row_columns, sealed, shown_columns, text_columns
 from parrot.serve.ledger import Entry, Mode
+from parrot.serve.session_registry import REMEMBERED_SESSIONS
 
 # Rows that one INSERT takes; few sizes, so that each statement stays prepared.
 _INSERT_SIZES = (32, 8, 1)

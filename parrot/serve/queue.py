@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection, Iterator
 from heapq import heappop, heappush
 from typing import Any, Final
 
-from parrot.serve.contexts import PrefixNode
 from parrot.serve.engines import Lane
 from parrot.serve.graph import Task
+from parrot.serve.prefixes import PrefixNode
 
 Entry = tuple[Any, int, Task]
 Owner = str | int  #: a tenant's name, or the sequence number of a program's session

@@ -1,4 +1,4 @@
-"""Sessions: one run of an application, with its variables and calls; and which of them have been idle for too long."""
+"""A session: one run of an application, with its variables and calls."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Session:
         self.stages: dict[tuple[Task, int], Task | Group] | None = None  # a stage's group, or its only task
         self.top_rank = 0  # the highest of its tasks' ranks
         self.deadlines: dict[Variable, Want] | None = None  # of fetched variables, once anybody has named one
-        # For IdleSessions alone: whether it has the session, and the neighbours of the session there.
+        # For `session_registry.IdleSessions` alone: whether it has the session, and the neighbours of the session there.
         self.idle = False
         self.older: Session | None = None
         self.newer: Session | None = None
@@ -105,85 +105,3 @@ class Session:
             if isinstance(stage, Group):
                 stage.members.clear()
         self.stages = self.contexts = self.answers = self.deadlines = None
-
-
-class IdleSessions:
-    """Which sessions expire when: the idle ones, and no others, in a line by their last access."""
-
-    def __init__(self, life_span_s: float) -> None:
-        self._life_span_s = life_span_s
-        self._oldest: Session | None = None
-        self._newest: Session | None = None
-
-    def touch(self, session: Session, now: float) -> None:
-        """The session was accessed, or its work has begun or ended."""
-        session.last_access_s = now
-        if session.active > 0 or session.waiting_gets > 0:
-            self.remove(session)
-        elif session is not self._newest:
-            self.remove(session)
-            newest = self._newest
-            session.idle = True
-            session.older = newest
-            if newest is None:
-                self._oldest = session
-            else:
-                newest.newer = session
-            self._newest = session
-
-    def remove(self, session: Session) -> None:
-        """The session has ended, or is not idle."""
-        if not session.idle:
-            return
-        older, newer = session.older, session.newer
-        if older is None:
-            self._oldest = newer
-        else:
-            older.newer = newer
-        if newer is None:
-            self._newest = older
-        else:
-            newer.older = older
-        session.idle = False
-        session.older = session.newer = None
-
-    def next_deadline(self) -> float | None:
-        """When the first of them expires."""
-        oldest = self._oldest
-        return None if oldest is None else oldest.last_access_s + self._life_span_s
-
-    def expired(self, now: float) -> list[Session]:
-        """Those whose life span is over, taken out; of those that were last accessed at once, the first opened first."""
-        found: list[Session] = []
-        while (session := self._oldest) is not None and session.last_access_s + self._life_span_s <= now:
-            self.remove(session)
-            found.append(session)
-        found.sort(key=_last_access)
-        return found
-
-
-def _last_access(session: Session) -> tuple[float, int]:
-    return session.last_access_s, session.sequence
-
-
-class EndedSessions:
-    """Which sessions have ended, and how: the last ones, at least so many as `kept` says and at most twice as many."""
-
-    def __init__(self, kept: int) -> None:
-        self._kept = kept
-        self._late: dict[int, str] = {}
-        self._early: dict[int, str] = {}  # all before those
-
-    def add(self, session_id: int, state: str) -> None:
-        self._late[session_id] = state
-        if len(self._late) == self._kept:
-            self._early, self._late = self._late, {}
-
-    def state_of(self, session_id: int) -> str | None:
-        """`closed` or `expired`; None when nothing is known of it."""
-        found = self._late.get(session_id)
-        return found if found is not None else self._early.get(session_id)
-
-    def items(self) -> list[tuple[int, str]]:
-        """(session id, state), in the order of their end."""
-        return [*self._early.items(), *self._late.items()]

@@ -15,7 +15,7 @@ from sim.conformance.play import Play, expect
 
 def tasks_of(play: Play) -> list[Task]:
     """All tasks of open sessions."""
-    return [task for session in play.core._sessions.values() for call in session.calls for task in call.tasks]
+    return [task for session in play.core.sessions.values() for call in session.calls for task in call.tasks]
 
 
 def conservation(play: Play) -> None:
@@ -29,7 +29,7 @@ def conservation(play: Play) -> None:
     flying = {(task.id, task.attempt) for task in tasks if task.state in states.IN_FLIGHT}
     message = f"in flight by the core's books {sorted(flying)}, by what it said {sorted(play.flying)}"
     expect("conservation", flying == set(play.flying), message)
-    for session in play.core._sessions.values():
+    for session in play.core.sessions.values():
         own = [task for call in session.calls for task in call.tasks]
         unfinished = sum(not task.ended for task in own)
         active = sum(task.state in states.IN_FLIGHT or task.state == "queued" for task in own)
@@ -90,7 +90,7 @@ def contexts(play: Play) -> None:
             expect("contexts", right, f"context {context.id} is {context.state} with {context.tasks} users, {users} are there")
             owner = context.owner
             if owner is not None and context.node is not None:
-                kept = context in (owner.contexts or ()) and owner.id in play.core._sessions
+                kept = context in (owner.contexts or ()) and owner.id in play.core.sessions
                 expect("contexts", kept, f"context {context.id} belongs to session {owner.id}, which does not know it")
 
 

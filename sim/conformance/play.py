@@ -131,7 +131,7 @@ class Play:
 
     def engine_of(self, attempt: Dispatch | ev.TaskRejected) -> Engine | None:
         """Where that attempt is in flight, as the core has it; None when it is not."""
-        session = self.core._sessions.get(attempt.task.session_id)
+        session = self.core.sessions.get(attempt.task.session_id)
         task = session.task(attempt.task) if session is not None else None
         if task is None or task.attempt != attempt.attempt or attempt.epoch != self.core.epoch:
             return None
@@ -260,7 +260,7 @@ class Play:
         """What is in flight ends, some of it badly at first, and time goes on to the last deadline: nothing may be queued or
         running then, and every get must have been answered."""
         for session_id in list(self.sessions):
-            session = self.core._sessions[session_id]
+            session = self.core.sessions[session_id]
             for variable in list(session.variables.values()):
                 if variable.state == "empty":  # only the client could fill it
                     self.set(session_id, variable.id, ev.Content(f"late:{variable.id}", _lengths(variable.id)))
@@ -289,7 +289,7 @@ class Play:
 
     def close_everything(self) -> None:
         """All sessions close and all lifetimes pass: nothing is left behind."""
-        for session_id in sorted(self.core._sessions):
+        for session_id in sorted(self.core.sessions):
             self.close(session_id)
         left = {name: count for name, count in self.core.counts().items() if count}
         expect("nothing left", not left, f"all sessions are closed, and there are {_counted(left)}")

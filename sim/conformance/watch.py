@@ -82,7 +82,7 @@ def _seen(core: ServeCore) -> Seen:
         seen[engine, "engine"] = _fields(engine)
         for context in engine.contexts.values():
             seen[context, "context"] = _fields(context)
-    for session in core._sessions.values():
+    for session in core.sessions.values():
         seen[session, "session"] = _fields(session)
         for call in session.calls:
             for task in call.tasks:

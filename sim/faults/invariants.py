@@ -99,7 +99,7 @@ class CoreWatch:
     def check(self) -> None:
         """Conservation, causality, capacity, isolation, contexts: invariants 1, 3, 6 and 8 of the design."""
         core: Any = self._core
-        tasks = [task for session in core._sessions.values() for call in session.calls for task in call.tasks]
+        tasks = [task for session in core.sessions.values() for call in session.calls for task in call.tasks]
         self._conservation(tasks)
         for task in tasks:
             times = [task.call.submitted_s, task.ready_s, task.dispatched_s, task.first_token_s, task.finished_s]
@@ -116,7 +116,7 @@ class CoreWatch:
         self._expect("conservation", flying == opened, f"in flight by the core's books {flying}, by what it said {opened}")
         queued = sum(task.state == "queued" for task in tasks)
         self._expect("conservation", core.scheduler.waiting == queued, f"{queued} tasks are queued, the queue has others")
-        for session in core._sessions.values():
+        for session in core.sessions.values():
             own = [task for call in session.calls for task in call.tasks]
             unfinished = sum(not task.ended for task in own)
             active = sum(task.state in states.IN_FLIGHT or task.state == "queued" for task in own)

@@ -26,7 +26,7 @@ def _attempt_check() -> Iterator[None]:
     """The core takes a task's events whatever their attempt."""
 
     def in_flight(core: Any, event: Any) -> Any:
-        session = core._sessions.get(event.task.session_id) if event.epoch == core.scheduler.epoch else None
+        session = core.sessions.get(event.task.session_id) if event.epoch == core.scheduler.epoch else None
         task = session.task(event.task) if session is not None else None
         return task if task is not None and task.state in states.IN_FLIGHT else None
 
@@ -39,7 +39,7 @@ def _epoch_check() -> Iterator[None]:
     """The core takes the events of an earlier life."""
 
     def in_flight(core: Any, event: Any) -> Any:
-        session = core._sessions.get(event.task.session_id)
+        session = core.sessions.get(event.task.session_id)
         task = session.task(event.task) if session is not None else None
         return task if task is not None and task.attempt == event.attempt and task.state in states.IN_FLIGHT else None
 
@@ -77,8 +77,8 @@ def _forgotten_idempotency() -> Iterator[None]:
 
     def forgetful(*arguments: Any) -> Any:
         core: Any = recover(*arguments)
-        core._opened.clear()
-        for session in core._sessions.values():
+        core.registry._opened.clear()
+        for session in core.sessions.values():
             session.answers = None
         return core
 

@@ -95,7 +95,7 @@ class Witness:
         """The core, as it was recovered or as it is in the end, stands by all that was told."""
         core: Any = server.core
         for session_id, told in self.sessions.items():
-            session = core._sessions.get(session_id)
+            session = core.sessions.get(session_id)
             if session is None:
                 self.expect("lasting", session_id in self._over, f"session {session_id} is gone")
                 continue

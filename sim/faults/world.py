@@ -100,7 +100,7 @@ class World:
     def shows(self, session_id: int, task: dict[str, Any]) -> bool:
         """Whether a getter has seen something of the output of that task (as a TaskRequest's JSON has it)."""
         server: Any = self.core.server
-        session = server.core._sessions.get(session_id) if server is not None else None
+        session = server.core.sessions.get(session_id) if server is not None else None
         if session is None:
             return False
         _, call, output = task["task"]

@@ -34,6 +34,7 @@ def open_workload(
     spec: FILE of programs, NAME[:parameter=value,…] of a generator, KIND:PATH[:parameter=value,…] of a trace, mix:PATH.
     rate: programs per second. Arrivals that are drawn come at it (1 per second when left out); recorded gaps are scaled to
         it, and keep their length without it.
+    seed: 0 or more.
     count: how many, at most; a generator makes 100 when it is left out.
     max_gen_length: the limit of outputs whose trace names none (or the output, where that is longer).
     arrivals: poisson, gamma:CV, constant, recorded[:TIME_SCALE]; None: as recorded, Poisson where nothing is recorded.
@@ -46,6 +47,10 @@ def open_workload(
         check_rate(rate)
     if count is not None and count < 1:
         raise WorkloadError(f"count {count}: must be at least 1")
+    if seed < 0:
+        raise WorkloadError(f"seed {seed}: must be 0 or more")
+    if max_gen_length < 1:
+        raise WorkloadError(f"max_gen_length {max_gen_length}: must be at least 1")
     process = None if arrivals is None else parse_arrivals(arrivals)
     kind, colon, path = spec.partition(":")
     sources: Sequence[Source]

@@ -10,6 +10,7 @@ from typing import get_type_hints
 
 import msgspec
 
+from sim.stdout import leave_stdout
 from sim.workloads import open_workload
 from sim.workloads.arrivals import FORMS
 from sim.workloads.describe import describe
@@ -22,10 +23,17 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit status; results go to stdout, everything else to stderr."""
     arguments = _parser().parse_args(argv)
     try:
-        return int(arguments.run(arguments))
+        status = int(arguments.run(arguments))
+        sys.stdout.flush()
+        return status
     except WorkloadError as error:
         print(error, file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        return leave_stdout()
+    except KeyboardInterrupt:
+        print("sim.workloads: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -115,7 +123,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     kinds: dict[str, type[msgspec.Struct]] = {name: kind for name, (kind, _) in (GENERATORS | TRACES).items()}
     for name in arguments.names or kinds:
         if name not in kinds:
-            print(f"{name!r} has no parameters; those that have: {', '.join(kinds)}", file=sys.stderr)
+            print(f"no generator or trace is called {name!r}; there are: {', '.join(kinds)}", file=sys.stderr)
             return 1
         print(f"{name}: {' '.join((kinds[name].__doc__ or '').split())}")
         for parameter, default, meaning in parameters(kinds[name]):

@@ -18,17 +18,25 @@ from sim.workloads.program import WorkloadError
 FORMS = "poisson, gamma:CV, constant, recorded[:TIME_SCALE]"
 
 
+#: what a rate and a time scale may be: beyond, times in floating point would run together, or out of its range
+LEAST, MOST = 1e-9, 1e9
+
+#: coefficients of variation of gamma gaps: below, they are as good as equal; above, all but a few are 0
+LEAST_CV, MOST_CV = 0.001, 100.0
+
+
 def stream(seed: int, name: str) -> np.random.Generator:
-    """The generator named `name` under `seed`. Streams with different names are independent of each other."""
+    """The generator named `name` under `seed`, 0 or more. Streams with different names are independent of each other."""
     digest = hashlib.blake2b(name.encode(), digest_size=16).digest()
     words = [int.from_bytes(digest[i : i + 4], "little") for i in range(0, 16, 4)]
     return np.random.default_rng(np.random.SeedSequence([seed, *words]))
 
 
 def check_rate(rate: float) -> float:
-    """`rate` in programs per second. Raises WorkloadError unless it is a finite number above 0."""
-    if not math.isfinite(rate) or rate <= 0:
-        raise WorkloadError(f"rate {rate:g}: must be a number of programs per second above 0")
+    """`rate` in programs per second. Raises WorkloadError unless it is a number above 0, from LEAST to MOST."""
+    if not LEAST <= rate <= MOST:
+        bounds = "" if rate <= 0 or math.isnan(rate) else f", from {LEAST:g} to {MOST:g}"
+        raise WorkloadError(f"rate {rate:g}: must be a number of programs per second above 0{bounds}")
     return float(rate)
 
 
@@ -52,9 +60,11 @@ def parse_arrivals(text: str) -> Arrivals:
             number = float(value)
         except ValueError:
             number = math.nan
-        if not (math.isfinite(number) and number > 0):
-            what = "a coefficient of variation" if kind == "gamma" else "a time scale"
-            raise WorkloadError(f"arrivals {text!r}: {value!r} is not {what} above 0")
+        what, least, most = "a time scale", LEAST, MOST
+        if kind == "gamma":
+            what, least, most = "a coefficient of variation", LEAST_CV, MOST_CV
+        if not least <= number <= most:
+            raise WorkloadError(f"arrivals {text!r}: {value!r} is not {what} above 0, from {least:g} to {most:g}")
         return Arrivals(kind, number)  # type: ignore[arg-type]
     raise WorkloadError(f"arrivals {text!r}: must be one of {FORMS}")
 

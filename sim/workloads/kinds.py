@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +22,7 @@ from sim.workloads.paper import open_paper
 from sim.workloads.program import Program, Read, Segment, WorkloadError, read_programs
 from sim.workloads.sharegpt import ShareGPTParameters, sharegpt_source
 from sim.workloads.source import Row, Source, parameters_of
+from sim.workloads.traces import byte_lines
 
 #: `PATH:parameter=value,…`: the first colon behind which a parameter stands ends the path
 _PATH = re.compile(r"(?P<path>.*?)(?::(?P<parameters>[A-Za-z_][\w.\- ]*=.*))?", re.DOTALL)
@@ -88,6 +91,28 @@ TRACES: dict[str, tuple[type[msgspec.Struct], Callable[[str, Any, Setting], Sour
 }
 
 
+_HEADER_LINES = {"azure": 1, "mooncake": 0}  #: of traces with a program a line: lines in front of the first
+
+
+def place_of(spec: str, number: int) -> str:
+    """Where program `number`, from 0, of the workload `spec` stands, for a message: FILE:LINE where there is a program a line,
+    else `spec`."""
+    kind, colon, path = spec.partition(":")
+    header = 0
+    if colon and kind in _HEADER_LINES:
+        match = _PATH.fullmatch(path)
+        assert match is not None
+        path, header = match["path"], _HEADER_LINES[kind]
+    elif kind not in GENERATORS and Path(spec).is_file():
+        path = spec
+    else:
+        return spec
+    with contextlib.suppress(WorkloadError):  # it was read a moment ago
+        for line, _ in islice(byte_lines(path), header + number, None):
+            return f"{path}:{line}"
+    return spec
+
+
 def open_source(spec: str, options: Mapping[str, Any], setting: Setting) -> Source:
     """The workload that `spec` names. Raises WorkloadError for a name or parameter that does not exist."""
     name, colon, rest = spec.partition(":")
@@ -97,6 +122,8 @@ def open_source(spec: str, options: Mapping[str, Any], setting: Setting) -> Sour
     if colon and name in TRACES:
         match = _PATH.fullmatch(rest)
         assert match is not None
+        if not match["path"]:
+            raise WorkloadError(f"workload {spec!r}: names no file; expected {name}:PATH[:parameter=value,…]")
         kind, opener = TRACES[name]
         given = {**_parameters(name, match["parameters"] or ""), **options}
         return opener(match["path"], parameters_of(name, kind, given), setting)

@@ -65,6 +65,8 @@ def open_mix(
     With a part that has no end of its own and no count, `count` is 100 when left out. Raises WorkloadError at once for what
     is wrong in the file, and while reading for what is wrong with a part.
     """
+    if not path:
+        raise WorkloadError("workload 'mix:': names no file; expected mix:PATH")
     try:
         mix = load(path, Mix)
     except ConfigurationError as error:

@@ -25,6 +25,7 @@ from parrot.protocol.api import Criteria
 from sim.workloads.arrivals import check_rate, poisson, stream
 from sim.workloads.azure import lengths_of
 from sim.workloads.program import Call, Get, Program, Read, Set, Text, WorkloadError, Write
+from sim.workloads.source import parameters_of
 
 Count = Annotated[int, Meta(ge=1)]
 Tokens = Annotated[int, Meta(ge=1)]
@@ -36,6 +37,7 @@ CHUNK_TOKENS_PER_SIZE = 340 / 1024  #: the artifact's chunk size counts two more
 REDUCE_INSTRUCTION_TOKENS = 35  #: not in the file: "The following is set of summaries … Helpful Answer:"
 REFINE_HEAD_TOKENS = 35  #: of the refine instruction, what stands in front of the summary so far
 LEAST_CALLS_RATIO = 1.5  #: see `calls_of`
+MOST_TOO_LONG = 10_000  #: chats in a row that are left out for their length, after which no other is tried
 
 
 # ---------------------------------------------------------------------------------------------------------- the file
@@ -225,6 +227,7 @@ def _chat_lengths(p: ChatParameters, generator: np.random.Generator) -> Iterator
     recorded = [] if p.lengths is None else [pair for pair in lengths_of(p.lengths) if _short_enough(pair, p)]
     if p.lengths is not None and not recorded:
         raise WorkloadError(f"{p.lengths}: no request of at most {p.most_prompt_tokens} prompt tokens, {p.most_tokens} in all")
+    too_long = 0
     while True:
         if recorded:
             yield recorded[int(generator.integers(len(recorded)))]
@@ -232,7 +235,13 @@ def _chat_lengths(p: ChatParameters, generator: np.random.Generator) -> Iterator
         prompt = _log_normal(generator, p.prompt_tokens, p.prompt_spread)
         pair = (prompt, _log_normal(generator, p.output_tokens, p.output_spread))
         if _short_enough(pair, p):
+            too_long = 0
             yield pair
+        elif (too_long := too_long + 1) == MOST_TOO_LONG:
+            raise WorkloadError(
+                f"workload paper:chat: {too_long} chats in a row were longer than most_prompt_tokens={p.most_prompt_tokens} or "
+                f"most_tokens={p.most_tokens}; raise these, or lower prompt_tokens and output_tokens"
+            )
 
 
 def _short_enough(pair: tuple[int, int], p: ChatParameters) -> bool:
@@ -315,11 +324,7 @@ def open_paper(rest: str, *, rate: float | None, seed: int, count: int | None) -
         options[key.strip()] = value.strip()
     path = options.pop("file", None)
     kind, generate = _NAMES[name]
-    try:
-        parameters = msgspec.convert(options, kind, strict=False)
-    except msgspec.ValidationError as error:
-        known = ", ".join(f"{f.encode_name}={f.default}" for f in msgspec.structs.fields(kind)) or "none"
-        raise WorkloadError(f"{where}: {error}; its parameters and defaults: {known}") from None
+    parameters = parameters_of(f"paper:{name}", kind, options)
     if path is None and name != "chat":
         raise WorkloadError(f"{where}: its lengths come from a file; name it: paper:{name},file=PATH")
     file = None if path is None else read_paper(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from sim.report.html import Section, write_report
 from sim.report.style import COLOURS
 from sim.workloads.describe import PARTS, Description
 from sim.workloads.histogram import Histogram
 
+FEWEST_BINS = 10  #: over time
 _UNITS = ((1.0, "s"), (60.0, "min"), (3600.0, "h"), (86400.0, "days"))
 
 
@@ -23,8 +25,15 @@ def write_pictures(description: Description, folder: str | Path) -> Path:
     """Writes FOLDER/workload.html, one file with everything in it. Raises OSError."""
     numbers = description.numbers()
     part = f"{description.repeated_part:.1%}"
+    at_once = description.span_s == 0
+    shown = "Calls" if at_once else "Prompt tokens over time, and calls"
     sections = [
-        Section("Arrivals", figures=[(arrivals(description), "Programs that arrive, over time.")], tables=[_facts(numbers)]),
+        Section(
+            "Arrivals",
+            text=["All programs arrive at one time."] if at_once else [],
+            figures=[] if at_once else [(arrivals(description), "Programs that arrive, over time.")],
+            tables=[_facts(numbers)],
+        ),
         Section(
             "Lengths",
             figures=[(lengths(description), "Prompts and outputs of calls, with their medians and 99th percentiles.")],
@@ -36,31 +45,29 @@ def write_pictures(description: Description, folder: str | Path) -> Path:
                 f"{part} of all prompt tokens are in a prefix that came before, in the order of arrivals and were every "
                 "context kept for ever. A call counts at its program's arrival."
             ],
-            figures=[(sharing(description), "Prompt tokens over time, and calls by what part of their prompt is repeated.")],
+            figures=[(sharing(description), f"{shown} by what part of their prompt is repeated.")],
         ),
         Section("Kinds", tables=[_counts(description.applications, "application"), _counts(description.tenants, "tenant")]),
     ]
-    lead = f"{description.programs:,} programs of {description.calls:,} calls in {_duration(description.span_s)}"
+    lead = f"{description.programs:,} programs with {description.calls:,} calls in all, within {_duration(description.span_s)}"
     return write_report(Path(folder) / "workload.html", sections, title=f"Workload {description.workload}", lead=lead)
 
 
 def arrivals(description: Description) -> Figure:
-    """Programs per second over time."""
+    """Programs per second over time; they must not all arrive at one time."""
     figure = Figure(figsize=(9.0, 3.4), layout="constrained")
     axes = figure.subplots()
     _clean(axes)
-    edges, unit = _edges(description)
-    programs = np.array(description.over_time.sums()[0]) / description.over_time.width_s
+    edges, (unit_s, unit), (programs, *_) = _over_time(description)
     axes.stairs(programs, edges, fill=True, color=COLOURS[0], alpha=0.85)
-    if description.span_s > 0:
-        mean = (description.programs - 1) / description.span_s
-        axes.axhline(mean, color="black", linewidth=1.2, linestyle="--", label=f"mean: {mean:.3g} programs/s")
-        _legend(axes)
-        axes.set_ylim(0, 1.18 * max(programs))
+    mean = (description.programs - 1) / description.span_s
+    axes.axhline(mean, color="black", linewidth=1.2, linestyle="--", label=f"mean: {mean:.3g} programs/s")
+    _legend(axes)
+    axes.set_ylim(0, 1.18 * max(programs))
     axes.set_xlim(0, edges[-1])
     axes.set_xlabel(f"time since the first arrival ({unit})")
     axes.set_ylabel("arrivals (programs/s)")
-    axes.set_title(f"Arrivals, {description.over_time.width_s:.3g} s a bin")
+    axes.set_title(f"Arrivals, {_duration(edges[1] * unit_s)} a bin")
     return figure
 
 
@@ -83,6 +90,8 @@ def lengths(description: Description) -> Figure:
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 200 else (1,)))
             axes.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
         axes.xaxis.set_major_formatter(_tokens)
         axes.set_ylim(0, 125 * max(shares))
         axes.set_xlabel(f"{what} (tokens)")
@@ -93,12 +102,14 @@ def lengths(description: Description) -> Figure:
 
 
 def sharing(description: Description) -> Figure:
-    """New and repeated prompt tokens over time, and calls by the repeated part of their prompt."""
+    """New and repeated prompt tokens over time (unless they come at one time), and calls by their prompts' repeated part."""
     figure = Figure(figsize=(9.0, 3.4), layout="constrained")
+    if description.span_s == 0:
+        _by_repeated_part(figure.subplots(), description)
+        return figure
     over_time, by_part = figure.subplots(1, 2, width_ratios=(3, 2))
     _clean(over_time)
-    edges, unit = _edges(description)
-    _, _, new, repeated = (np.array(series) / description.over_time.width_s for series in description.over_time.sums())
+    edges, (_, unit), (_, _, new, repeated) = _over_time(description)
     over_time.stairs(new + repeated, edges, fill=True, color=COLOURS[5], label="repeated prefix")
     over_time.stairs(new, edges, fill=True, color=COLOURS[0], label="new")
     over_time.set_xlim(0, edges[-1])
@@ -108,23 +119,37 @@ def sharing(description: Description) -> Figure:
     over_time.set_ylabel("prompt tokens/s")
     over_time.set_title("Prompt tokens")
     _legend(over_time)
-    _clean(by_part)
-    *parts, whole = description.repeated_parts
-    counts = np.array([*parts[:-1], parts[-1] + whole], dtype=float)
-    by_part.stairs(100 * counts / counts.sum(), np.linspace(0, 100, PARTS + 1), fill=True, color=COLOURS[5])
-    by_part.set_xlim(0, 100)
-    by_part.set_xlabel("part of the prompt that is repeated (%)")
-    by_part.set_ylabel("share of calls (%)")
-    by_part.set_title("Calls by repeated part")
+    _by_repeated_part(by_part, description)
     return figure
 
 
-def _edges(description: Description) -> tuple[np.ndarray, str]:
-    """The edges of the bins over time, in the unit that suits the span."""
-    bins = description.over_time
-    count = len(bins.sums()[0])
-    seconds, unit = next((u for u in reversed(_UNITS) if bins.width_s * count >= 2.5 * u[0]), _UNITS[0])
-    return np.arange(count + 1) * bins.width_s / seconds, unit
+def _by_repeated_part(axes: Axes, description: Description) -> None:
+    _clean(axes)
+    *parts, whole = description.repeated_parts
+    counts = np.array([*parts[:-1], parts[-1] + whole], dtype=float)
+    axes.stairs(100 * counts / counts.sum(), np.linspace(0, 100, PARTS + 1), fill=True, color=COLOURS[5])
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("part of the prompt that is repeated (%)")
+    axes.set_ylabel("share of calls (%)")
+    axes.set_title("Calls by repeated part")
+
+
+def _over_time(description: Description) -> tuple[np.ndarray, tuple[float, str], np.ndarray]:
+    """The edges of the bins over time, the unit that they are in (its seconds, its name), and each series per second,
+    [series, bins].
+
+    Few programs are shown in few bins, lest each be a peak of its own. The last bin ends with the last arrival; where it would
+    be less than half as long as the others it is one with the bin before it.
+    """
+    width_s, sums = description.over_time.width_s, np.array(description.over_time.sums())
+    while sums.shape[1] > max(FEWEST_BINS, 2 * math.sqrt(description.programs)):
+        width_s, sums = 2 * width_s, np.add.reduceat(sums, np.arange(0, sums.shape[1], 2), axis=1)
+    edges_s = np.arange(sums.shape[1] + 1) * width_s
+    edges_s[-1] = description.span_s
+    if len(edges_s) > 2 and edges_s[-1] - edges_s[-2] < width_s / 2:
+        edges_s, sums = np.delete(edges_s, -2), np.column_stack([sums[:, :-2], sums[:, -2:].sum(axis=1)])
+    unit = next((u for u in reversed(_UNITS) if edges_s[-1] >= 2.5 * u[0]), _UNITS[0])
+    return edges_s / unit[0], unit, sums / np.diff(edges_s)
 
 
 def _logarithmic(histogram: Histogram, bins: int = 40) -> tuple[np.ndarray, np.ndarray]:

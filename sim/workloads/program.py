@@ -10,14 +10,16 @@ A piece of text is its key (equal keys are equal texts) and its number of tokens
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, BinaryIO, Literal
 
 import msgspec
 from msgspec import Meta
 
 from parrot.protocol.api import Criteria
+from sim.workloads.plain import refuse_compressed
 
 Tokens = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(ge=0.0)]
@@ -106,7 +108,9 @@ class WorkloadError(Exception):
 
 
 def check(program: Program) -> None:
-    """Raises ValueError unless names are unique and resolve, and no variable waits for itself."""
+    """Raises ValueError unless names are unique and resolve, something is fetched, and no variable waits for itself."""
+    if not program.gets:
+        raise ValueError("`gets` is empty: what nobody fetches is not run, so this program would do nothing")
     producers: dict[str, int] = {}
     for source in program.sets:
         if source.var in producers:
@@ -265,6 +269,7 @@ def read_programs(path: str | Path) -> Iterator[Program]:
     lengths = TextLengths()
     try:
         with open(path, "rb") as file:
+            refuse_compressed(file)
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -283,15 +288,25 @@ def read_programs(path: str | Path) -> Iterator[Program]:
 
 
 def write_programs(path: str | Path, programs: Iterable[Program]) -> int:
-    """Writes programs as JSONL; returns how many. A file appears whole or not at all."""
-    count = 0
-    partial = Path(f"{path}.partial")
+    """Writes programs as JSONL; returns how many. A file appears whole or not at all, behind its link where `path` is one;
+    into what is no file (a pipe, a device) programs go as they come. Raises OSError."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        with open(path, "wb") as file:
+            return _write_lines(file, programs)
+    target = Path(os.path.realpath(path))
+    partial = Path(f"{target}.partial")
     try:
         with open(partial, "wb") as file:
-            for program in programs:
-                file.write(_encoder.encode(program) + b"\n")
-                count += 1
-        partial.replace(path)
+            count = _write_lines(file, programs)
+        partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+    return count
+
+
+def _write_lines(file: BinaryIO, programs: Iterable[Program]) -> int:
+    count = 0
+    for program in programs:
+        file.write(_encoder.encode(program) + b"\n")
+        count += 1
     return count

@@ -7,6 +7,7 @@ first (a rate to scale to), the rows are read twice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -109,12 +110,17 @@ def _span(source: Source, count: int | None) -> tuple[int, float, float]:
 
 def parameters_of(where: str, kind: type[Kind], options: dict[str, Any]) -> Kind:
     """`options` (values may be texts) as a `kind`. Raises WorkloadError, which names the parameters that there are."""
+    fields = msgspec.structs.fields(kind)
     try:
-        return msgspec.convert(options, kind, strict=False)
-    except msgspec.ValidationError as error:
-        fields = msgspec.structs.fields(kind)
+        parameters = msgspec.convert(options, kind, strict=False)
+        for field in fields:
+            value = getattr(parameters, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{field.encode_name} is {value}; a finite number is needed")
+    except (msgspec.ValidationError, ValueError) as error:
         known = ", ".join(f"{f.encode_name}={_shown(f.default)}" for f in fields)
         raise WorkloadError(f"workload {where}: {error}; its parameters and defaults: {known or 'none'}") from None
+    return parameters
 
 
 def _shown(default: Any) -> Any:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from io import BufferedReader
 from typing import BinaryIO
 
+from sim.workloads.plain import refuse_compressed
 from sim.workloads.program import WorkloadError
 
 CHUNK_BYTES = 1 << 20
@@ -26,6 +28,8 @@ def text_lines(path: str) -> Iterator[tuple[int, str]]:
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
+            if isinstance(file.buffer, BufferedReader):
+                refuse_compressed(file.buffer)
             yield from enumerate(file, 1)
     except OSError as error:
         raise WorkloadError(f"{path}: cannot be read: {error.strerror}") from error
@@ -37,6 +41,7 @@ def byte_lines(path: str) -> Iterator[tuple[int, bytes]]:
     """The lines of a file that are not empty, with their numbers from 1. Raises WorkloadError when it cannot be read."""
     try:
         with open(path, "rb") as file:
+            refuse_compressed(file)
             for number, line in enumerate(file, 1):
                 if not line.isspace():
                     yield number, line
@@ -52,6 +57,7 @@ def json_elements(path: str) -> Iterator[tuple[int, bytes]]:
     """
     try:
         with open(path, "rb") as file:
+            refuse_compressed(file)
             head = file.read(CHUNK_BYTES)
             begin = len(head) - len(head.lstrip(b"\xef\xbb\xbf \t\r\n"))
             if head[begin : begin + 1] == b"[":

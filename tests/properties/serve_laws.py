@@ -29,7 +29,7 @@ class ServeCoreMachine(ServeCorePlay):
     """Random programs on random engines."""
 
     def tasks(self) -> list[Any]:
-        return [t for s in self.core._sessions.values() for c in s.calls for t in c.tasks]
+        return [t for s in self.core.sessions.values() for c in s.calls for t in c.tasks]
 
     @invariant()
     def conservation(self) -> None:
@@ -73,7 +73,7 @@ class ServeCoreMachine(ServeCorePlay):
         assert tenants.held == sum(t.held for t in tasks)
         for account in tenants._present.values():
             own = [t for t in tasks if t.call.session.account is account]
-            assert account.sessions == sum(s.account is account for s in self.core._sessions.values())
+            assert account.sessions == sum(s.account is account for s in self.core.sessions.values())
             assert account.sessions <= (account.limits.max_sessions or account.sessions)
             assert account.queued == sum(t.state == "queued" for t in own)
             assert [t for _, _, t in account.held] == sorted((t for t in own if t.held), key=lambda t: (t.order, t.sequence))
@@ -107,11 +107,18 @@ class ServeCoreMachine(ServeCorePlay):
             assert not admits(engine, task)
 
     @invariant()
+    def the_bound_on_deadlines_is_never_too_late(self) -> None:
+        """Who keeps a timer by `due_at` alone, as the simulator does, misses nothing that is due."""
+        if hasattr(self, "core"):
+            wanted_s = self.core.next_deadline()
+            assert wanted_s is None or self.core.due_at <= wanted_s
+
+    @invariant()
     def deadlines_go_backward(self) -> None:
         """Nothing is left that nobody can use in time. What a task waits for is no less urgent, and no less long of use."""
         if not hasattr(self, "core"):
             return
-        known = self.core._deadlines
+        known = self.core.dataflow.deadlines
         first = known.next_deadline()
         for task in self.tasks():
             if task.ended:
@@ -127,7 +134,7 @@ class ServeCoreMachine(ServeCorePlay):
             if request in self.too_late:
                 until_s = self.too_late[request]
                 assert until_s >= self.now
-                task = self.core._sessions[event.session_id].variables[event.var_id].producer
+                task = self.core.sessions[event.session_id].variables[event.var_id].producer
                 assert task is None or (_tightest(task) <= until_s and _end_of(task) >= min(until_s, task.call.until_s))
 
     @invariant()
@@ -173,7 +180,7 @@ class ServeCoreMachine(ServeCorePlay):
     @invariant()
     def only_what_is_wanted_runs(self) -> None:
         """A task is queued or in flight only if a get or a call asked for an output that needs it."""
-        for session in self.core._sessions.values() if hasattr(self, "core") else ():
+        for session in self.core.sessions.values() if hasattr(self, "core") else ():
             needed = closure(session, self.wanted.get(session.id, set()))
             for call in session.calls:
                 for task in call.tasks:
@@ -183,7 +190,7 @@ class ServeCoreMachine(ServeCorePlay):
     def deduction(self) -> None:
         """What gets mean for tasks that have not ended is what it is from scratch, where no task has failed: what a failed one
         has passed on stays."""
-        for session in self.core._sessions.values() if hasattr(self, "core") else ():
+        for session in self.core.sessions.values() if hasattr(self, "core") else ():
             own = [t for c in session.calls for t in c.tasks if not t.ended]
             if any(t.state == "failed" for c in session.calls for t in c.tasks):
                 continue
@@ -211,7 +218,7 @@ class ServeCoreMachine(ServeCorePlay):
 
     def close_everything(self) -> None:
         """Nothing is left behind when all sessions are closed and all lifetimes are over."""
-        for session in sorted(self.core._sessions):
+        for session in sorted(self.core.sessions):
             self.ask(self.request_for(ev.CloseSession, session, f"auth{session}"))
         assert self.asked == {}
         assert self.core.counts() == {"sessions": 0, "gets": 0, "queue": 0}

@@ -167,7 +167,7 @@ class ServeCorePlay(RuleBasedStateMachine):
 
     def engine_of(self, attempt: Dispatch | ev.TaskRejected) -> Any:
         """Where that attempt is in flight, as the core has it; None when it is not."""
-        session = self.core._sessions.get(attempt.task.session_id)
+        session = self.core.sessions.get(attempt.task.session_id)
         task = session.task(attempt.task) if session is not None else None
         present = task is not None and task.attempt == attempt.attempt and attempt.epoch == self.core.epoch
         return task.engine if present and task.state in states.IN_FLIGHT else None  # type: ignore[union-attr]
@@ -357,7 +357,7 @@ class ServeCorePlay(RuleBasedStateMachine):
     def something_happens_to_a_task(self, data: st.DataObject, detail: int) -> None:
         key = data.draw(st.sampled_from(sorted(self.flying, key=repr)))
         dispatch = self.flying[key]
-        task = self.core._sessions[dispatch.task.session_id].task(dispatch.task)
+        task = self.core.sessions[dispatch.task.session_id].task(dispatch.task)
         assert task is not None
         moves = sorted({move for state, move in states.TASK if state == task.state} - {"cancel"})
         move = data.draw(st.sampled_from(moves), label=f"move of a {task.state} task")
@@ -444,5 +444,5 @@ class ServeCorePlay(RuleBasedStateMachine):
     def dump(self) -> Any:
         return [
             (s.id, s.state, s.active, s.unfinished, [(t.id, t.state, t.attempt) for c in s.calls for t in c.tasks])
-            for s in self.core._sessions.values()
+            for s in self.core.sessions.values()
         ], {e.id: (e.reserved, len(e.tasks), sorted(e.contexts)) for e in self.core.engines.values()}

@@ -179,7 +179,7 @@ def test_a_cycle_is_refused_in_whatever_order_its_calls_come(
 
 
 def visits(d: Driver) -> int:
-    return d.core._deduction.visited
+    return d.core.dataflow.deduction.visited
 
 
 def chain(d: Driver, session: int, length: int, backward: bool) -> list[str]:

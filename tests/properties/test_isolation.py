@@ -39,7 +39,7 @@ class Strangers(Kills):
         return effects
 
     def check_chain(self, dispatch: Dispatch) -> None:
-        session = self.core._sessions.get(dispatch.task.session_id)
+        session = self.core.sessions.get(dispatch.task.session_id)
         assert session is not None
         call = session.calls[dispatch.task.call]
         domain = f"tenant {session.tenant}" if session.tenant else f"session {session.id}"

@@ -28,7 +28,7 @@ class Drained(ServeCoreMachine):
     def teardown(self) -> None:
         if not hasattr(self, "core"):
             return
-        for session in list(self.core._sessions.values()):
+        for session in list(self.core.sessions.values()):
             for variable in list(session.variables.values()):
                 if variable.state == "empty":  # only the client could fill it
                     key = content(f"late:{variable.id}", 3)

@@ -52,8 +52,8 @@ def variables(core: ServeCore) -> Any:
             dict(s.answers or {}),
             [(v.id, v.name, v.state, v.content, v.error) for v in s.variables.values()],
         )
-        for s in core._sessions.values()
-    ], list(core._ended.items())
+        for s in core.sessions.values()
+    ], list(core.registry.ended.items())
 
 
 def calls(core: ServeCore) -> Any:
@@ -68,7 +68,7 @@ def calls(core: ServeCore) -> Any:
 
     return [
         (c.number, c.func_name, c.segments, c.lane.models, c.fuse_fill, c.cache_prefix, [task(t) for t in c.tasks])
-        for s in core._sessions.values()
+        for s in core.sessions.values()
         for c in s.calls
     ]
 
@@ -246,7 +246,7 @@ class Kills(ServeCoreMachine):
 
     def check_queue(self) -> None:
         """What was wanted and can run is queued, and nothing else is."""
-        for session in self.core._sessions.values():
+        for session in self.core.sessions.values():
             needed = closure(session, self.durable.wanted.get(session.id, set()))
             for call in session.calls:
                 for task in call.tasks:

@@ -59,7 +59,7 @@ def test_a_result_behind_a_failure_of_its_instant_changes_nothing() -> None:
     (dispatch,) = d.dispatches
     name = (dispatch.epoch, dispatch.task, dispatch.attempt)
     d.send(ev.TaskFailed(*name, "generation_failed", "no"), ev.TaskFinished(*name, content("late", 3), 3))
-    assert d.core._sessions[session].variables["v0"].state == "failed"
+    assert d.core.sessions[session].variables["v0"].state == "failed"
     assert variables(d.recovered()) == variables(d.core)
 
 

@@ -95,6 +95,15 @@ class Driver:
         assert error is not None, self.replies[request]
         return error
 
+    def tick(self) -> float:
+        """Lets time pass to the next deadline, as a shell does; how long that was, in seconds."""
+        deadline = self.core.next_deadline()
+        if deadline is None:
+            return 0.0
+        passed_s, self.now = deadline - self.now, deadline
+        self.send(ev.Tick())
+        return passed_s
+
     # -------------------------------------------------------------------------------------------- in one line
 
     def engine(self, name: str = "e", **fields: Any) -> int:
@@ -115,6 +124,11 @@ class Driver:
 
     def get(self, session: int, var_id: str, criteria: Criteria | None = None, timeout: float | None = None) -> int:
         return self.ask(ev.GetVariable, session, self.auths[session], var_id, criteria, timeout)
+
+    def fetched(self, session: int, *segments: Any) -> int:
+        """Submits a call with one output and gets it; the get's request."""
+        (x,) = self.outputs(self.submit(session, *segments))
+        return self.get(session, x)
 
     def variable(self, session: int, name: str = "") -> str:
         return str(self.payload(self.ask(ev.CreateVariable, session, self.auths[session], name))["var_id"])

@@ -168,7 +168,7 @@ async def test_a_request_that_is_not_answered_within_request_timeout_is_told_so_
         status, answer = await c.client.get(session, x)
         assert (status, answer["error"]["code"]) == (408, "request_timeout")
         gate.set()
-        await eventually(lambda: c.server.core._sessions[session["session_id"]].variables[x].state == "ready")
+        await eventually(lambda: c.server.core.sessions[session["session_id"]].variables[x].state == "ready")
         assert await c.client.get(session, x) == (200, {"content": "at last"})
 
 

@@ -77,7 +77,7 @@ def test_map_reduce_makes_one_task_group_and_depths() -> None:
     inputs = [read(f"s{i}", v) for i, v in enumerate(maps)]
     (final,) = d.outputs(d.submit(session, text("reduce"), *inputs, out("final")))
     d.get(session, final, Criteria.LATENCY)
-    tasks = [call.tasks[0] for call in d.core._sessions[session].calls]
+    tasks = [call.tasks[0] for call in d.core.sessions[session].calls]
     groups = {task.group for task in tasks[:4]}
     assert len(groups) == 1
     assert None not in groups
@@ -96,7 +96,7 @@ def test_a_task_group_forms_however_late_its_members_come() -> None:
     d.submit(session, text("reduce"), read("a", one), read("b", two), out("f", final))
     d.submit(session, text("m1"), out("a", one))
     d.submit(session, text("m2"), out("b", two))
-    tasks = [call.tasks[0] for call in d.core._sessions[session].calls]
+    tasks = [call.tasks[0] for call in d.core.sessions[session].calls]
     assert tasks[1].group is not None
     assert tasks[1].group is tasks[2].group
 
@@ -106,7 +106,7 @@ def test_a_later_get_tightens_and_never_loosens() -> None:
     session = d.open()
     (a,) = d.outputs(d.submit(session, text("A"), out("a")))
     (b,) = d.outputs(d.submit(session, text("B"), read("a", a), out("b")))
-    tasks = [call.tasks[0] for call in d.core._sessions[session].calls]
+    tasks = [call.tasks[0] for call in d.core.sessions[session].calls]
     d.get(session, b, Criteria.THROUGHPUT)
     assert [t.criteria for t in tasks] == [Criteria.THROUGHPUT, Criteria.THROUGHPUT]
     d.get(session, b, Criteria.LATENCY)
@@ -120,7 +120,7 @@ def test_ttft_and_tpot_name_the_fetched_output_and_together_make_latency() -> No
     session = d.open()
     (a,) = d.outputs(d.submit(session, text("A"), out("a")))
     d.get(session, a, Criteria.TTFT)
-    task = d.core._sessions[session].calls[0].tasks[0]
+    task = d.core.sessions[session].calls[0].tasks[0]
     assert task.criteria is Criteria.TTFT
     d.get(session, a, Criteria.TPOT)
     assert task.criteria is Criteria.LATENCY

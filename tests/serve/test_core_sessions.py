@@ -6,7 +6,7 @@ import pytest
 
 from parrot.serve import events as ev
 from parrot.serve.effects import SessionEnded
-from parrot.serve.sessions import EndedSessions
+from parrot.serve.session_registry import EndedSessions
 from tests.serve.driver import Driver, content, out, text
 
 
@@ -83,13 +83,6 @@ def test_the_number_of_sessions_is_bounded() -> None:
     d.payload(d.ask(ev.OpenSession, 7, "a"))
 
 
-def test_the_number_of_engines_is_bounded() -> None:
-    d = Driver(max_engines_num=1)
-    d.engine()
-    engine = next(iter(d.core.engines.values()))
-    assert d.error(d.ask(ev.RegisterEngine, engine.description)).code == "too_many_engines"
-
-
 def test_a_full_queue_refuses_only_sessions_that_begin() -> None:
     d = Driver(scheduler={"max_queue_size": 2})
     begun, fresh = d.open(), d.open()
@@ -148,29 +141,6 @@ def test_an_idempotency_key_is_of_one_kind_of_request() -> None:
     made = d.payload(d.ask(ev.CreateVariable, session, d.auths[session], "x", idempotency_key="1"))
     call = d.payload(d.ask(ev.SubmitCall, session, d.auths[session], (text("t"), out("y")), idempotency_key="1"))
     assert d.outputs(call) != [made["var_id"]]
-
-
-def test_time_never_goes_back() -> None:
-    d = Driver()
-    d.send(ev.Tick(), at=5.0)
-    with pytest.raises(ValueError, match="time went back"):
-        d.send(ev.Tick(), at=4.0)
-
-
-def test_a_bug_costs_its_own_event_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    d = Driver()
-    session = d.open()
-    core = d.core
-
-    def broken(event: ev.ListVariables, now: float) -> None:
-        raise AssertionError("planted")
-
-    monkeypatch.setitem(core._handlers, ev.ListVariables, broken)
-    events = (ev.ListVariables(50, session, d.auths[session]), ev.CreateVariable(51, session, d.auths[session]))
-    d.send(*events)
-    assert d.error(50).code == "internal"
-    assert d.payload(51) == {"var_id": "v0"}
-    assert [str(fault.error) for fault in d.faults] == ["planted"]
 
 
 def test_sessions_expire_in_the_order_of_their_last_access_then_of_their_opening() -> None:

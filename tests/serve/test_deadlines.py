@@ -70,7 +70,7 @@ def test_without_a_deadline_there_is_none() -> None:
     session, variables = chain(d)
     d.fetch(session, variables[-1])
     assert [d.task(session, v).deadline_s for v in variables] == [None] * 3
-    assert d.core._sessions[session].deadlines is None
+    assert d.core.sessions[session].deadlines is None
 
 
 def test_work_past_its_deadline_fails_where_it_waits_and_is_aborted_where_it_runs() -> None:
@@ -90,7 +90,7 @@ def test_work_past_its_deadline_fails_where_it_waits_and_is_aborted_where_it_run
     assert [e.task for e in d.effects if isinstance(e, Abort)] == [dispatch.task]
     assert d.core.counts()["queue"] == 0
     assert all(not engine.tasks and engine.reserved == 0 for engine in d.core.engines.values())
-    assert {d.core._sessions[session].variables[v].error.code for v in (running, queued, waiting)} == {"deadline_exceeded"}
+    assert {d.core.sessions[session].variables[v].error.code for v in (running, queued, waiting)} == {"deadline_exceeded"}
     late = d.fetch(session, waiting)
     assert d.error(late).code == "deadline_exceeded", "what has failed stays so"
 
@@ -300,7 +300,7 @@ def test_entries_that_no_longer_hold_are_thrown_out() -> None:
     for number in range(500):
         d.fetch(session, d.call(session, f"t{number}"), deadline=1000.0)
         d.finish(d.dispatches[0])
-    assert len(d.core._deadlines._heap) <= 65
+    assert len(d.core.dataflow.deadlines._heap) <= 65
 
 
 def test_the_table_says_504_and_that_trying_again_is_of_no_use() -> None:

@@ -116,7 +116,7 @@ async def test_a_deadline_outlives_the_core(tmp_path: Path) -> None:
         await life.begin()
         core = life.server.core
         assert {t.id: t.deadline_s for call in core.calls(session["session_id"]) for t in call.tasks} == before
-        assert core._sessions[session["session_id"]].tenant == tenant_of("key-a")
+        assert core.sessions[session["session_id"]].tenant == tenant_of("key-a")
         await eventually(lambda: core.counts().get("failed") == 1)  # nobody else wants it
         status, answer = await life.client.get(session, first)
         assert (status, answer["error"]["code"]) == (504, "deadline_exceeded")

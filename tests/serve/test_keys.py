@@ -33,7 +33,7 @@ async def test_a_session_opens_with_the_key_in_the_body_or_in_the_header_and_is_
         await c.engine()
         status, session = await c.client.send("POST", "/v1/session", **options)
         assert status == 200
-        assert c.server.core._sessions[session["session_id"]].tenant == "acme"
+        assert c.server.core.sessions[session["session_id"]].tenant == "acme"
         x = await c.client.ask(session, "how")  # its own token is enough from here on
         assert await c.client.get(session, x) == (200, {"content": "fine thanks"})
 
@@ -57,7 +57,7 @@ async def test_without_a_key_or_with_a_wrong_one_no_session_opens(options: dict[
         status, answer = await c.client.send("POST", "/v1/session", **options)
         assert (status, answer["error"]["code"]) == (401, code)
         assert c.client.headers["WWW-Authenticate"] == "Bearer"
-        assert not c.server.core._sessions
+        assert not c.server.core.sessions
 
 
 async def test_the_models_are_told_to_tenants_alone() -> None:
@@ -102,9 +102,9 @@ async def test_without_configured_keys_everybody_is_let_in_and_a_key_is_a_tenant
     async with cluster() as c:
         for options in ({"json": {"api_key": KEY}}, bearer(KEY)):
             _, session = await c.client.send("POST", "/v1/session", **options)
-            assert c.server.core._sessions[session["session_id"]].tenant == hash_of(KEY)
+            assert c.server.core.sessions[session["session_id"]].tenant == hash_of(KEY)
         session = await c.client.session()
-        assert c.server.core._sessions[session["session_id"]].tenant == ""
+        assert c.server.core.sessions[session["session_id"]].tenant == ""
 
 
 async def test_neither_journal_nor_log_nor_answers_have_a_key_or_its_hash(

@@ -24,7 +24,7 @@ def test_gets_of_two_lives_that_had_the_same_number_do_not_meet() -> None:
     core = recover(ServeCoreConfig(), Past(1, 5.0, 5, [(float(at), event) for at, event in enumerate(kept)]), 2)
     core.handle([ev.Restarted(2)], 5.0)
     assert core.counts()["gets"] == 0
-    session = core._sessions[7]
+    session = core.sessions[7]
     assert session.waiting_gets == 0
     assert [variable.getters for variable in session.variables.values()] == [(), ()]
     assert core.counts()["queued"] == 2  # both are still wanted
@@ -38,4 +38,4 @@ def test_a_value_that_was_set_is_there_and_nobody_is_answered() -> None:
     ]
     core = recover(ServeCoreConfig(), Past(1, 3.0, 3, [(float(at), event) for at, event in enumerate(kept)]), 2)
     assert core.handle([ev.Restarted(2)], 3.0) == []
-    assert core._sessions[7].variables["v0"].state == "ready"
+    assert core.sessions[7].variables["v0"].state == "ready"

@@ -71,7 +71,7 @@ def test_a_tenant_with_too_many_queued_tasks_is_refused_only_where_a_session_beg
 def test_without_tenants_in_the_configuration_nothing_is_counted() -> None:
     d = Driver()
     assert d.core.scheduler.tenants.limiting is False
-    one, two = (d.core._sessions[d.open(session, tenant)] for session, tenant in ((1, "a"), (2, "b")))
+    one, two = (d.core.sessions[d.open(session, tenant)] for session, tenant in ((1, "a"), (2, "b")))
     assert one.account is two.account
 
 

@@ -152,6 +152,18 @@ def test_a_run_that_cannot_end_says_which_program_waits_for_what(monkeypatch: py
         run([one_call("stuck")], "round_robin")
 
 
+def test_of_a_client_without_variables_the_requests_under_way_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(POLICIES["round_robin"], "place", lambda *_: iter(()))
+    for program, awaited in (
+        (one_call("stuck"), "output 'answer' of call 0 "),
+        (chain(3, "stuck"), "output '[^']*' of call 0 "),
+        (map_reduce(2, "stuck"), "output '[^']*' of call 0 .*, output '[^']*' of call 1 "),
+    ):
+        with pytest.raises(StuckError, match=f"program 'stuck' waits for {awaited}") as stuck:
+            run([program], "round_robin", mode=Mode.REQUEST)
+        assert "control edges" not in str(stuck.value)
+
+
 class Watched(Program, gc=True, weakref=True):
     """A program of which can be seen whether somebody still has it."""
 

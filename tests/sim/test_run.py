@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -150,6 +151,9 @@ REFUSALS = {
     "objective below zero": (["--objectives", "jct_s=-2"], "jct_s=-2"),
     "metric that is none": (["--metrics", "jct_s.p95"], "jct_s.p99"),
     "confidence that is none": (["--confidence", "95"], "confidence 95"),
+    "no repeat": (["--repeats", "0"], "repeats 0: at least 1 is needed"),
+    "outputs of no token": (["--max-gen-length", "0"], "max_gen_length 0: at least 1 is needed"),
+    "a delay below 0": (["--engine-delay-ms", "-0.5"], "engine_delay_ms -0.5: at least 0 is needed"),
     "one draw": (["--intervals", "1"], "intervals 1"),
     "draws of a real cluster": (["--intervals", "2", "--backend", "emulated"], "backend is emulated"),
     "no count of engines": (["--engines", "engine.json:1,0"], "count 0"),
@@ -195,7 +199,7 @@ def test_a_program_that_cannot_run_is_refused_before_the_first_is_run(
     monkeypatch.setattr("sim.sweep.simulate", simulate)
     last = tmp_path / "last.jsonl"
     write_programs(last, [*(one_call(f"p{n}", float(n)) for n in range(20)), one_call("large", 20.0, prompt=10**6)])
-    assert "program 'large', call 0" in refused([*flags, "--workload", str(last)], tmp_path, capsys)
+    assert f"{last}:21: program 'large', call 0" in refused([*flags, "--workload", str(last)], tmp_path, capsys)
 
 
 def test_an_engine_with_no_profile_is_refused(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,6 +257,22 @@ def test_an_engine_too_small_for_one_prompt_is_refused(
     assert "4096" in refused(flags, tmp_path, capsys)
 
 
+def test_the_line_of_a_trace_that_does_not_fit_is_named(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    azure, mooncake = tmp_path / "trace.csv", tmp_path / "trace.jsonl"
+    head = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03,48,10\n\n"
+    azure.write_text(head + "2023-11-16 18:17:04,900000,10\n")
+    assert f"{azure}:4: program 'trace/1', call 0: its prompt has 900000" in refused(
+        flags, tmp_path, capsys, "--workload", f"azure:{azure}", "--rate", "3"
+    )
+    request = '{{"timestamp": 0, "input_length": {0}, "output_length": 5, "hash_ids": {1}}}\n'
+    mooncake.write_text(request.format(9, [1]) + request.format(5120, list(range(10))))
+    assert f"{mooncake}:2: program 'trace/1', call 0: its prompt has 5120" in refused(
+        flags, tmp_path, capsys, "--workload", f"mooncake:{mooncake}:merge=true"
+    )
+
+
 def test_a_call_that_reads_its_own_output_too_early_is_refused(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -266,6 +286,30 @@ def test_an_unwritable_output_is_refused(flags: list[str], tmp_path: Path, capsy
     file.touch()
     assert main([*flags, "--out", str(file / "below")]) == 1
     assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["timing.json", "cells.jsonl"])
+def test_a_file_that_cannot_be_written_at_the_end_is_named_in_one_line(
+    name: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out" / name).mkdir(parents=True)
+    assert main([*flags, "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == f"sim.run: {tmp_path / 'out' / name}: cannot be written: Is a directory\n"
+    assert list((tmp_path / "out").rglob("*.partial")) == []
+
+
+def test_a_reader_of_stdout_that_leaves_ends_the_sweep_and_what_is_finished_stays(flags: list[str], tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    given = ["--policy", "parrot,random", "--workers", "1", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "sim.run", *flags, *given]
+    try:
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(writing)
+    assert done.returncode == 1
+    assert done.stderr.startswith("sim.run: nobody reads stdout any more; 1 finished runs are kept in ")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -211,12 +212,17 @@ def test_arrivals_at_one_time_have_no_rate(tmp_path: Path) -> None:
         ("chain", {"rate": 0.0}, "rate 0: must be"),
         ("chain", {"rate": -2.0}, "rate -2: must be"),
         ("chain", {"rate": float("nan")}, "rate nan"),
+        ("chain", {"rate": 1e-320}, "rate 9.99.*e-321: must be .* from 1e-09 to 1e\\+09"),
+        ("chain", {"rate": float("inf")}, "rate inf: must be .* from 1e-09 to 1e\\+09"),
         ("chain", {"count": 0}, "count 0"),
+        ("chain", {"seed": -1}, "seed -1: must be 0 or more"),
+        ("chain", {"max_gen_length": 0}, "max_gen_length 0: must be at least 1"),
         ("chain:chunk=3", {}, "unknown field `chunk`.*chunks=8"),
         ("chain:chunks=0", {}, "chunks"),
         ("chain:chunks", {}, "'chunks' is no parameter=value"),
         ("chain", {"options": {"chunks": "many"}}, "chunks"),
         ("tree_of_thought:keep=0", {}, "keep"),
+        ("chat:think_s=inf", {}, "think_s is inf; a finite number is needed; its parameters"),
         ("shared_prompts:zipf=-1", {}, "zipf"),
         ("record:x", {}, "no such file, and none of"),
         ("journal:/nowhere/x.sqlite", {}, "no such journal"),
@@ -225,6 +231,8 @@ def test_arrivals_at_one_time_have_no_rate(tmp_path: Path) -> None:
         ("mooncake:/nowhere/x.jsonl", {}, "cannot be read"),
         ("burstgpt:/nowhere/x.csv", {}, "cannot be read"),
         ("sharegpt:/nowhere/x.json", {}, "cannot be read"),
+        ("azure:", {}, "'azure:': names no file; expected azure:PATH"),
+        ("mix:", {}, "'mix:': names no file; expected mix:PATH"),
         ("azure:x.csv", {"options": {"a": 1}}, "unknown field `a`"),
         ("mooncake:x.jsonl:block_tokens=0", {}, "block_tokens"),
         ("burstgpt:x.csv:failed=retry", {}, "failed"),
@@ -234,6 +242,9 @@ def test_arrivals_at_one_time_have_no_rate(tmp_path: Path) -> None:
         ("chain", {"arrivals": "poisson:2"}, "arrivals 'poisson:2': must be one of"),
         ("chain", {"arrivals": "gamma:0"}, "'0' is not a coefficient of variation above 0"),
         ("chain", {"arrivals": "gamma:x"}, "'x' is not a coefficient"),
+        ("chain", {"arrivals": "gamma:1e200"}, "'1e200' is not a coefficient of variation above 0, from 0.001 to 100"),
+        ("chain", {"arrivals": "gamma:1e-200"}, "'1e-200' is not a coefficient"),
+        ("azure:x.csv", {"arrivals": "recorded:1e308"}, "'1e308' is not a time scale above 0, from 1e-09 to 1e\\+09"),
         ("chain", {"arrivals": "recorded:-1"}, "'-1' is not a time scale above 0"),
         ("chain", {"arrivals": "recorded"}, "no recorded arrivals"),
         ("azure:x.csv", {"arrivals": "recorded:2", "rate": 3.0}, "recorded arrivals have their own rate"),
@@ -282,6 +293,7 @@ LATER = LINE.replace(b'"arrival_s":0.', b'"arrival_s":9.')
         ([LATER.replace(b'"tokens":256', b'"tokens":255', 1)], "1: the text '.*system.*' has 256 tokens here and 255 before"),
         ([LINE, LATER.replace(b'"tokens":256', b'"tokens":9')], "2: the text '.*system.*' has 9 tokens here and 256 before"),
         ([LATER.replace(b'"id":"turn1"', b'"id":"turn0"')], "1: two gets have the same id"),
+        ([re.sub(rb'"gets":\[.*\]', b'"gets":[]', LATER)], "1: `gets` is empty: what nobody fetches is not run"),
     ],
 )
 def test_a_bad_line_is_refused_with_file_line_and_reason(tmp_path: Path, lines: list[bytes], reason: str) -> None:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import signal
+import subprocess
+import sys
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 import msgspec
@@ -13,6 +19,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.patches import StepPatch
 
 from sim.workloads import WorkloadError, open_workload
 from sim.workloads.__main__ import main, parameters
@@ -20,6 +27,7 @@ from sim.workloads.describe import depths, describe
 from sim.workloads.generators import GENERATORS
 from sim.workloads.histogram import Histogram, TimeBins
 from sim.workloads.kinds import TRACES
+from sim.workloads.pictures import arrivals, lengths, write_pictures
 from sim.workloads.program import After, Call, Get, Program, Read, Set, Text, Write
 from tests.sim.programs import programs as any_programs
 
@@ -197,6 +205,33 @@ def test_one_program_alone_can_be_drawn(tmp_path: Path, capsys: pytest.CaptureFi
     assert (tmp_path / "workload.html").stat().st_size > 10_000
 
 
+def test_programs_that_arrive_at_one_time_have_no_curve_over_time(tmp_path: Path) -> None:
+    together = describe((ask(f"p{n}", Text("s", 10)) for n in range(4)), "together")
+    page = write_pictures(together, tmp_path).read_bytes()
+    assert b"All programs arrive at one time." in page
+    assert page.count(b"<svg") == 2
+    assert b"programs/s)" not in page
+
+
+@pytest.mark.parametrize("count", [2, 3, 40, 200])
+def test_arrivals_are_drawn_at_their_rate_from_the_first_to_the_last(count: int) -> None:
+    programs = (ask(f"p{n}", Text("s", 10), arrival_s=n * 0.7) for n in range(count))
+    (axes,) = arrivals(describe(programs, "w")).axes
+    (steps,) = [patch for patch in axes.patches if isinstance(patch, StepPatch)]
+    rates, edges, _ = steps.get_data()
+    assert (edges[0], edges[-1]) == (0, pytest.approx((count - 1) * 0.7))
+    assert np.dot(rates, np.diff(edges)) == pytest.approx(count)
+    assert len(rates) <= max(10, 2 * count**0.5)
+    if count == 200:
+        assert min(rates) > 0.75 * max(rates)  # also where the last bin is not a whole one
+
+
+def test_one_length_has_one_tick() -> None:
+    for axes in lengths(describe([ask("p", Text("s", 552))], "w")).axes:
+        low, high = axes.get_xlim()
+        assert len([tick for tick in axes.get_xticks() if low <= tick <= high]) == 1
+
+
 def test_convert_writes_the_programs_of_any_workload(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace, out = tmp_path / "trace.csv", tmp_path / "out.jsonl"
     rows = ["Timestamp,Model,Request tokens,Response tokens,Log Type", "1,m,3,0,API log", "2,m,3,4,API log", "4,m,3,4,API log"]
@@ -211,6 +246,48 @@ def test_convert_writes_the_programs_of_any_workload(tmp_path: Path, capsys: pyt
     assert list(open_workload(str(out))) == list(open_workload("chat", arrivals="constant", count=3, seed=4))
 
 
+def test_convert_writes_into_a_pipe_and_through_a_link(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "target"
+    os.mkfifo(pipe)
+    link.symlink_to(target)
+    with ThreadPoolExecutor() as other:
+        read = other.submit(pipe.read_bytes)
+        assert main(["convert", "chat", str(pipe), "--count", "3"]) == 0
+    assert pipe.is_fifo()
+    assert main(["convert", "chat", str(link), "--count", "3"]) == 0
+    assert link.is_symlink()
+    assert target.read_bytes() == read.result()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe", "target"]
+
+
+def test_an_interrupted_conversion_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sim.workloads", "convert", "chat", str(tmp_path / "out.jsonl"), "--count", "100000000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = monotonic() + 60
+        while not list(tmp_path.iterdir()) and monotonic() < deadline:
+            sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, told) == (130, "sim.workloads: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [["describe", "chat"], ["parameters"]])
+def test_a_reader_that_has_seen_enough_ends_the_command_without_a_word(command: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        whole = [sys.executable, "-m", "sim.workloads", *command]
+        done = subprocess.run(whole, stdout=writing, stderr=subprocess.PIPE, check=False)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -220,7 +297,11 @@ def test_convert_writes_the_programs_of_any_workload(tmp_path: Path, capsys: pyt
         (["describe", "azure:{0}/bad.csv"], "bad.csv:3: 2 fields instead of 3"),
         (["describe", "chat", "--out", "{0}/bad.csv/x"], "bad.csv/x: cannot be written"),
         (["describe", "nothing"], "workload 'nothing': no such file"),
-        (["parameters", "nothing"], "'nothing' has no parameters; those that have: chain"),
+        (["describe", "azure:"], "workload 'azure:': names no file; expected azure:PATH"),
+        (["describe", "mix:"], "workload 'mix:': names no file; expected mix:PATH"),
+        (["describe", "chat", "--seed", "-1"], "seed -1: must be 0 or more"),
+        (["describe", "azure:{0}/bad.csv", "--max-gen-length", "0"], "max_gen_length 0: must be at least 1"),
+        (["parameters", "paper"], "no generator or trace is called 'paper'; there are: chain"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(

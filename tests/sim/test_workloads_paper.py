@@ -135,11 +135,13 @@ def test_a_long_workload_is_never_held() -> None:
         ("gpts,fast", "'fast' is no parameter=value"),
         ("chat,turns=3", r"unknown field `turns`; its parameters and defaults: prompt_tokens=161"),
         ("chat,prompt_tokens=0", "prompt_tokens"),
+        ("chat,most_prompt_tokens=1", "10000 chats in a row were longer than most_prompt_tokens=1 or most_tokens=2048"),
+        ("chat,output_tokens=9000,output_spread=0", "10000 chats in a row were longer than"),
     ],
 )
 def test_what_is_wrong_is_named(rest: str, reason: str) -> None:
     with pytest.raises(WorkloadError, match=reason):
-        open_paper(rest, rate=None, seed=0, count=None)
+        next(open_paper(rest, rate=None, seed=0, count=None))
 
 
 def test_a_file_of_another_kind_and_an_unknown_article_are_refused(tmp_path: Path, file: str) -> None:

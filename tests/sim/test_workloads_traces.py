@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import tracemalloc
 from collections.abc import Callable, Iterable
@@ -94,6 +95,13 @@ def test_a_bad_azure_trace_is_refused(tmp_path: Path, content: str, reason: str)
     for arguments in ({}, {"rate": 2.0}):
         with pytest.raises(WorkloadError, match=rf"trace\.csv{reason}"):
             list(open_workload(spec, **arguments))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", ["azure:{0}", "burstgpt:{0}", "mooncake:{0}", "sharegpt:{0}", "{0}"])
+def test_a_compressed_file_is_refused_as_such(tmp_path: Path, form: str) -> None:
+    (tmp_path / "trace.gz").write_bytes(gzip.compress(b"TIMESTAMP,ContextTokens,GeneratedTokens\n"))
+    with pytest.raises(WorkloadError, match=r"trace\.gz: cannot be read: it is compressed \(gzip\); unpack it first"):
+        list(open_workload(form.format(tmp_path / "trace.gz")))
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:

@@ -15,11 +15,11 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from mypy_extensions import mypyc_attr
 
-from parrot.serve.contexts import PrefixStore
 from parrot.serve.engine_index import EngineIndex
 from parrot.serve.engines import Engine, Engines, Lane, by_room
 from parrot.serve.graph import Task
 from parrot.serve.policies.parameters import Parameter
+from parrot.serve.prefixes import cached_links, longest_matches
 from parrot.serve.queue import TaskQueue
 from parrot.serve.service import Service
 from parrot.serve.tenants import Tenants
@@ -100,7 +100,7 @@ class Cluster:
     @staticmethod
     def cached_links(task: Task, engine: Engine) -> int:
         """How many leading links of the task's chain the engine holds."""
-        return PrefixStore.cached_links(task.path or [], engine)
+        return cached_links(task.path or [], engine)
 
     @staticmethod
     def cached_tokens(task: Task, engine: Engine) -> int:
@@ -115,7 +115,7 @@ class Cluster:
     def longest_matches(self, task: Task) -> Iterator[tuple[int, list[Engine]]]:
         """(matched links, engines of the task's lane), longest match first, each engine once."""
         lane = task.call.lane.engines
-        for links, ids in PrefixStore.longest_matches(task.path or []):
+        for links, ids in longest_matches(task.path or []):
             engines = [lane[engine_id] for engine_id in ids if engine_id in lane]
             if engines:
                 yield links, engines

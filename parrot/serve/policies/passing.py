@@ -19,10 +19,10 @@ from typing import Any, ClassVar
 import numpy as np
 from mypy_extensions import mypyc_attr
 
-from parrot.serve.contexts import PrefixNode
 from parrot.serve.engines import KEPT_OPENED, Engine, Lane, by_room
 from parrot.serve.graph import Task
 from parrot.serve.policies.base import Cluster, InOrder, Placement, least_prompt
+from parrot.serve.prefixes import PrefixNode
 from parrot.serve.queue import TaskQueue
 
 Key = tuple[Any, int]  #: (order, sequence): where a task stands in its lane

@@ -35,7 +35,7 @@ import numpy as np
 from mypy_extensions import mypyc_attr
 
 from parrot.latency import BatchShape, LatencyModel
-from parrot.serve.contexts import Context, PrefixNode
+from parrot.serve.contexts import Context
 from parrot.serve.engine_index import EngineIndex
 from parrot.serve.engines import Engine, Lane
 from parrot.serve.graph import Task
@@ -43,6 +43,7 @@ from parrot.serve.policies.base import Cluster, InOrder, Placement, Terms, best_
 from parrot.serve.policies.matching import by_match, by_score
 from parrot.serve.policies.parameters import Parameter
 from parrot.serve.policies.roster import Roster
+from parrot.serve.prefixes import PrefixNode
 from parrot.serve.queue import TaskQueue
 
 _NS = 1e9
