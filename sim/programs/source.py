@@ -12,8 +12,8 @@ import inspect
 import itertools
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ import msgspec
 
 from parrot.configuration import ConfigurationError
 from parrot.frontend.pfunc import VirtualMachine
+from parrot.protocol.errors import ParrotError
 
 _numbers = itertools.count()
 
@@ -191,7 +192,17 @@ def play(function: Callable[..., Any], address: str, arguments: Arguments) -> No
     with machine.running_scope():
         result = function(*given, **arguments.named)
         if inspect.iscoroutine(result):  # an `async def` behind a decorator, or a class's __call__
-            asyncio.run(result)
+            asyncio.run(_awaited(machine, result))
+
+
+async def _awaited(machine: VirtualMachine, result: Coroutine[Any, Any, Any]) -> None:
+    """Awaits what a function gave, and closes the session from this loop, whose connections close with it."""
+    try:
+        await result
+    finally:
+        if machine.session_registered:
+            with suppress(ParrotError):  # the core has closed it, or will expire it
+                await machine.aunregister_session()
 
 
 async def _aplay(machine: VirtualMachine, function: Callable[..., Any], given: Sequence[Any], named: dict[str, Any]) -> None:

@@ -237,7 +237,15 @@ ASYNC = """
 """
 
 
-@pytest.mark.parametrize("text", [THREADS, ASYNC])
+WRAPPED = """
+        def wrapped(function):
+            return lambda: function()
+
+        @wrapped
+""" + ASYNC.removeprefix("\n")
+
+
+@pytest.mark.parametrize("text", [THREADS, ASYNC, WRAPPED])
 def test_on_a_real_core_instances_run_in_threads_and_may_have_some(text: str, run: Runner) -> None:
     program = run.write(text)
 
