@@ -109,6 +109,12 @@ def test_a_simulation_repeated_is_the_same_run_and_a_real_one_is_not() -> None:
         assert (cell.metrics["jct_s.mean"].confidence_interval is None) == (over is None)
 
 
+def test_a_run_without_the_metric_does_not_count_for_it() -> None:
+    runs = runs_of(specification(seeds=(1, 2, 3)))
+    (cell,) = cells_of([(run, summary_of(run, None if run.seed == 2 else 5.0)) for run in runs], 0.95)
+    assert cell.metrics["jct_s.p90"].mean == 5.0
+
+
 def test_a_draw_repeated_is_the_same_run_and_narrows_nothing() -> None:
     intervals = []
     for repeats in (1, 2):
@@ -117,9 +123,3 @@ def test_a_draw_repeated_is_the_same_run_and_narrows_nothing() -> None:
         assert (cell.runs, cell.draws) == (repeats, 3)
         intervals.append(cell.metrics["jct_s.mean"].prediction_interval)
     assert intervals[0] == intervals[1] == prediction_interval([[6.0, 7.0, 8.0]], 0.95)
-
-
-def test_a_run_without_the_metric_does_not_count_for_it() -> None:
-    runs = runs_of(specification(seeds=(1, 2, 3)))
-    (cell,) = cells_of([(run, summary_of(run, None if run.seed == 2 else 5.0)) for run in runs], 0.95)
-    assert cell.metrics["jct_s.p90"].mean == 5.0
