@@ -186,6 +186,18 @@ def check_files(run: Run) -> None:
     configs = engine_configs_of(run)
     if run.backend != "real":
         profiles_of(run, configs)
+    owners: dict[str, str] = {}
+    for log, name in [(c.iteration_log, c.name) for c in configs if c.iteration_log is not None and writes_log(run, c)]:
+        if owners.setdefault(log, name) != name:
+            raise ConfigurationError(
+                f"engines {owners[log]!r} and {name!r} would both write iteration_log {log}, and nobody could tell whose a "
+                "line is: run one engine of that file, or name a log in a file for each"
+            )
+
+
+def writes_log(run: Run, config: EngineConfig) -> bool:
+    """Whether the engine writes the iteration log that its configuration may name: it must have iterations of its own."""
+    return run.backend == "real" and not isinstance(config, EmulatedEngineConfig)
 
 
 def open_programs(run: Run) -> Iterator[Program]:

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from parrot.configuration import ConfigurationError
 from sim.cells import Cell, cells_of
-from sim.configs import spreads_of
+from sim.configs import engine_configs_of, spreads_of, writes_log
 from sim.flags import parser, specification_of
 from sim.results import FINISHED, ResultsError, inputs_of, open_folder, write_results, write_timing
 from sim.spec import Run, Specification, runs_of
@@ -37,6 +37,7 @@ def execute(specification: Specification, folder: Path, where: Where = Where(), 
     begun_s = time.monotonic()
     runs = runs_of(specification)
     check_runs(runs)
+    _warn_of_logs(runs)
     if specification.intervals:
         runs = _with_spread(runs)
     finished = open_folder(folder, specification, inputs_of(runs), fresh)
@@ -106,6 +107,15 @@ def _tell_of_seeds(cells: Sequence[Cell]) -> None:
             "no confidence intervals",
             file=sys.stderr,
         )
+
+
+def _warn_of_logs(runs: Sequence[Run]) -> None:
+    """A line on stderr for each iteration log that is asked for and that no engine will write."""
+    ours = {msgspec.json.encode((run.engines, run.settings)): run for run in runs if run.core_url is None}
+    engines = [(run, c) for run in ours.values() for c in engine_configs_of(run) if c.iteration_log is not None]
+    for log in sorted({config.iteration_log or "" for run, config in engines if not writes_log(run, config)}):
+        what = "is not written: only real engines have iterations of their own to log"
+        print(f"sim.run: iteration_log {log}: {what}", file=sys.stderr)
 
 
 def _warn_of_what_was_not_seen(results: Sequence[Result]) -> None:

@@ -201,6 +201,8 @@ def runs_of(spec: Specification) -> list[Run]:
         for engines, policy, chosen, rate, clients, seed, repeat, draw in itertools.product(
             clusters, spec.policies, values, choice.rates or (), spec.clients, spec.seeds, range(spec.repeats), draws
         ):
+            if draw is not None and repeat:  # in simulation the same run as that of the first repeat
+                continue
             run = Run(
                 name="",
                 workload=choice.workload,

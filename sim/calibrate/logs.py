@@ -181,8 +181,9 @@ def read_together(
     unless what `alike` names is the same in all headers."""
     runs: list[S] = []
     names = [Path(path).name for path in paths]
+    places = [Path(path).resolve() for path in paths]
     for number, path in enumerate(paths):
-        if path in paths[:number]:
+        if places[number] in places[:number]:
             raise CalibrationError(f"{path}: named twice: its {counted} would count double")
         for start, run in enumerate(read(path), 1):
             if names.count(names[number]) > 1:  # the folder tells them apart

@@ -57,7 +57,7 @@ def check_source(source: Source, inputs: Sequence[Arguments]) -> None:
         contextvars.Context().run(look)
     except ConfigurationError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         where = f"{source.path}:{_line_of(error, source.path)}"
         raise ConfigurationError(
             f"--program {source.spec}: {where}: it cannot be imported: {type(error).__name__}: {error}"

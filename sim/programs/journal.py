@@ -24,6 +24,7 @@ from parrot.serve.journal import Reading
 from parrot.serve.ledger import EFFECT, KEPT, decode_event
 from parrot.serve.texts import content_key
 from sim.programs.outputs import OutputError, Wanted
+from sim.programs.prompts import prompt_keys
 
 _log = logging.getLogger(__name__)
 _EFFECTS = msgspec.msgpack.Decoder(AnyEffect)
@@ -126,20 +127,6 @@ def _prompt(
     texts: dict[str, str],
 ) -> str | None:
     """The text in front of an output; None when a part of it is not in the journal."""
-    parts: list[str] = []
-    places = iter(answer.param_info)
-    outputs = 0
-    for segment in event.segments:
-        if isinstance(segment, ev.Constant):
-            key: str | None = segment.content.key
-        else:
-            var_id = next(places).var_id
-            if isinstance(segment, ev.Output):
-                if outputs == task.output:
-                    break
-                outputs += 1
-            key = contents.get((task.session_id, var_id))
-        if key is None or key not in texts:
-            return None
-        parts.append(texts[key])
-    return "".join(parts)
+    keys = prompt_keys(event, answer, task.output, lambda var_id: contents.get((task.session_id, var_id)))
+    parts = [texts.get(key) if key is not None else None for key in keys]
+    return None if None in parts else "".join(filter(None, parts))

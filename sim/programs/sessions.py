@@ -17,6 +17,7 @@ from sim.cluster import Cluster
 from sim.engine_models import EngineModel
 from sim.programs.accounts import Account
 from sim.programs.outputs import Outputs, cut
+from sim.programs.prompts import prompt_keys
 from sim.programs.tokenizers import Counted
 
 
@@ -146,7 +147,6 @@ class _Wanted:
         self.call, self.place = effect.task.call, effect.task.output
         self.session = session.number
         self.instance = session.owner.serial if session.owner is not None else 0
-        self._chain = effect.chain
         self._session = session
         self._texts = texts
         self._event, self._answer = session.calls[self.call]
@@ -161,7 +161,8 @@ class _Wanted:
 
     @property
     def prompt(self) -> str:
-        return "".join([self._texts.text(key) for link in self._chain for key in link.keys])
+        keys = prompt_keys(self._event, self._answer, self.place, self._session.contents.get)
+        return "".join([self._texts.text(key) for key in keys if key is not None])
 
     @property
     def inputs(self) -> dict[str, str]:

@@ -108,6 +108,7 @@ class Instances:
             error = self.failures.add(account, left) if left.code else None
         except Exception as raised:
             error = self.failures.add(account, raised)
+        strand.is_program = False  # what follows is the simulator's own code, and finds the real surroundings
         account.end(strand.now, error)
         self._door.close_sessions(account)
         self._recorder.program_ended(account)

@@ -12,8 +12,8 @@ import inspect
 import itertools
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ import msgspec
 
 from parrot.configuration import ConfigurationError
 from parrot.frontend.pfunc import VirtualMachine
+from parrot.protocol.errors import ParrotError
 
 _numbers = itertools.count()
 
@@ -82,12 +83,14 @@ class Source:
 
     @contextmanager
     def importable(self) -> Iterator[None]:
-        """What lies beside the program's file can be imported, as when Python runs it."""
-        folder = str(self.path.parent)
+        """What lies beside the program's file can be imported, and `sys.argv` is the file alone, as when Python runs it."""
+        folder, before = str(self.path.parent), sys.argv
         sys.path.insert(0, folder)
+        sys.argv = [str(self.path)]
         try:
             yield
         finally:
+            sys.argv = before
             sys.path.remove(folder)
 
 
@@ -99,7 +102,7 @@ def load_function(spec: str, flag: str) -> Callable[..., Any]:
             return source.load()
     except ConfigurationError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigurationError(f"{flag} {spec}: {source.path} cannot be imported: {type(error).__name__}: {error}") from error
 
 
@@ -152,7 +155,9 @@ def read_inputs(path: str | None) -> list[Arguments]:
 
 
 def check_arguments(function: Callable[..., Any], inputs: Sequence[Arguments], spec: str) -> None:
-    """Raises ConfigurationError for inputs that the function does not take."""
+    """Raises ConfigurationError for inputs that the function does not take, and for a function that calling does not run."""
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise ConfigurationError(f"--program {spec}: a call of a generator runs nothing: name a function without yield")
     try:
         signature = inspect.signature(function)
     except ValueError:
@@ -164,7 +169,8 @@ def check_arguments(function: Callable[..., Any], inputs: Sequence[Arguments], s
         except TypeError as error:
             where = arguments.where or f"--program {spec}"
             hint = "" if arguments.where else "; --inputs FILE.jsonl gives an instance its arguments"
-            raise ConfigurationError(f"{where}: {function.__name__}{signature} cannot be called: {error}{hint}") from None
+            name = spec.rpartition(":")[2]
+            raise ConfigurationError(f"{where}: {name}{signature} cannot be called: {error}{hint}") from None
 
 
 def takes_machine(function: Callable[..., Any]) -> bool:
@@ -184,7 +190,19 @@ def play(function: Callable[..., Any], address: str, arguments: Arguments) -> No
         asyncio.run(_aplay(machine, function, given, arguments.named))
         return
     with machine.running_scope():
-        function(*given, **arguments.named)
+        result = function(*given, **arguments.named)
+        if inspect.iscoroutine(result):  # an `async def` behind a decorator, or a class's __call__
+            asyncio.run(_awaited(machine, result))
+
+
+async def _awaited(machine: VirtualMachine, result: Coroutine[Any, Any, Any]) -> None:
+    """Awaits what a function gave, and closes the session from this loop, whose connections close with it."""
+    try:
+        await result
+    finally:
+        if machine.session_registered:
+            with suppress(ParrotError):  # the core has closed it, or will expire it
+                await machine.aunregister_session()
 
 
 async def _aplay(machine: VirtualMachine, function: Callable[..., Any], given: Sequence[Any], named: dict[str, Any]) -> None:

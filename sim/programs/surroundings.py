@@ -47,6 +47,7 @@ _REFUSED = {
     "builtins.input": "asks a person for input",
 }
 _THREAD = "starts a thread (threading, concurrent.futures; use an async program and asyncio.gather)"
+_WAIT = "waits in real time for another thread (threading.Event or Condition, queue.Queue; use asyncio's, or time.sleep)"
 _hooked = False
 
 
@@ -68,6 +69,8 @@ def virtual_surroundings(strands: Strands, seed: int) -> Iterator[None]:
         asyncio.set_event_loop_policy(VirtualPolicy())
         stack.callback(setattr, threading.Thread, "start", threading.Thread.start)
         threading.Thread.start = _starting(threading.Thread.start)  # type: ignore[method-assign,assignment]
+        stack.callback(setattr, threading.Condition, "wait", threading.Condition.wait)
+        threading.Condition.wait = _waiting(threading.Condition.wait)  # type: ignore[method-assign]
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # standard output is for results
         if threading.current_thread() is threading.main_thread():
             stack.enter_context(_watched(strands))
@@ -94,6 +97,7 @@ def _clocks() -> dict[str, Callable[..., Any]]:
                 return real()  # type: ignore[no-any-return]
             strand.looks += 1
             if strand.looks > MOST_LOOKS:
+                strand.looks = 0  # whoever cleans up behind the program may look again
                 raise Refused(f"the program looks at time.{name} and never waits: time passes where it sleeps or gets, only")
             return told(strand)
 
@@ -147,6 +151,18 @@ def _starting(real: Callable[[threading.Thread], None]) -> Callable[[threading.T
         real(thread)
 
     return start
+
+
+def _waiting(real: Callable[..., bool]) -> Callable[..., bool]:
+    """`threading.Condition.wait`, which events, semaphores and queues wait in, for everybody but a program; who only looks (a
+    timeout of 0) may."""
+
+    def wait(condition: threading.Condition, timeout: float | None = None) -> bool:
+        if (timeout is None or timeout > 0) and running_program() is not None:
+            refuse(_WAIT)
+        return real(condition, timeout)
+
+    return wait
 
 
 @contextlib.contextmanager

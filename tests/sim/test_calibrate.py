@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from parrot.configuration import load
 from parrot.latency import BatchShape, FixedCost, Hinge, LatencyModel, LatencyProfile
@@ -271,10 +272,12 @@ def test_lines_of_two_engines_in_one_file_are_refused(tmp_path: Path) -> None:
         read_log(log)
 
 
-def test_a_file_named_twice_is_refused(tmp_path: Path) -> None:
+def test_a_file_named_twice_is_refused_however_it_is_named(tmp_path: Path) -> None:
     log = write_log(tmp_path / "log", shapes(50))
-    with pytest.raises(CalibrationError, match="log: named twice"):
-        read_logs([log, log])
+    (tmp_path / "link").symlink_to(log)
+    for again in (log, f"{tmp_path}/../{tmp_path.name}/log", tmp_path / "link"):
+        with pytest.raises(CalibrationError, match=r"(log|link): named twice"):
+            read_logs([log, again])
 
 
 def test_the_command_writes_a_profile_that_configurations_can_name(tmp_path: Path) -> None:
@@ -284,6 +287,19 @@ def test_the_command_writes_a_profile_that_configurations_can_name(tmp_path: Pat
     assert (profile.name, profile.model, profile.trace) == ("mine", "m", "log")
     assert msgspec.json.decode(out.read_bytes())["versions"] == {"python": "3.11"}
     assert (tmp_path / "plots" / "mine.residuals.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_noise_alone_makes_no_median_of_residuals_lean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    logs = [str(write_log(tmp_path / str(rows), loaded(rows, 1500, seed=rows), noise=0.3)) for rows in (2, 4, 6)]
+    assert main([*logs, "--out", str(tmp_path / "p.json")]) == 0
+    panels = {axes.get_xlabel(): axes for axes in drawn[0].axes}
+    assert "predicted duration (ms)" in panels
+    for label, axes in panels.items():
+        for line in axes.get_lines():
+            if str(line.get_label()).endswith("median"):
+                assert np.abs(np.asarray(line.get_ydata(), dtype=float)).max() < 12.0, label
 
 
 def test_a_profile_of_another_model_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -311,6 +311,14 @@ def test_of_a_cluster_that_was_running_only_its_workload_and_its_label_are_known
     assert "does not say which" in refused(capsys, str(running), str(several), "--out", str(tmp_path / "page"))
 
 
+def test_where_outputs_come_from_is_the_simulations_alone(real: Path, simulated: Path, tmp_path: Path) -> None:
+    """A cluster's engines say what they say: `--outputs` cannot be given there."""
+    folders = [shutil.copytree(folder, tmp_path / folder.name) for folder in (real, simulated)]
+    for folder, outputs in zip(folders, (None, "app.py:says"), strict=True):
+        relabel(folder, workloads=(), program="app.py:main", outputs=outputs)
+    assert len(compared(folders[0], folders[1]).cells) == 6
+
+
 def test_a_simulation_beyond_its_profile_is_told(simulated: Path, real: Path, tmp_path: Path) -> None:
     beyond = shutil.copytree(simulated, tmp_path / "beyond")
     path = beyond / "round_robin_rate4_seed0" / "run.json"

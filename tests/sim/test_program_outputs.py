@@ -22,7 +22,7 @@ from sim.recorder import Recorder
 from sim.run import main
 from tests.serve.http_support import cluster
 from tests.sim.clusters import processes_with, write_files
-from tests.sim.program_runs import HEAD, Runner, engines, run, told
+from tests.sim.program_runs import HEAD, Runner, engines, run, says, told
 
 __all__ = ["run"]
 
@@ -63,6 +63,26 @@ def test_a_users_function_gets_what_it_asks_for(run: Runner, tmp_path: Path) -> 
         ("two", "second", "Of things say first text and ", {"q": "things", "first": "first text"}, 0, 512, True),
     ]
     assert told[-1] == "second text"
+
+
+def test_a_prompt_has_the_blanks_that_no_token_stands_for(run: Runner) -> None:
+    text = '''
+        @P.semantic_function(formatter=None)
+        def join(a: P.Input, b: P.Input, c: P.Output, d: P.Output):
+            """{{a}}\\n{{b}} {{c}}\\n{{d}}"""
+
+        def main():
+            c, d = join(ask("x"), "")
+            told.append(d.get())
+    '''
+    prompts: list[str] = []
+
+    def said(name: str, prompt: str) -> str:
+        prompts.append(prompt)
+        return f"said {len(prompts)}"
+
+    run(text, outputs=says(said))
+    assert prompts[1:] == ["said 1\n ", "said 1\n said 2\n"]
 
 
 def test_a_function_may_give_a_number_of_tokens(run: Runner, tmp_path: Path) -> None:
@@ -217,7 +237,15 @@ ASYNC = """
 """
 
 
-@pytest.mark.parametrize("text", [THREADS, ASYNC])
+WRAPPED = """
+        def wrapped(function):
+            return lambda: function()
+
+        @wrapped
+""" + ASYNC.removeprefix("\n")
+
+
+@pytest.mark.parametrize("text", [THREADS, ASYNC, WRAPPED])
 def test_on_a_real_core_instances_run_in_threads_and_may_have_some(text: str, run: Runner) -> None:
     program = run.write(text)
 
@@ -330,9 +358,13 @@ def test_the_agent_of_the_examples_loops_and_branches(
         (["--program", "missing.py:main"], "missing.py: no such file"),
         (["--program", "no_such_module:main"], "module 'no_such_module' cannot be found"),
         (["--program", "{good}"], "expected FILE.py:FUNCTION"),
-        (["--program", "{good}:absent"], "no function 'absent'; it has: main, more"),
+        (["--program", "{good}:absent"], "no function 'absent'; it has: main, more, steps"),
         (["--program", "{good}:more"], "more(x) cannot be called: missing a required argument: 'x'; --inputs"),
+        (["--program", "{good}:app", "--inputs", "{many}"], "many.jsonl:1: app() cannot be called: too many"),
+        (["--program", "{good}:steps"], "a call of a generator runs nothing"),
         (["--program", "{broken}:main"], "broken.py:2: "),
+        (["--program", "{leaving}:main"], "leaving.py:2: it cannot be imported: SystemExit: KEY is not set"),
+        (["--program", "{good}:main", "--outputs", "{leaving}:main"], "cannot be imported: SystemExit: KEY is not set"),
         (["--program", "{eager}:main"], "put what runs it under `if __name__"),
         (["--program", "{good}:main", "--inputs", "absent.jsonl"], "absent.jsonl: cannot be read"),
         (["--program", "{good}:main", "--inputs", "{inputs}"], "inputs.jsonl:2: no JSON"),
@@ -351,7 +383,9 @@ def test_what_cannot_be_run_is_refused_before_anything_runs(
     given: list[str], said: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = {
-        "good": "def main():\n    pass\n\ndef more(x):\n    pass\n",
+        "good": "def main():\n    pass\n\ndef more(x):\n    pass\n\ndef steps():\n    yield 1\n\n"
+        "class App:\n    def __call__(self):\n        pass\n\napp = App()\n",
+        "leaving": "import sys\nsys.exit('KEY is not set')\n",
         "broken": "x = 1\ndef main(:\n    pass\n",
         "eager": "from parrot import P\nvm = P.VirtualMachine()\nvm.register_session()\ndef main():\n    pass\n",
     }

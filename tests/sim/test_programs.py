@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -97,6 +99,30 @@ def test_asyncio_run_and_vm_run_need_no_change(run: Runner) -> None:
         outputs=says(lambda name, prompt: prompt.split()[1]),
     )
     assert told == ["one", "two", True]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def wrapped(f):\n    return lambda *a: f(*a)\n\n@wrapped\nasync def main():\n    told.append(await ask('x').aget())\n",
+        "class App:\n    async def __call__(self, vm):\n        told.append(await ask('x').aget())\n\nmain = App()\n",
+        "async def inner():\n    told.append(await ask('x').aget())\n\ndef main(vm):\n    return inner()\n",
+    ],
+    ids=["decorated", "callable", "returned"],
+)
+def test_a_coroutine_is_run_wherever_it_comes_from(text: str, run: Runner) -> None:
+    recorder = run(text, outputs=says(lambda name, prompt: "said"))
+    assert told == ["said"]
+    assert recorder.counts["calls_finished"] == 1
+
+
+def test_a_program_that_reads_its_command_line_finds_its_own(run: Runner) -> None:
+    before = list(sys.argv)
+    run("import sys\n\nargv = list(sys.argv)\n\ndef main():\n    told.append([argv, sys.argv])\n")
+    ((at_import, at_run),) = told
+    assert at_import == at_run
+    assert [Path(argument).name for argument in at_run] == ["program0.py"]
+    assert sys.argv == before
 
 
 def test_a_stream_gives_the_text(run: Runner) -> None:
@@ -327,6 +353,8 @@ def test_sessions_that_a_program_leaves_open_are_closed_and_counted(run: Runner)
         ("import socket; socket.create_connection(('127.0.0.1', 9))", "a host"),
         ("import subprocess; subprocess.run(['true'])", "starts a process"),
         ("input()", "asks a person"),
+        ("import threading; threading.Event().wait(0.01)", "waits in real time for another thread"),
+        ("import queue; queue.Queue().get(timeout=0.01)", "waits in real time for another thread"),
         ("import urllib.request; urllib.request.urlopen('http://127.0.0.1:9/')", "a host"),
         ("asyncio.run(asyncio.to_thread(print))", "in a thread"),
         ("asyncio.run(asyncio.open_connection('127.0.0.1', 9))", "opens a connection"),
@@ -414,7 +442,17 @@ def test_an_interrupt_ends_the_run_and_every_instance(run: Runner, capsys: pytes
 def test_who_only_looks_at_the_clock_is_told_that_it_stands(run: Runner, capsys: pytest.CaptureFixture[str]) -> None:
     recorder = run("def main():\n    while time.time() < 2e9:\n        pass\n")
     assert recorder.counts["failed"] == 1
-    assert "never waits" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "never waits" in shown
+    assert "During handling" not in shown, "P itself looks at the clock at its end"
+
+
+def test_who_hears_of_an_ended_instance_finds_the_real_clock(run: Runner) -> None:
+    heard: list[float] = []
+    begun_s = time.monotonic()
+    text = f"def main():\n    time.sleep(1e6)\n    [time.time() for _ in range({surroundings.MOST_LOOKS})]\n"
+    run(text, on_ended=lambda: heard.append(time.monotonic()))
+    assert begun_s <= heard[0] < begun_s + 1e6
 
 
 def test_the_surroundings_are_as_before_when_a_run_has_ended(run: Runner) -> None:
@@ -422,11 +460,15 @@ def test_the_surroundings_are_as_before_when_a_run_has_ended(run: Runner) -> Non
     import random
 
     random.seed(5)
-    before = time.sleep, time.time, time.monotonic, asyncio.get_event_loop_policy(), random.getstate()
+    def now() -> list[object]:
+        threads = threading.Thread.start, threading.Condition.wait
+        return [time.sleep, time.time, time.monotonic, *threads, asyncio.get_event_loop_policy(), random.getstate(), *sys.argv]
+
+    before = now()
     run("def main():\n    raise ValueError\n")
     with pytest.raises(ZeroDivisionError):
         run("def main():\n    ask('x').get()\n", outputs=says(lambda name, prompt: 1 / 0))  # type: ignore[arg-type,return-value]
-    assert before == (time.sleep, time.time, time.monotonic, asyncio.get_event_loop_policy(), random.getstate())
+    assert before == now()
 
 
 def test_examples_run_as_they_are(run: Runner) -> None:

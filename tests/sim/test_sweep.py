@@ -355,6 +355,26 @@ def test_a_profile_without_spread_is_said_to_state_none(flags: list[str], capsys
     assert (cell["draws"], cell["metrics"]["jct_s.mean"]["prediction_interval"]) == (0, None)
 
 
+def test_that_a_simulated_engine_writes_no_log_is_said_once(flags: list[str], tmp_path: Path, capsys: Capture) -> None:
+    log = tmp_path / "log.jsonl"
+    assert main([*flags, "--policy", "parrot,round_robin", "--set", f"engine.iteration_log={log}"]) == 0
+    said = capsys.readouterr().err
+    assert said == f"sim.run: iteration_log {log}: is not written: only real engines have iterations of their own to log\n"
+    assert not log.exists()
+
+
+def test_real_engines_that_would_write_one_log_are_refused(flags: list[str], tmp_path: Path, capsys: Capture) -> None:
+    engine = tmp_path / "engine.json"
+    file = json.loads(engine.read_text())
+    file["engine_type"] = "builtin"
+    engine.write_text(json.dumps({key: value for key, value in file.items() if key != "latency_profile"}))
+    log = tmp_path / "log.jsonl"
+    assert main([*flags, "--backend", "real", "--set", f"engine.iteration_log={log}"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f"would both write iteration_log {log}" in captured.err
+
+
 def test_what_a_profile_has_not_seen_is_said_once_and_refused_when_strict(
     flags: list[str], tmp_path: Path, capsys: Capture
 ) -> None:
