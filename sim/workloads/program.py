@@ -266,6 +266,7 @@ _encoder = msgspec.json.Encoder()
 def read_programs(path: str | Path) -> Iterator[Program]:
     """The programs of a JSONL file, one at a time. Raises WorkloadError with file, line and reason."""
     last = 0.0
+    known = False  # a program has been read: it is such a file
     lengths = TextLengths()
     try:
         with open(path, "rb") as file:
@@ -280,7 +281,9 @@ def read_programs(path: str | Path) -> Iterator[Program]:
                     if program.arrival_s < last:
                         raise ValueError(f"arrival_s {program.arrival_s} is before the line above it ({last})")
                 except (msgspec.DecodeError, ValueError) as error:
-                    raise WorkloadError(f"{path}:{number}: {error}") from error
+                    hint = "" if known else "; expected a program a line (a trace is named KIND:PATH, a mix mix:PATH)"
+                    raise WorkloadError(f"{path}:{number}: {error}{hint}") from error
+                known = True
                 last = program.arrival_s
                 yield program
     except OSError as error:

@@ -200,6 +200,16 @@ def test_a_malformed_line_of_a_workload_is_named(flags: list[str], tmp_path: Pat
     assert "programs.jsonl:6" in refused(flags, tmp_path, capsys)
 
 
+def test_a_file_that_holds_no_programs_is_refused_with_what_was_expected(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mix = tmp_path / "mix.json"
+    mix.write_text('{\n  "parts": []\n}\n')
+    told = refused([*flags, "--workload", str(mix)], tmp_path, capsys)
+    assert f"{mix}:1: " in told
+    assert "mix:PATH" in told
+
+
 def test_a_program_that_cannot_run_is_refused_before_the_first_is_run(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
