@@ -108,13 +108,12 @@ class EngineIndex:
             lasts.append(load)
             return
         number = self._shelf_of(load, engine.id)
-        if number == len(shelves):  # behind all others
-            number -= 1
-            lasts[number] = load
         shelf = shelves[number]
         place = _place_of(shelf, load, engine.id)
         shelf.loads.insert(place, load)
         shelf.engines.insert(place, engine)
+        if place == len(shelf.loads) - 1:
+            lasts[number] = load
         if len(shelf.loads) > SHELF:
             half = SHELF // 2
             shelves.insert(number + 1, _Shelf(shelf.loads[half:], shelf.engines[half:]))
@@ -125,15 +124,17 @@ class EngineIndex:
     def _take_out(self, engine: Engine, load: Load) -> None:
         shelves, lasts = self._shelves, self._lasts
         number = self._shelf_of(load, engine.id)
-        shelf = shelves[number]
-        place = _place_of(shelf, load, engine.id)
+        shelf, place = shelves[number], 0
+        engines = shelf.engines
+        while engines[place] is not engine:  # which costs less than to compare loads
+            place += 1
         del shelf.loads[place]
-        del shelf.engines[place]
-        left = len(shelf.loads)
+        del engines[place]
+        left = len(engines)
         if left < SHELF // 4 and number + 1 < len(shelves) and left + len(shelves[number + 1].loads) <= SHELF // 2:
             after = shelves[number + 1]
             after.loads[:0] = shelf.loads
-            after.engines[:0] = shelf.engines
+            after.engines[:0] = engines
             left = 0
         if not left:
             del shelves[number]
@@ -142,8 +143,10 @@ class EngineIndex:
             lasts[number] = shelf.loads[-1]
 
     def _shelf_of(self, load: Load, engine_id: int) -> int:
-        """The first shelf that does not end before the engine of that id with that load; one more than there are: all do."""
+        """The shelf for the engine of that id with that load: the first that does not end before it, or the last."""
         lasts = self._lasts
+        if len(lasts) == 1:
+            return 0
         number = _bisect_left(lasts, load)
         if number < len(lasts) and lasts[number] == load:
             shelves, end = self._shelves, _bisect_right(lasts, load, number)
@@ -153,7 +156,7 @@ class EngineIndex:
                     number = middle + 1
                 else:
                     end = middle
-        return number
+        return number if number < len(lasts) else number - 1
 
     # -------------------------------------------------------------------------------------------------- questions
 
