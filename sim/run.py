@@ -21,6 +21,7 @@ from parrot.configuration import ConfigurationError
 from sim.cells import Cell, cells_of
 from sim.configs import engine_configs_of, spreads_of, writes_log
 from sim.flags import parser, specification_of
+from sim.outside import farthest
 from sim.results import FINISHED, ResultsError, inputs_of, open_folder, write_results, write_timing
 from sim.spec import Run, Specification, runs_of
 from sim.stdout import leave_stdout
@@ -120,15 +121,11 @@ def _warn_of_logs(runs: Sequence[Run]) -> None:
 
 def _warn_of_what_was_not_seen(results: Sequence[Result]) -> None:
     """A line on stderr for each profile whose seen range an engine has left, with the farthest of all runs."""
-    farthest: dict[str, dict[str, tuple[float, float, float]]] = {}
-    for result in results:
-        for profile, features in result.summary.outside.items():
-            worst = farthest.setdefault(profile, {})
-            for name, seen in features.items():
-                worst[name] = max(worst.get(name, seen), seen, key=_beyond)
-    for profile, worst in sorted(farthest.items()):
-        far = ", ".join(f"{name} {most:g} (seen {low:g} to {high:g})" for name, (most, low, high) in sorted(worst.items()))
-        print(f"sim.run: profile {profile}: beyond what it was fitted to: {far}; --strict refuses", file=sys.stderr)
+    told: dict[str, list[str]] = {}
+    for profile, name, (value, low, high) in farthest(result.summary.outside for result in results):
+        told.setdefault(profile, []).append(f"{name} {value:g} (seen {low:g} to {high:g})")
+    for profile, far in told.items():
+        print(f"sim.run: profile {profile}: beyond what it was fitted to: {', '.join(far)}; --strict refuses", file=sys.stderr)
 
 
 def _warn_of_policies(results: Sequence[Result]) -> None:
@@ -144,11 +141,6 @@ def _warn_of_policies(results: Sequence[Result]) -> None:
             f"`python -m sim.check_policy {policy}` looks closer",
             file=sys.stderr,
         )
-
-
-def _beyond(seen: tuple[float, float, float]) -> float:
-    value, least, most = seen
-    return max(value - most, least - value)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "sim.run") -> int:

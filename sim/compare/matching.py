@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 import pandas as pd
 
+from sim.outside import farthest
 from sim.results import INPUTS, ResultFolder, ResultsError, RunResult, read_results
 
 #: fields of a run that say how it was carried out and how often, not what was run
@@ -251,14 +252,10 @@ def _doubts_of(cell: Cell) -> list[str]:
 
 def _extrapolations(cells: Sequence[Cell]) -> list[str]:
     """Where the simulation's engines did what their latency profiles have not seen."""
-    found: dict[tuple[str, str], tuple[float, float, float]] = {}
-    for result in (result for cell in cells for results in cell.simulated.values() for result in results):
-        for profile, features in result.summary.outside.items():
-            for feature, range_ in features.items():
-                found[profile, feature] = max(found.get((profile, feature), range_), range_)
+    simulated = [result for cell in cells for results in cell.simulated.values() for result in results]
     return [
-        f"profile {profile}: {feature} came to {most:g} in simulation, outside the {low:g} to {high:g} that it was fitted to"
-        for (profile, feature), (most, low, high) in sorted(found.items())
+        f"profile {profile}: {feature} came to {value:g} in simulation, outside the {low:g} to {high:g} that it was fitted to"
+        for profile, feature, (value, low, high) in farthest(result.summary.outside for result in simulated)
     ]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import msgspec
 import pandas as pd
 
+from sim.outside import farthest
 from sim.report.html import Section, format_number
 from sim.report.study import Details, Study
 from sim.spec import WorkloadChoice
@@ -134,17 +135,10 @@ def _unread(details: Details) -> list[str]:
 
 def _outside(study: Study) -> list[str]:
     """What engines did that their profiles have not seen: the farthest of all runs."""
-    farthest: dict[tuple[str, str], tuple[float, float, float]] = {}
-    for result in study.runs:
-        for profile, features in result.summary.outside.items():
-            for feature, (most, low, high) in features.items():
-                before = farthest.get((profile, feature))
-                if before is None or most > before[0]:
-                    farthest[profile, feature] = (most, low, high)
     return [
-        f"Extrapolated: {feature} reached {_count(most)}, but profile {profile} has seen {_count(low)} to {_count(high)} only. "
-        "Latencies out there are unproven."
-        for (profile, feature), (most, low, high) in sorted(farthest.items())
+        f"Extrapolated: {feature} came to {_count(value)}, but profile {profile} has seen {_count(low)} to {_count(high)} "
+        "only. Latencies out there are unproven."
+        for profile, feature, (value, low, high) in farthest(result.summary.outside for result in study.runs)
     ]
 
 

@@ -149,7 +149,7 @@ def test_missing_runs_failed_programs_and_extrapolation_are_said(tmp_path: Path)
     page = write_report(out).read_text()
     assert "1 of 3 runs have not finished and are in no number here: least_loaded_seed0." in page
     assert "no_engine: 8" in page
-    assert "batch size reached 96, but profile made-up has seen 1 to 64 only" in page
+    assert "batch size came to 96, but profile made-up has seen 1 to 64 only" in page
     assert "Left out of what is drawn from tables" in page
     assert "tasks.parquet" in page or "a table cannot be read" in page
 
