@@ -202,7 +202,8 @@ class BuiltinRunner:
     def _prepare_row(self, row: Row, core: EngineCore) -> PreparedRow:
         task = self._tasks[row.key]
         chain = core.spans(row.context_id) if row.decode and self._attention.wants_chains else ()
-        attention = AttentionRow(row.key, row.start, row.stop, core.block_table(row.context_id), chain)
+        # whose it is says the task itself: its key may have been another's, which ended where this one begins
+        attention = AttentionRow(task, row.start, row.stop, core.block_table(row.context_id), chain)
         return PreparedRow(task, attention, None if row.decode else task.ids(row.start, row.stop), row.samples)
 
     def replays(self, prepared: Prepared) -> bool:

@@ -16,8 +16,8 @@ from parrot.engine.batches import Span
 
 class AttentionRow(NamedTuple):
     """A sequence's part of the iteration: positions [start, stop), whose tokens are the next stop − start of the packed
-    ones. `pages`: its pages from position 0 on. `key`: whose it is, the same from iteration to iteration. `chain`: which
-    context each position belongs to, root first; only for functions that ask for it."""
+    ones. `pages`: its pages from position 0 on. `key`: whose it is, the same from iteration to iteration and nobody else's.
+    `chain`: which context each position belongs to, root first; only for functions that ask for it."""
 
     key: Hashable
     start: int
